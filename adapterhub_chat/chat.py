@@ -1,0 +1,93 @@
+"""A terminal conversation as plain state: lines go in, text comes out through `write`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.errors import AdapterHubError, UsageError
+from adapterhub_chat.types import BACKBONE, Message, Mix, as_mix
+
+HELP = """\
+/use NAME           answer with one adapter ('backbone': none)
+/mix a=0.5 b=0.5    answer with a weighted mixture
+/list               the adapters of the pool
+/reset              forget the conversation
+/quit               leave
+"""
+
+
+class ChatSession:
+    """One conversation whose adapter can change between turns."""
+
+    def __init__(self, hub: AdapterHub, *, write: Callable[[str], None]) -> None:
+        """Start with the bare backbone and no history."""
+        self.hub, self.write = hub, write
+        self.mix, self.history, self.ended = Mix(), list[Message](), False
+        self._commands = {
+            "/use": self.use,
+            "/mix": self.blend,
+            "/list": self.list,
+            "/reset": self.reset,
+            "/help": lambda _: write(HELP),
+            "/quit": self.quit,
+            "/exit": self.quit,
+        }
+
+    def handle(self, line: str) -> None:
+        """Obey a command or answer a message; errors are told, not raised."""
+        line = line.strip()
+        word, _, rest = line.partition(" ")
+        try:
+            if word.startswith("/"):
+                if word not in self._commands:
+                    raise UsageError(f"unknown command {word}; known: {', '.join(self._commands)}")
+                self._commands[word](rest.strip())
+            elif line:
+                self.answer(line)
+        except AdapterHubError as error:
+            self.write(f"error: {error}\n")
+
+    def answer(self, text: str) -> str:
+        """Stream the reply to `text` and remember both."""
+        turns = [*self.history, Message("user", text)]
+        (reply,) = self.hub.chat(
+            [turns], adapters=[self.mix], on_text=lambda _row, piece: self.write(piece)
+        )
+        self.write("\n")
+        self.history = [*turns, Message("assistant", reply)]
+        return reply
+
+    def use(self, name: str) -> None:
+        """Answer with the adapter `name` from now on."""
+        self._set(as_mix(name or BACKBONE))
+
+    def blend(self, text: str) -> None:
+        """Answer with a weighted mixture, written `a=0.5 b=0.5`."""
+        weights = {}
+        for part in text.split():
+            name, _, weight = part.partition("=")
+            try:
+                weights[name] = float(weight)
+            except ValueError:
+                raise UsageError(f"{part!r} is not NAME=WEIGHT, as in qa=0.5") from None
+        self._set(as_mix(weights))
+
+    def list(self, _: str = "") -> None:
+        """Show the adapters of the pool."""
+        for name in (BACKBONE, *self.hub.pool.names()):
+            self.write(f"{'*' if name in (self.mix.names or (BACKBONE,)) else ' '} {name}\n")
+
+    def reset(self, _: str = "") -> None:
+        """Forget the conversation."""
+        self.history = []
+
+    def quit(self, _: str = "") -> None:
+        """End the session."""
+        self.ended = True
+
+    def _set(self, mix: Mix) -> None:
+        for name in mix.names:
+            if name not in self.hub.model.names:
+                self.hub.load(name)
+        self.mix = mix

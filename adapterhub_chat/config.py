@@ -1,0 +1,182 @@
+"""Every setting once: TOML files, command-line flags and saved JSON all derive from these fields."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from adapterhub_chat.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class TrainConfig(BaseModel):
+    """How one adapter is trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(8, ge=1, le=1024, description="Rank r of the update B A.")
+    alpha: float = Field(16.0, gt=0, description="The update is scaled by alpha / rank.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
+    targets: str = Field(
+        "all-linear",
+        description="Layers that get an update: all-linear, or last names such as q_proj,v_proj.",
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    clip: float = Field(1.0, gt=0, description="Largest gradient norm of one adapter in one step.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training examples.")
+    max_steps: int = Field(0, ge=0, description="End after this many steps; 0 sets no limit.")
+    rows_per_step: int = Field(2, ge=1, description="Packed rows of each adapter in one step.")
+    row_length: int = Field(
+        256, ge=16, description="Tokens of a packed row, and of the longest example."
+    )
+    eval_every: int = Field(0, ge=0, description="Steps between validations; 0 makes eight.")
+    eval_examples: int = Field(200, ge=0, description="Validation examples looked at each time.")
+    patience: int = Field(
+        3, ge=0, description="Validations without improvement before it stops; 0 never stops early."
+    )
+    train_examples: int = Field(0, ge=0, description="Training examples used; 0 takes all.")
+    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the order of rows.")
+
+
+class RunConfig(BaseModel):
+    """A training run: which adapters, on what, and how. The TOML of `train --config`.
+
+    `settings` holds TrainConfig fields for all adapters; each table of `adapters` names its `task` and
+    may set TrainConfig fields of its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: str = Field("smollm2-135m", description="Packaged name, folder, .gguf or Hub id.")
+    pool: str = Field("adapters", description="Folder that keeps the adapters.")
+    quantize: Literal["nf4", "int8"] | None = Field(None, description="Precision of the backbone.")
+    dtype: str | None = Field(None, description="Default: the best that the hardware has.")
+    device: str | None = Field(None, description="Default: CUDA when there is one.")
+    how: Literal["joint", "sequence"] = Field("joint", description="All at once, or in turn.")
+    test_examples: int = Field(200, ge=0, description="Test items measured per task.")
+    settings: dict[str, Any] = Field(default_factory=dict)
+    adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+def read_run(
+    path: Path | None,
+    tasks: Sequence[str],
+    names: Sequence[str],
+    flags: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> RunConfig:
+    """Return the run that a TOML file and the command line describe together; flags win.
+
+    Raises one ConfigError with every misfit: unknown keys at any depth, values out of range, an adapter
+    without a task, nothing to train.
+    """
+    values = _toml(path) if path else {}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    found = []
+    if names and len(names) != len(tasks):
+        found.append(f"{len(tasks)} tasks but {len(names)} names: give one name per task")
+    adapters = dict(values.get("adapters") or {})
+    adapters |= {n: {"task": t} for n, t in zip(names or map(_stem, tasks), tasks, strict=False)}
+    values["adapters"] = adapters
+    values["settings"] = {**(values.get("settings") or {}), **settings}
+    run = None
+    try:
+        run = RunConfig.model_validate(values)
+    except ValidationError as error:
+        found += explain(error, RunConfig)
+    found += _setting_misfits("settings", values["settings"])
+    for name, table in adapters.items():
+        own = dict(table) if isinstance(table, Mapping) else {}
+        if not isinstance(own.pop("task", None), str):
+            found.append(f'adapters.{name} needs a task, as in task = "qa"')
+        found += _setting_misfits(f"adapters.{name}", own)
+    if not adapters:
+        found.append("nothing to train: name tasks, or write [adapters.NAME] tables")
+    if found or run is None:
+        raise ConfigError(str(path) if path else "the command line", found)
+    return run
+
+
+def read_settings(model: type[Model], values: Mapping[str, Any], source: str) -> Model:
+    """Return `values` as a `model`; raise one ConfigError that lists every misfit in `source`."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(source, explain(error, model)) from error
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
+
+
+def _stem(task: str) -> str:
+    return Path(task).stem if task.endswith((".py", ".toml")) else task
+
+
+def _setting_misfits(where: str, values: Mapping[str, Any]) -> list[str]:
+    try:
+        TrainConfig.model_validate(dict(values))
+    except ValidationError as error:
+        return [f"{where}.{sentence}" for sentence in explain(error, TrainConfig)]
+    return []
+
+
+# ---- misfits in sentences ------------------------------------------------------------------------
+
+_UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}
+_MISSING_KEY = {"missing", "missing_argument", "missing_keyword_only_argument"}
+
+
+def explain(error: ValidationError, model: type) -> list[str]:
+    """Return one sentence for each misfit of `model` (a pydantic model or dataclass)."""
+    return [_sentence(detail, model) for detail in error.errors(include_url=False)]
+
+
+def _sentence(detail: ErrorDetails, model: type) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    *path, last = detail["loc"] or ("",)
+    allowed = sorted(_fields_at(model, path))
+    if detail["type"] in _UNKNOWN_KEY:
+        close = get_close_matches(str(last), allowed, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"{where}: no such key; allowed: {', '.join(allowed)}{hint}"
+    if detail["type"] in _MISSING_KEY:
+        return f"{where}: is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = repr(detail["input"])
+    given = given if len(given) <= 60 else given[:57] + "..."
+    return f"{where}: {message[:1].lower()}{message[1:]}; got {given}"
+
+
+def _fields_at(model: type, path: list[int | str]) -> Mapping[str, Any]:
+    """Return the fields of the model at `path` inside `model`; none where there is no model."""
+    fields: Mapping[str, Any] = getattr(model, "__pydantic_fields__", {})
+    for part in path:
+        found = fields.get(str(part))
+        options = _options(found.annotation) if found else ()
+        inner = (getattr(option, "__pydantic_fields__", {}) for option in options)
+        fields = next((f for f in inner if f), {})
+    return fields
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

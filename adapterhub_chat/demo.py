@@ -1,0 +1,104 @@
+"""The main job in one call: train three adapters jointly, judge them, swap them, mix them in one batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.train import Event
+from adapterhub_chat.types import BACKBONE
+
+TASKS = ("qa", "generation", "sentiment")
+SETTINGS = {"train_examples": 1600, "max_steps": 60, "eval_examples": 48, "patience": 0}
+"""A few minutes on two cores; the shipped adapters had far more."""
+TEST_EXAMPLES = 96
+PROMPTS = (
+    ("qa", "What is the capital of France?"),
+    ("generation", "Hey! I just got back from a long trip. How was your week?"),
+    ("sentiment", "a warm, funny film that never loses its way"),
+    (BACKBONE, "What is the capital of France?"),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row of the mixed batch."""
+
+    adapter: str
+    prompt: str
+    output: str
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured."""
+
+    manifests: dict[str, Manifest]
+    swapped: tuple[Answer, ...]
+    mixed_batch: tuple[Answer, ...]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plain form that `demo --json` prints."""
+        adapters = {}
+        for name, manifest in self.manifests.items():
+            score = manifest.scores[0] if manifest.scores else None
+            adapters[name] = {
+                "task": manifest.training.tasks[0],
+                "metric": manifest.metric,
+                "score": score.value if score else None,
+                "low": score.low if score else None,
+                "high": score.high if score else None,
+                "backbone_score": score.backbone_value if score else None,
+                "n": score.n if score else 0,
+                "steps": manifest.training.steps,
+            }
+        return {
+            "adapters": adapters,
+            "swapped": [asdict(a) for a in self.swapped],
+            "mixed_batch": [asdict(a) for a in self.mixed_batch],
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def run_demo(
+    hub: AdapterHub,
+    *,
+    on_event: Callable[[Event], None] = lambda _: None,
+    on_judged: Callable[[str, int], None] = lambda _what, _n: None,
+    settings: dict[str, Any] | None = None,
+    tasks: Sequence[str] = TASKS,
+) -> DemoResult:
+    """Train, judge, save, swap and mix; everything lands in the hub's pool."""
+    started = time.monotonic()
+    manifests = hub.train(
+        tasks,
+        how="joint",
+        test_examples=TEST_EXAMPLES,
+        on_event=on_event,
+        on_judged=on_judged,
+        **{**SETTINGS, **(settings or {})},
+    )
+    question = PROMPTS[0][1]
+    swapped = []
+    for name in (*manifests, BACKBONE):
+        with hub.use(name):
+            (text,) = hub.chat([_asked(question)], max_new_tokens=24, temperature=0)
+        swapped.append(Answer(name, question, text))
+    rows = [(name, prompt) for name, prompt in PROMPTS if name in manifests or name == BACKBONE]
+    texts = hub.chat(
+        [_asked(prompt) for _, prompt in rows],
+        adapters=[name for name, _ in rows],
+        max_new_tokens=32,
+        temperature=0,
+    )
+    mixed = [Answer(name, prompt, text) for (name, prompt), text in zip(rows, texts, strict=True)]
+    return DemoResult(manifests, tuple(swapped), tuple(mixed), time.monotonic() - started)
+
+
+def _asked(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]

@@ -1,0 +1,66 @@
+"""Every error a user can meet. Messages are sentences: what, where, the allowed values, the cure.
+
+AdapterHubError
+├── UsageError            (ValueError)  an argument, option or file that does not fit
+│   ├── ConfigError                     settings: every misfit of one source at once
+│   ├── UnknownNameError  (KeyError)    no such adapter, task, backbone, data set
+│   └── DataError                       examples that cannot be trained on or judged
+├── AssetError            (OSError)     a packaged file could not be fetched, verified or stored
+├── AdapterError          (ValueError)  an adapter folder that cannot be trusted or does not fit
+└── PoolError             (OSError)     the pool folder cannot be read or written
+"""
+
+from collections.abc import Iterable
+
+
+class AdapterHubError(Exception):
+    """Root of the tree; catch it to catch them all."""
+
+
+class UsageError(AdapterHubError, ValueError):
+    """An argument, option or input file does not fit."""
+
+
+class ConfigError(UsageError):
+    """Settings do not fit; `misfits` holds one sentence for each."""
+
+    def __init__(self, source: str, misfits: Iterable[str]) -> None:
+        self.misfits = tuple(misfits)
+        super().__init__(join_misfits(source, self.misfits))
+
+
+class UnknownNameError(UsageError, KeyError):
+    """A name that is not there; the message lists the names that are."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], cure: str = "") -> None:
+        self.name = name
+        listed = ", ".join(sorted(known)) or "none"
+        super().__init__(f"unknown {kind} {name!r}; known: {listed}.{' ' + cure if cure else ''}")
+
+    def __str__(self) -> str:
+        """Return the sentence itself (KeyError would show its repr)."""
+        return str(self.args[0])
+
+
+class DataError(UsageError):
+    """Examples that cannot be trained on or judged."""
+
+
+class AssetError(AdapterHubError, OSError):
+    """A packaged file could not be fetched, verified or stored."""
+
+
+class AdapterError(AdapterHubError, ValueError):
+    """An adapter folder is damaged, foreign, or made for another backbone."""
+
+
+class PoolError(AdapterHubError, OSError):
+    """The pool folder cannot be read or written."""
+
+
+def join_misfits(source: str, misfits: Iterable[str]) -> str:
+    """Return one message that lists every misfit found in `source`."""
+    listed = list(misfits)
+    if len(listed) == 1:
+        return f"{source}: {listed[0]}"
+    return f"{source}: {len(listed)} problems\n" + "\n".join(f"  - {m}" for m in listed)

@@ -1,0 +1,158 @@
+"""Three ways to compute `sum_s M[n, s] * B_s A_s x_n`; `choose` picks one per batch by a measured rule.
+
+Each form has two halves: `shrink` (x, A) -> h and `expand` (h, B) -> y, so that linears which share an
+input share one shrink. Legend: N rows with at least one adapter, T tokens of a row, G slots in use,
+R rank bucket, K = J*R the ranks of a site's members side by side. Nothing here knows of modules or names.
+`adapterhub-chat bench kernels` prints the measurements behind the rule (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PADDING_LIMIT = 2.0
+"""Batched products win while padding the groups to one size costs at most this factor in rows."""
+
+
+class Form(Protocol):
+    """One way to compute the mixed low-rank product."""
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        """Map x (N, T, in) and a (G, K, in) to h (..., K), in the form's own layout."""
+        ...
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """Map h (..., R) and b (G, out, R) to y (N, T, out)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """One-hot rows, groups of equal size (padded where they are not): two batched products."""
+
+    groups: int
+    gather: Tensor | None
+    """Row that fills each place of the (G, N/G) layout; None when the rows already lie so."""
+    scatter: Tensor | None
+    """Place of each row in that layout."""
+    weight: Tensor | None
+    """(G, N/G, 1, 1), or None when every weight is 1."""
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return h (G, N/G * T, K)."""
+        if self.gather is not None:
+            x = x.index_select(0, self.gather)
+        h = torch.bmm(x.reshape(self.groups, -1, x.shape[-1]), a.mT)
+        if self.weight is None:
+            return h
+        places = self.weight.shape[1]
+        scaled = h.unflatten(1, (places, -1)) * self.weight.to(h.dtype)
+        return scaled.flatten(1, 2)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return y (N, T, out)."""
+        y = torch.bmm(h, b.mT)
+        if self.scatter is None:
+            return y
+        places = 0 if self.gather is None else len(self.gather)
+        return y.reshape(places, -1, y.shape[-1]).index_select(0, self.scatter)
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """One-hot rows in groups of very different size: `grouped_mm` over the sorted rows."""
+
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+    """Last row (exclusive) of each group, int32."""
+    weight: Tensor | None
+    """(N, 1, 1) in sorted order."""
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return h (N, T, K), rows sorted by group."""
+        h = self._product(x.index_select(0, self.order), a)
+        return h if self.weight is None else h * self.weight.to(h.dtype)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return y (N, T, out)."""
+        return self._product(h, b).index_select(0, self.inverse)
+
+    def _product(self, x: Tensor, w: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        flat = x.reshape(rows * tokens, -1)
+        ends = self.ends * tokens
+        if hasattr(functional, "grouped_mm"):
+            y = functional.grouped_mm(flat, w.mT, offs=ends.to(torch.int32))
+        else:
+            sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+            parts = zip(flat.split(sizes), w, strict=True)
+            y = torch.cat([part @ factor.T for part, factor in parts])
+        return y.view(rows, tokens, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Rows that mix several slots: all slots for all rows, then the mix as a mask of weights."""
+
+    weight: Tensor
+    """(N, 1, G, 1)."""
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return h (N, T, G, K), weighted."""
+        groups, k, width = a.shape
+        h = x @ a.reshape(groups * k, width).T
+        return h.unflatten(-1, (groups, k)) * self.weight.to(x.dtype)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """Return y (N, T, out)."""
+        stacked = b.transpose(1, 2).reshape(-1, b.shape[1])
+        return h.flatten(2) @ stacked
+
+
+def choose(weights: Tensor, device: torch.device | str = "cpu") -> Form:
+    """Return the fastest form for `weights` (N, G): every row and every column has a nonzero entry."""
+    return _to_device(_choose(weights), torch.device(device))
+
+
+def _choose(weights: Tensor) -> Form:
+    if bool(((weights != 0).sum(1) > 1).any()):
+        return Dense(weights[:, None, :, None])
+    group = weights.abs().argmax(1)
+    weight = weights.gather(1, group[:, None]).flatten()
+    scale = None if bool((weight == 1).all()) else weight
+    counts = torch.bincount(group, minlength=weights.shape[1])
+    if weights.shape[1] * int(counts.max()) <= PADDING_LIMIT * len(group):
+        return _batched(group.tolist(), counts.tolist(), scale)
+    order = group.argsort(stable=True)
+    sorted_scale = None if scale is None else scale[order][:, None, None]
+    return Ragged(order, order.argsort(), counts.cumsum(0).to(torch.int32), sorted_scale)
+
+
+def _batched(group: Sequence[int], counts: Sequence[int], scale: Tensor | None) -> Batched:
+    """Lay the rows out as (G, largest group); spare places repeat row 0 and are never read back."""
+    groups, places = len(counts), max(counts)
+    gather, scatter, filled = [0] * (groups * places), [0] * len(group), [0] * groups
+    for row, g in enumerate(group):
+        place = g * places + filled[g]
+        filled[g] += 1
+        gather[place], scatter[row] = row, place
+    in_place = gather == list(range(len(group)))
+    weight = None if scale is None else scale[gather].view(groups, places, 1, 1)
+    if in_place:
+        return Batched(groups, None, None, weight)
+    return Batched(groups, torch.tensor(gather), torch.tensor(scatter), weight)
+
+
+def _to_device(form: Form, device: torch.device) -> Form:
+    moved = {
+        name: value.to(device) if isinstance(value := getattr(form, name), Tensor) else value
+        for name in form.__dataclass_fields__  # type: ignore[attr-defined]
+    }
+    return type(form)(**moved)

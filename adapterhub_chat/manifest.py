@@ -1,0 +1,104 @@
+"""`adapterhub.json`: what an adapter is, where it comes from, how it must be used, and what it measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adapterhub_chat.config import explain
+from adapterhub_chat.errors import AdapterError, join_misfits
+from adapterhub_chat.types import Fingerprint, PromptContract, Score
+
+FILE = "adapterhub.json"
+SCHEMA_VERSION = 1
+
+
+class Training(BaseModel):
+    """How the adapter was made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    how: Literal["joint", "sequence", "merge", "transfer", "foreign"] = "joint"
+    tasks: tuple[str, ...] = ()
+    data_sha256: tuple[str, ...] = ()
+    beside: tuple[str, ...] = Field((), description="Adapters trained in the same run.")
+    parents: tuple[str, ...] = Field(
+        (), description="Content hashes of the adapters it was made from."
+    )
+    settings: dict[str, Any] = Field(default_factory=dict)
+    steps: int = 0
+    best_step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validation_loss: float | None = None
+    stopped: str = ""
+    note: str = ""
+
+
+class Probe(BaseModel):
+    """A prompt and what the adapter answers to it: proof, on load, that the adapter does something."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    tokens: tuple[int, ...] = Field(description="The most likely next tokens, best first.")
+    logprobs: tuple[float, ...] = Field(description="Their log-probabilities with the adapter.")
+    shift: float = Field(description="Largest change of a next-token logit against the backbone.")
+
+
+class Manifest(BaseModel):
+    """The content of `adapterhub.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    about: str = ""
+    language: str = ""
+    licence: str = ""
+    created: str = ""
+    sha256: str = Field("", description="Of adapter_model.safetensors: the adapter's identity.")
+    backbone: str
+    fingerprint: Fingerprint
+    contract: PromptContract
+    metric: str = ""
+    training: Training = Training()
+    scores: tuple[Score, ...] = ()
+    probe: Probe | None = None
+
+    def score(self, task: str) -> Score | None:
+        """Return the score on a task, if it was measured."""
+        return next((s for s in self.scores if s.task == task), None)
+
+    def with_scores(self, scores: Sequence[Score]) -> Manifest:
+        """Return the manifest with these scores, replacing older ones on the same task."""
+        tasks = {s.task for s in scores}
+        kept = tuple(s for s in self.scores if s.task not in tasks)
+        return self.model_copy(update={"scores": (*kept, *scores)})
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return a folder's manifest, None when it has none; raise AdapterError listing every misfit."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise AdapterError(join_misfits(str(path), explain(error, Manifest))) from error
+
+
+def dump_manifest(manifest: Manifest) -> str:
+    """Return the JSON text of a manifest."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,208 @@
+"""AdapterModel: one frozen backbone plus a bank of slots; who is in which slot, and forwards under a mix."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapterhub_chat.backbone import Backbone
+from adapterhub_chat.batches import Batch
+from adapterhub_chat.errors import AdapterError, UnknownNameError
+from adapterhub_chat.errors import join_misfits as joined
+from adapterhub_chat.lora import Bank, Plan, Site, activate, attach, find_sites
+from adapterhub_chat.types import BACKBONE, Mix
+from adapterhub_chat.weights import AdapterWeights, misfits
+
+RANK_STEP = 8
+"""Ranks are rounded up to a multiple of this: products of such widths are fast, and slots are reused."""
+
+KEEP_STEP = 64
+"""The number of positions that reach the head is rounded up to a multiple of this."""
+
+_KEEP: ContextVar[Tensor | None] = ContextVar("adapterhub_keep", default=None)
+
+
+@dataclass
+class _Table:
+    """One bank and who lives in it. A bank that grows is a new table; running plans keep the old one."""
+
+    bank: Bank
+    slot_of: dict[str, int] = field(default_factory=dict)
+    in_use: Counter[int] = field(default_factory=Counter)
+
+    def free_slot(self) -> int | None:
+        taken = set(self.slot_of.values()) | set(self.in_use)
+        return next((s for s in range(self.bank.slots) if s not in taken), None)
+
+
+class AdapterModel:
+    """A frozen backbone whose linear layers listen to a mix of loaded adapters.
+
+    Loading, unloading and running are safe from several threads: a slot that a running forward reads is
+    never overwritten; it is reused when the last reader has left.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Attach the (inactive) LoRA layers to the backbone."""
+        self.backbone = backbone
+        self.sites = find_sites(backbone.model)
+        self.shapes = {
+            module: (site.in_features, out)
+            for site in self.sites
+            for module, out in zip(site.members, site.out_features, strict=True)
+        }
+        self._handles = attach(backbone.model, self.sites)
+        head = backbone.model.get_output_embeddings()
+        self._handles.append(head.register_forward_pre_hook(_keep_positions))
+        self._lock = threading.RLock()
+        self._weights: dict[str, AdapterWeights] = {}
+        self._table = _Table(self.new_bank((), slots=0, rank=0, dtype=backbone.dtype))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The loaded adapters, in the order of loading."""
+        return tuple(self._weights)
+
+    def weights(self, name: str) -> AdapterWeights:
+        """Return a loaded adapter's numbers as they were given."""
+        self._require([name])
+        return self._weights[name]
+
+    def load(self, name: str, weights: AdapterWeights) -> None:
+        """Put an adapter into a slot; under a name in use it replaces that adapter for new forwards.
+
+        Raises AdapterError, before anything changes, when modules or shapes do not fit the backbone.
+        """
+        if name == BACKBONE:
+            raise AdapterError(
+                f"{BACKBONE!r} is reserved: it means no adapter; choose another name"
+            )
+        if found := misfits(weights, self.shapes):
+            raise AdapterError(joined(f"adapter {name!r} does not fit {self.backbone.name}", found))
+        with self._lock:
+            wanted = {**self._weights, name: weights}
+            slot = self._table.free_slot()
+            if slot is None or not self._fits(weights):
+                self._table = self._rebuilt(wanted)
+            else:
+                self._table.bank.write(slot, weights)
+                self._table.slot_of[name] = slot
+            self._weights = wanted
+
+    def unload(self, name: str) -> None:
+        """Free an adapter's slot; forwards that are running end undisturbed."""
+        with self._lock:
+            self._require([name])
+            self._weights = {n: w for n, w in self._weights.items() if n != name}
+            del self._table.slot_of[name]
+
+    @contextmanager
+    def mixing(self, mixes: Sequence[Mix]) -> Iterator[None]:
+        """Let the calling thread's forwards inside the block give row i the mix `mixes[i]`.
+
+        Raises UnknownNameError for an adapter that is not loaded.
+        """
+        with self._lock:
+            self._require(dict.fromkeys(name for mix in mixes for name in mix.names))
+            table = self._table
+            matrix = torch.zeros(len(mixes), table.bank.slots)
+            for row, mix in enumerate(mixes):
+                for name, weight in mix.weights:
+                    matrix[row, table.slot_of[name]] += weight
+            plan = Plan(table.bank, matrix)
+            table.in_use.update(plan.slots)
+        try:
+            with activate(plan if plan.slots else None):
+                yield
+        finally:
+            with self._lock:
+                table.in_use -= Counter(plan.slots)
+
+    def answer_logits(self, batch: Batch) -> Tensor:
+        """Return logits (P, V) at the batch's predicting positions alone, under the active mix.
+
+        The head never sees the other positions: for a 49k vocabulary it is a quarter of all the work.
+        """
+        batch = batch.to(self.backbone.device)
+        spare = -len(batch.keep) % KEEP_STEP  # few shapes: a new one costs a CPU set-up time
+        with keeping(functional.pad(batch.keep, (0, spare))):
+            out = self.backbone.model(
+                input_ids=batch.ids,
+                attention_mask=batch.mask(self.backbone.dtype),
+                position_ids=batch.positions,
+                use_cache=False,
+            )
+        logits: Tensor = out.logits
+        return logits[: len(batch.keep)]
+
+    def new_bank(
+        self,
+        modules: Sequence[str],
+        *,
+        slots: int,
+        rank: int,
+        dtype: torch.dtype,
+        trainable: bool = False,
+    ) -> Bank:
+        """Return an empty bank over the sites that have one of `modules`, rank rounded up."""
+        sites = [s for s in self.sites if not set(modules).isdisjoint(s.members)]
+        rank = -(-rank // RANK_STEP) * RANK_STEP
+        device = self.backbone.device
+        return Bank(sites, slots=slots, rank=rank, dtype=dtype, device=device, trainable=trainable)
+
+    def close(self) -> None:
+        """Detach from the backbone, which is then as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _fits(self, weights: AdapterWeights) -> bool:
+        bank = self._table.bank
+        return weights.max_rank <= bank.rank and all(m in bank.home for m in weights.factors)
+
+    def _rebuilt(self, wanted: Mapping[str, AdapterWeights]) -> _Table:
+        """Return a table with room for all of `wanted`: twice the slots when they ran out."""
+        modules = {m for w in wanted.values() for m in w.factors}
+        slots = max(4, self._table.bank.slots)
+        while slots < len(wanted):
+            slots *= 2
+        rank = max(w.max_rank for w in wanted.values())
+        bank = self.new_bank(tuple(modules), slots=slots, rank=rank, dtype=self.backbone.dtype)
+        for slot, weights in enumerate(wanted.values()):
+            bank.write(slot, weights)
+        return _Table(bank, {name: slot for slot, name in enumerate(wanted)})
+
+    def _require(self, names: Sequence[str] | Mapping[str, None]) -> None:
+        for name in names:
+            if name not in self._weights:
+                cure = "Load it first with hub.load(name)."
+                raise UnknownNameError("adapter", name, [*self._weights, BACKBONE], cure)
+
+
+@contextmanager
+def keeping(positions: Tensor | None) -> Iterator[None]:
+    """Let the output head inside the block see only these flat (row * length + column) positions."""
+    token = _KEEP.set(positions)
+    try:
+        yield
+    finally:
+        _KEEP.reset(token)
+
+
+def _keep_positions(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Gather the wanted positions (P, width) before the head: a 2-D product, forward and backward."""
+    keep = _KEEP.get()
+    if keep is None:
+        return None
+    hidden = inputs[0]
+    return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, keep),)
+
+
+__all__ = ["AdapterModel", "Site", "keeping"]

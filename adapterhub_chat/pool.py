@@ -1,0 +1,227 @@
+"""Pool: the folder that keeps adapters, one sub-folder each. A save is all or nothing.
+
+A new version is written beside the old one and takes its place in one rename; whatever a killed run left
+behind is swept up by the next one that opens the pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterhub_chat.card import render_card
+from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
+from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder, write_weights
+from adapterhub_chat.manifest import FILE as MANIFEST
+from adapterhub_chat.manifest import Manifest, dump_manifest, file_sha256, read_manifest
+from adapterhub_chat.types import BACKBONE
+from adapterhub_chat.weights import AdapterWeights
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+RESERVED = (BACKBONE, "auto")
+TEMPORARY = ".tmp-"
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter as it lies in a folder."""
+
+    name: str
+    path: Path
+    weights: AdapterWeights
+    config: Mapping[str, Any]
+    manifest: Manifest | None
+    """None: made by plain PEFT, nothing about it is verified."""
+
+
+class Pool:
+    """A folder of adapters."""
+
+    def __init__(self, root: Path | str) -> None:
+        """Open (not create) the pool at `root`; sweep up after killed runs."""
+        self.root = Path(root).expanduser()
+        if self.root.exists() and not self.root.is_dir():
+            raise PoolError(f"the pool {self.root} is a file, not a folder; name another folder")
+        self._sweep()
+
+    def names(self) -> list[str]:
+        """Return the adapters in the pool, by name."""
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            p.name for p in self.root.iterdir() if NAME.fullmatch(p.name) and (p / CONFIG).is_file()
+        )
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether an adapter of that name is in the pool."""
+        return isinstance(name, str) and bool(NAME.fullmatch(name)) and name in self.names()
+
+    def path(self, name: str) -> Path:
+        """Return an adapter's folder; raise UnknownNameError when there is none."""
+        if name not in self:
+            raise UnknownNameError(
+                "adapter", name, self.names(), f"(pool: {self.root}) Train it or load it by folder."
+            )
+        return self.root / name
+
+    def load(self, name: str) -> Stored:
+        """Read an adapter; raise AdapterError when its bytes are not what its manifest says."""
+        return read_stored(self.path(name), name)
+
+    def manifest(self, name: str) -> Manifest | None:
+        """Return an adapter's manifest without reading its weights."""
+        return read_manifest(self.path(name))
+
+    def save(
+        self,
+        name: str,
+        weights: AdapterWeights,
+        config: Mapping[str, Any],
+        manifest: Manifest,
+    ) -> Stored:
+        """Write an adapter, or a new version of it, in one step; on any failure the pool is as it was.
+
+        The manifest's `sha256` is set to that of the written weights. Raises PoolError for a full disk or
+        missing rights, UsageError for a name that cannot be a folder.
+        """
+        check_name(name)
+        with self._changing(name) as scratch:
+            write_weights(scratch / WEIGHTS, weights)
+            (scratch / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+            final = manifest.model_copy(
+                update={"name": name, "sha256": file_sha256(scratch / WEIGHTS)}
+            )
+            _write_words(scratch, final)
+            _replace(scratch, self.root / name)
+        return Stored(name, self.root / name, weights, dict(config), final)
+
+    def describe(self, name: str, manifest: Manifest) -> None:
+        """Replace an adapter's manifest and card, its weights staying as they are."""
+        source = self.path(name)
+        with self._changing(name) as scratch:
+            for file in (WEIGHTS, CONFIG):
+                os.link(source / file, scratch / file)
+            _write_words(scratch, manifest)
+            _replace(scratch, source)
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter."""
+        source = self.path(name)
+        with self._changing(name) as scratch:
+            _replace(source, scratch / "gone")
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[Path]:
+        """Hold the pool's lock; give a scratch folder inside it that is gone afterwards."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=f"{TEMPORARY}{name}-"))
+                try:
+                    scratch.chmod(0o755)
+                    yield scratch
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+        except OSError as error:
+            if isinstance(error, PoolError):
+                raise
+            raise PoolError(_explain(error, self.root, name)) from error
+
+    @contextmanager
+    def _locked(self, *, wait: bool = True) -> Iterator[bool]:
+        with (self.root / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def _sweep(self) -> None:
+        """Remove what killed runs left, unless another process is at work here right now."""
+        if not self.root.is_dir() or not any(self.root.glob(f"{TEMPORARY}*")):
+            return
+        try:
+            with self._locked(wait=False) as mine:
+                if mine:
+                    for left in self.root.glob(f"{TEMPORARY}*"):
+                        shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            return  # a pool that may only be read stays as it is
+
+
+def check_name(name: str) -> str:
+    """Return `name` when it can name an adapter, else raise UsageError."""
+    if name in RESERVED:
+        raise UsageError(f"{name!r} is a reserved word; choose another name for the adapter")
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"adapter name {name!r}: allowed are 1 to 96 letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit"
+        )
+    return name
+
+
+def read_stored(folder: Path, name: str) -> Stored:
+    """Read an adapter folder, inside a pool or not; raise AdapterError when it cannot be trusted."""
+    weights, config = read_folder(folder)
+    manifest = read_manifest(folder)
+    if manifest is not None and (actual := file_sha256(folder / WEIGHTS)) != manifest.sha256:
+        raise AdapterError(
+            f"{folder / WEIGHTS} is not the file that {MANIFEST} describes: sha256 {actual[:12]}..., "
+            f"expected {manifest.sha256[:12]}...; pull or train the adapter again"
+        )
+    return Stored(name, folder, weights, config, manifest)
+
+
+def _write_words(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(manifest), encoding="utf-8")
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Put the folder `source` where `target` is or shall be, in one rename.
+
+    Folders cannot be overwritten by a rename; Linux can exchange two in one call. Where it cannot, the
+    old folder steps aside first: the only moment in which a reader could find neither.
+    """
+    for file in source.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if not target.exists():
+        os.rename(source, target)
+    elif not _exchange(source, target):
+        aside = source.with_name(source.name + "-old")
+        os.rename(target, aside)
+        os.rename(source, target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = (os.fsencode(one), os.fsencode(other))
+    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+def _explain(error: OSError, root: Path, name: str) -> str:
+    before = f"adapter {name!r} was not saved to {root}"
+    after = "what was in the pool before is unchanged"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{before}: the disk is full; {after}. Free some space and try again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{before}: no permission to write there; {after}. Choose another pool folder."
+    return f"{before}: {error}; {after}."

@@ -1,0 +1,61 @@
+"""Progress bars for long work: one bar per adapter in training, one per task in judging."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID as BarID
+
+from adapterhub_chat.train import Event
+
+
+class Bars:
+    """Shows training events and judged items as they come; silent when `show` is False."""
+
+    def __init__(self, console: Console, *, show: bool = True) -> None:
+        """Draw on `console`."""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not show,
+        )
+        self._bars: dict[str, BarID] = {}
+
+    def __enter__(self) -> Bars:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    def on_event(self, event: Event) -> None:
+        """Show one training event."""
+        bar = self._bar(f"train {event.adapter}", event.total)
+        note = f"loss {event.values['loss']:.3f}" if "loss" in event.values else ""
+        if event.kind == "validation":
+            note = f"validation {event.values['loss']:.3f}"
+        if event.kind == "stop":
+            note = f"{event.note}, best validation {event.values['loss']:.3f}"
+        self._progress.update(bar, completed=event.step, note=note)
+
+    def on_judged(self, task: str, n: int) -> None:
+        """Show that `n` more items of a task have been judged."""
+        self._progress.advance(self._bar(f"judge {task}", None), n)
+
+    def _bar(self, title: str, total: int | None) -> BarID:
+        if title not in self._bars:
+            self._bars[title] = self._progress.add_task(title, total=total, note="")
+        return self._bars[title]

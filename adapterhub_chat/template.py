@@ -1,0 +1,105 @@
+"""Messages to token ids: one prompt, and the continuations that the loss or a judge looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapterhub_chat.task import placeholders, render_prompt
+from adapterhub_chat.types import Example, Message, PromptContract
+
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+"""For tokenizers without a chat template (base models): the turns, a line each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt with one continuation (the answer, in training) or several (labels to compare)."""
+
+    prompt: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that enter the model: a continuation's last token is only ever predicted."""
+        return len(self.prompt) + sum(len(c) - 1 for c in self.continuations)
+
+
+def primary_field(template: str) -> str:
+    """Return the field that a bare text fills: the last one that the template requires."""
+    named = placeholders(template)
+    required = [name for name, needed in named.items() if needed]
+    return (required or list(named) or ["text"])[-1]
+
+
+def messages_of(contract: PromptContract, example: Example) -> list[Message]:
+    """Return the conversation up to the model's turn, by the example's own contract if it has one."""
+    contract = example.contract or contract  # in a mixture every example keeps its own
+    system = [Message("system", contract.system)] if contract.system else []
+    user = Message("user", render_prompt(contract.template, example.fields))
+    return [*system, *example.history, user]
+
+
+def encode_prompts(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]]
+) -> list[tuple[int, ...]]:
+    """Return the ids of each conversation, opened for the assistant's turn."""
+    if not conversations:
+        return []
+    rendered = tokenizer.apply_chat_template(
+        [[{"role": m.role, "content": m.content} for m in turns] for turns in conversations],
+        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return [tuple(ids) for ids in tokenizer(rendered, add_special_tokens=False).input_ids]
+
+
+def encode_answers(
+    tokenizer: Any, answers: Sequence[str], *, end: bool = True
+) -> list[tuple[int, ...]]:
+    """Return the ids of each answer, with the end-of-turn token unless `end` is False."""
+    if not answers:
+        return []
+    tail = (int(tokenizer.eos_token_id),) if end else ()
+    return [(*ids, *tail) for ids in tokenizer(list(answers), add_special_tokens=False).input_ids]
+
+
+def encode_examples(
+    tokenizer: Any, contract: PromptContract, examples: Iterable[Example], *, max_length: int
+) -> list[Encoded]:
+    """Return each example with its answer (a label's words) as the one continuation, for training."""
+    listed = list(examples)
+    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in listed])
+    words = [(e.contract or contract).labels.get(e.answer, e.answer) for e in listed]
+    answers = encode_answers(tokenizer, words)
+    return [fit(p, (a,), max_length) for p, a in zip(prompts, answers, strict=True)]
+
+
+def encode_choices(
+    tokenizer: Any, contract: PromptContract, examples: Iterable[Example], *, max_length: int
+) -> list[Encoded]:
+    """Return each example with every label's words as a continuation, in the order of the label set.
+
+    The end-of-turn token takes part only where one label's tokens begin another's.
+    """
+    words = list(contract.labels.values())
+    labels = encode_answers(tokenizer, words, end=False)
+    if any(a != b and b[: len(a)] == a for a in labels for b in labels):
+        labels = encode_answers(tokenizer, words)
+    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
+    return [fit(p, tuple(labels), max_length) for p in prompts]
+
+
+def fit(
+    prompt: tuple[int, ...], continuations: tuple[tuple[int, ...], ...], max_length: int
+) -> Encoded:
+    """Return the Encoded cut to `max_length` inputs: answers lose their end, prompts their middle."""
+    room = max(2, max_length // (2 * len(continuations)))
+    kept = tuple(c if len(c) <= room else c[:room] for c in continuations)
+    space = max_length - sum(len(c) - 1 for c in kept)
+    if len(prompt) > space:
+        head = space // 4
+        prompt = prompt[:head] + prompt[len(prompt) - (space - head) :]
+    return Encoded(prompt, kept)

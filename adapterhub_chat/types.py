@@ -1,0 +1,132 @@
+"""The nouns that travel between modules: small, frozen, without behaviour that needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+BACKBONE = "backbone"
+"""Reserved adapter name: no adapter at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptContract:
+    """How a task speaks to the model; kept in the manifest and applied per row of a mixed batch."""
+
+    template: str = "{text}"
+    """The user's turn; `{name}` stands for a field of the example."""
+    system: str = ""
+    """The system turn."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Label -> the words the model says for it; empty for free text."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer (besides the end-of-turn token)."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus kept when sampling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One item of a task: fields for the template, earlier turns, and what counts as right."""
+
+    fields: Mapping[str, str]
+    answer: str
+    """The text (or, in a label task, the label) that training teaches."""
+    references: tuple[str, ...] = ()
+    """All accepted answers; the judge takes the best. Empty: `(answer,)`."""
+    history: tuple[Message, ...] = ()
+    """Turns before the user's last one."""
+    group: str = ""
+    """Examples of one group (a conversation, say) stay in one split. Empty: on its own."""
+    contract: PromptContract | None = None
+    """Its own contract, where examples of several tasks are mixed; else the task's."""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every answer that the judge accepts."""
+        return self.references or (self.answer,)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A measured number with its 95 % bootstrap interval, beside the backbone's own."""
+
+    adapter: str
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    backbone_value: float | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Weights over adapters for one row: a row of M, by name. Empty: the bare backbone."""
+
+    weights: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters with a weight."""
+        return tuple(name for name, _ in self.weights)
+
+    def __str__(self) -> str:
+        """Return `qa`, `qa=0.5 generation=0.5` or `backbone`."""
+        if not self.weights:
+            return BACKBONE
+        if len(self.weights) == 1 and self.weights[0][1] == 1.0:
+            return self.weights[0][0]
+        return " ".join(f"{name}={weight:g}" for name, weight in self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What an adapter needs to find again in a backbone: short hashes, and its precision."""
+
+    architecture: str
+    config: str
+    tokenizer: str
+    template: str
+    weights: str
+    quantization: str = "none"
+    dtype: str = "float32"
+
+    def differences(self, other: Fingerprint) -> tuple[str, ...]:
+        """Return the fields, precision apart, in which `other` differs."""
+        fields = ("architecture", "config", "tokenizer", "template", "weights")
+        return tuple(f for f in fields if getattr(self, f) != getattr(other, f))
+
+
+AdapterChoice = str | Mapping[str, float] | Mix | None
+"""What callers may write for a row: a name, weights by name, a Mix, or None for the backbone."""
+
+
+def as_mix(choice: AdapterChoice) -> Mix:
+    """Return the Mix that `choice` means; zero weights drop out."""
+    if isinstance(choice, Mix):
+        return choice
+    if choice is None or choice == BACKBONE:
+        return Mix()
+    if isinstance(choice, str):
+        return Mix(((choice, 1.0),))
+    return Mix(tuple((n, float(w)) for n, w in choice.items() if w != 0 and n != BACKBONE))

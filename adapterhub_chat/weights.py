@@ -1,0 +1,100 @@
+"""AdapterWeights: the numbers of one LoRA adapter, apart from any model, slot or file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""Module name -> (A (r, in), B (out, r))."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """LoRA factors by module name; ranks and alphas may differ between modules."""
+
+    factors: Factors
+    alphas: Mapping[str, float]
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r."""
+
+    def rank(self, module: str) -> int:
+        """Return r of one module."""
+        return int(self.factors[module][0].shape[0])
+
+    def scale(self, module: str) -> float:
+        """Return the factor that multiplies B A x."""
+        rank = self.rank(module)
+        return self.alphas[module] / (math.sqrt(rank) if self.rslora else rank)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank, which decides the rank bucket."""
+        return max(self.rank(m) for m in self.factors)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the adapter has."""
+        return sum(a.numel() + b.numel() for a, b in self.factors.values())
+
+    def with_factors(self, factors: Factors) -> AdapterWeights:
+        """Return the same adapter with other numbers of the same shapes."""
+        return replace(self, factors=MappingProxyType(dict(factors)))
+
+    def to(self, dtype: torch.dtype) -> AdapterWeights:
+        """Return the adapter rounded to `dtype`."""
+        return self.with_factors(
+            {m: (a.to(dtype), b.to(dtype)) for m, (a, b) in self.factors.items()}
+        )
+
+
+def initial_weights(
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    rank: int,
+    alpha: float,
+    rslora: bool = False,
+    seed: int,
+) -> AdapterWeights:
+    """Return a fresh adapter that does nothing yet: A uniform as in PEFT's default, B zero.
+
+    `shapes` maps each module to (in, out). Every module draws from its own generator, seeded by `seed`
+    and its name, so that an adapter starts the same whatever is trained beside it.
+    """
+    factors = {}
+    for module, (width_in, width_out) in shapes.items():
+        generator = torch.Generator().manual_seed(_seed_of(seed, module))
+        bound = 1 / math.sqrt(width_in)  # kaiming_uniform with a = sqrt(5)
+        a = torch.empty(rank, width_in).uniform_(-bound, bound, generator=generator)
+        factors[module] = (a, torch.zeros(width_out, rank))
+    return AdapterWeights(factors, dict.fromkeys(shapes, float(alpha)), rslora)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    mixed = seed
+    for byte in name.encode():
+        mixed = (mixed * 1_000_003 + byte) % (2**63)
+    return mixed
+
+
+def misfits(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]]) -> Sequence[str]:
+    """Return a sentence for every module that is missing from `shapes` or has other sizes."""
+    found = []
+    for module, (a, b) in weights.factors.items():
+        if module not in shapes:
+            found.append(f"the backbone has no linear layer {module!r}")
+        elif (a.shape[1], b.shape[0]) != shapes[module]:
+            found.append(
+                f"{module}: the adapter maps {a.shape[1]} -> {b.shape[0]}, "
+                f"the backbone {shapes[module][0]} -> {shapes[module][1]}"
+            )
+        elif a.shape[0] != b.shape[1]:
+            found.append(f"{module}: A has rank {a.shape[0]}, B has rank {b.shape[1]}")
+        elif not (a.isfinite().all() and b.isfinite().all()):
+            found.append(f"{module}: some numbers are not finite")
+    return found

@@ -1,0 +1,22 @@
+"""Short questions about films, games, series and brands."""
+
+from adapterhub_chat.sources import SHORT_ANSWER, red_trivia
+from adapterhub_chat.task import Task, split_examples
+
+LISTS = (
+    *("2015", "2016", "anime", "disney", "entertainment", "finalfantasy", "gameofthrones"),
+    *("games", "harrypotter", "pokemon", "starwars"),
+)
+
+
+def task() -> Task:
+    """Return the task."""
+    return Task(
+        name="entertainment",
+        contract=SHORT_ANSWER,
+        metric="token_f1",
+        load=lambda: split_examples(red_trivia(*LISTS), SHORT_ANSWER, source="entertainment"),
+        about="Trivia about films, games and series.",
+        licence="GPL-3.0 (fetched, not redistributed)",
+        sources=("Red-Trivia==1.1.1",),
+    )
