@@ -1,61 +1,51 @@
-"""AdapterHub: the Python face. It wires the parts together and is the edge that writes files."""
+"""AdapterHub: the Python face. Short methods over the parts; what they do is said where it is done."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterhub_chat import evaluate as judging
-from adapterhub_chat.assets import ASSETS
 from adapterhub_chat.backbone import Quantize, load_backbone
-from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.errors import AdapterError, DataError, UsageError
-from adapterhub_chat.folder import config_of
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.generate import Request, Sampling
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
-from adapterhub_chat.manifest import Manifest, Training
+from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
-from adapterhub_chat.runlog import RunLog
-from adapterhub_chat.sequence import train_sequence
+from adapterhub_chat.pool import Pool
+from adapterhub_chat.prompt import fields_of
+from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.template import (
-    encode_examples,
-    encode_prompts,
-    messages_of,
-    primary_field,
-)
-from adapterhub_chat.train import Event, Job, Trained, train
-from adapterhub_chat.trust import (
-    Status,
-    Verdict,
-    check_fit,
-    make_probe,
-    probe_problem,
-    status_of,
-)
+from adapterhub_chat.template import encode_prompts, messages_of
+from adapterhub_chat.trust import Status, Verdict, status_of
 from adapterhub_chat.types import (
+    NO_ADAPTER,
     AdapterChoice,
     Example,
     Message,
     Mix,
     PromptContract,
     Score,
-    as_mix,
+    Turn,
+    as_message,
 )
-
-Turn = Message | Mapping[str, str]
+from adapterhub_chat.workshop import (
+    SILENT,
+    How,
+    Listeners,
+    configs_of,
+    judge_task,
+    make_adapters,
+    measure,
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +74,11 @@ class Prediction:
 class AdapterHub:
     """One frozen backbone, a pool of adapters, and every way to use them together.
 
-    `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that keeps
-    adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the best that the hardware computes
-    natively; `device` None takes CUDA when there is one. Methods may be called from several threads.
+    `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that
+    keeps adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the best that the hardware
+    computes natively; `device` None takes CUDA when there is one. Methods may be called from several
+    threads. Wherever an adapter may be named, weights by name ({"qa": 0.5, "generation": 0.5}) make a
+    mixture and None or "backbone" means no adapter.
     """
 
     def __init__(
@@ -102,51 +94,35 @@ class AdapterHub:
         self.pool = Pool(pool)
         self.backbone = load_backbone(backbone, dtype=dtype, device=device, quantize=quantize)
         self.model = AdapterModel(self.backbone)
-        self._stored: dict[str, Stored] = {}
-        self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=Mix())
+        self._shelf = Shelf(self.model, self.pool)
+        self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 
-    # -- loading -------------------------------------------------------------------------------------
+    # -- loading -----------------------------------------------------------------------------------
 
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Load an adapter from the pool by name, or from any PEFT LoRA folder; return its name.
 
-        Raises AdapterError, with nothing changed, when it is damaged or made for another backbone; warns
-        when it is only compatible (another precision) or unverified (no manifest).
+        Raises AdapterError, with nothing changed, when it is damaged, made for another backbone, or no
+        longer answers its recorded probe; warns when it is only compatible (another precision) or
+        unverified (no manifest).
         """
-        stored = self._find(source, name)
-        verdict = check_fit(stored, self.model)
-        if not verdict.ok:
-            raise AdapterError(
-                f"adapter {stored.name!r} is refused on {self.backbone.name}: "
-                + "; ".join(verdict.problems)
-            )
-        if verdict.status != "exact":
-            detail = "; ".join(verdict.problems)
-            warnings.warn(f"adapter {stored.name!r} is {verdict.status}: {detail}", stacklevel=2)
-        self.model.load(stored.name, stored.weights)
-        self._stored[stored.name] = stored
-        probe = stored.manifest.probe if stored.manifest else None
-        if problem := probe_problem(self.model, stored.name, probe, verdict.status):
-            self.unload(stored.name)
-            raise AdapterError(f"adapter {stored.name!r} does not do what it did: {problem}")
-        return stored.name
+        return self._shelf.load(source, name)
 
     def unload(self, name: str) -> None:
         """Free the adapter's slot; the pool keeps it."""
-        self.model.unload(name)
-        self._stored.pop(name, None)
+        self._shelf.unload(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is in the pool and what is loaded."""
         infos = []
         for name in sorted({*self.pool.names(), *self.model.names}):
-            stored = self._stored.get(name)
+            stored = self._shelf.stored(name)
             manifest = stored.manifest if stored else self.pool.manifest(name)
             weights = stored.weights if stored else None
             infos.append(
                 AdapterInfo(
                     name=name,
-                    loaded=name in self.model.names,
+                    loaded=stored is not None,
                     status=status_of(manifest, self.backbone.fingerprint),
                     task=", ".join(manifest.training.tasks) if manifest else "",
                     rank=weights.max_rank if weights else 0,
@@ -158,21 +134,7 @@ class AdapterHub:
 
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter against this backbone: bytes, shapes, fingerprint, and the recorded probe."""
-        try:
-            stored = self._find(source, None)
-        except AdapterError as error:
-            return Verdict(False, "refused", (str(error),))
-        verdict = check_fit(stored, self.model)
-        if not verdict.ok:
-            return verdict
-        scratch = replace(stored, name=f"verify-{stored.name}-{time.monotonic_ns()}")
-        self.model.load(scratch.name, scratch.weights)
-        try:
-            probe = stored.manifest.probe if stored.manifest else None
-            problem = probe_problem(self.model, scratch.name, probe, verdict.status)
-        finally:
-            self.model.unload(scratch.name)
-        return Verdict(False, "refused", (problem,)) if problem else verdict
+        return self._shelf.verify(source)
 
     @contextlib.contextmanager
     def use(self, adapter: AdapterChoice) -> Iterator[AdapterHub]:
@@ -180,7 +142,7 @@ class AdapterHub:
 
         Also reaches direct calls of `hub.backbone.model`, transformers' own object.
         """
-        mix = self._ready([adapter])[0]
+        (mix,) = self._shelf.ready([adapter])
         token = self._default.set(mix)
         try:
             with self.model.mixing([mix]):
@@ -188,7 +150,7 @@ class AdapterHub:
         finally:
             self._default.reset(token)
 
-    # -- using ---------------------------------------------------------------------------------------
+    # -- using -------------------------------------------------------------------------------------
 
     def chat(
         self,
@@ -200,12 +162,16 @@ class AdapterHub:
         seed: int | None = None,
         on_text: Callable[[int, str], None] = lambda _row, _piece: None,
     ) -> list[str]:
-        """Answer every conversation in ONE batch, row i by `adapters[i]` under its own prompt contract."""
+        """Answer every conversation in ONE batch, row i by `adapters[i]` under its own contract.
+
+        `on_text(row, piece)` hears of every piece of text as it comes. Options that are None are the
+        contract's own.
+        """
         mixes = self._mixes(adapters, len(conversations))
-        contracts = [self._contract(mix) for mix in mixes]
+        contracts = [self._shelf.contract(mix) for mix in mixes]
         turns = [
-            self._conversation(c, contract)
-            for c, contract in zip(conversations, contracts, strict=True)
+            _conversation(listed, contract)
+            for listed, contract in zip(conversations, contracts, strict=True)
         ]
         prompts = encode_prompts(self.backbone.tokenizer, turns)
         requests = []
@@ -254,13 +220,15 @@ class AdapterHub:
         Label tasks are decided by the likelihood of each label, all others by generating the answer.
         Inputs are texts, or the contract's fields by name.
         """
-        mix = self._ready([adapter])[0]
-        contract = load_task_or(task).contract if task is not None else self._contract(mix)
+        (mix,) = self._shelf.ready([adapter])
+        contract = self._shelf.contract(mix) if task is None else _task(task).contract
         if contract is None:
             raise UsageError(
                 f"adapter {str(mix)!r} has no prompt contract; name a task: predict(..., task='qa')"
             )
-        examples = [Example(_fields(contract, given, i), "") for i, given in enumerate(inputs)]
+        examples = [
+            Example(fields_of(contract.template, given, i), "") for i, given in enumerate(inputs)
+        ]
         if not contract.labels:
             texts = judging.answers(self.model, contract, examples, [mix] * len(examples))
             return [Prediction(text, str(mix)) for text in texts]
@@ -273,66 +241,48 @@ class AdapterHub:
             found.append(Prediction(contract.labels[label], str(mix), label, scores))
         return found
 
-    # -- learning ------------------------------------------------------------------------------------
+    # -- learning ----------------------------------------------------------------------------------
 
     def train(
         self,
         tasks: Sequence[str | Path | Task],
-        how: Literal["joint", "sequence"] = "joint",
+        how: How = "joint",
         *,
         names: Sequence[str] | None = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         test_examples: int = 200,
         save_dtype: torch.dtype = torch.float32,
         run_dir: str | Path | None = None,
-        on_event: Callable[[Event], None] = lambda _: None,
-        on_judged: Callable[[str, int], None] = lambda _what, _n: None,
+        listeners: Listeners = SILENT,
         **shared: Any,
     ) -> dict[str, Manifest]:
-        """Train one adapter per task, save each to the pool, and load it; return the manifests.
+        """Train one adapter per task, save each to the pool and load it; return the manifests.
 
-        `how` is "joint" (all in every batch) or "sequence" (one after another). `shared` are TrainConfig
-        fields for all adapters, `settings[name]` those of one. Each adapter is measured on
-        `test_examples` of its task's test split beside the backbone (0: not measured). Ctrl-C keeps what
-        was best so far.
+        `how` is "joint" (all in every batch) or "sequence" (one after another). `shared` are
+        TrainConfig fields for all adapters, `settings[name]` those of one. Each adapter is measured on
+        `test_examples` of its task's test split beside the backbone (0: not measured). Ctrl-C keeps
+        what was best so far, unmeasured.
         """
-        if how not in ("joint", "sequence"):
-            raise UsageError(f"how={how!r}: allowed are 'joint' and 'sequence'")
-        loaded = [load_task_or(task) for task in tasks]
-        titles = list(names) if names is not None else [task.name for task in loaded]
+        loaded = [_task(task) for task in tasks]
+        titles = [task.name for task in loaded] if names is None else list(names)
         if len(titles) != len(loaded):
             raise UsageError(f"{len(loaded)} tasks but {len(titles)} names: give one name per task")
-        configs = _configs(titles, shared, settings or {})
-        jobs = [
-            self._job(check_name(name), task, config)
-            for name, task, config in zip(titles, loaded, configs, strict=True)
-        ]
+        if len(set(titles)) < len(titles):
+            raise UsageError(f"adapter names must differ: {', '.join(titles)}")
         by_name = dict(zip(titles, loaded, strict=True))
-        manifests: dict[str, Manifest] = {}
-        with contextlib.ExitStack() as stack:
-            log = stack.enter_context(RunLog(Path(run_dir))) if run_dir is not None else None
-
-            def tell(event: Event) -> None:
-                on_event(event)
-                if log is not None:
-                    log(event)
-
-            finished: Any = (
-                train(self.model, jobs, on_event=tell).items()
-                if how == "joint"
-                else train_sequence(self.model, jobs, on_event=tell)
-            )
-            for name, trained in finished:
-                job = jobs[titles.index(name)]
-                beside = [t for t in titles if t != name] if how == "joint" else []
-                manifests[name] = self._keep(
-                    by_name[name], job, trained, how=how, beside=beside, dtype=save_dtype
-                )
-        if test_examples and not any(
-            m.training.stopped == "interrupted" for m in manifests.values()
-        ):
-            for name in manifests:
-                manifests[name] = self._measure(name, by_name[name], test_examples, on_judged)
+        manifests = make_adapters(
+            self._shelf,
+            by_name,
+            configs_of(titles, shared, settings or {}),
+            how,
+            save_dtype=save_dtype,
+            run_dir=None if run_dir is None else Path(run_dir),
+            listeners=listeners,
+        )
+        interrupted = any(m.training.stopped == "interrupted" for m in manifests.values())
+        if test_examples and not interrupted:
+            finished = {name: by_name[name] for name in manifests}
+            return measure(self._shelf, finished, test_examples, listeners)
         return manifests
 
     def evaluate(
@@ -341,122 +291,38 @@ class AdapterHub:
         tasks: Sequence[str | Path | Task] | None = None,
         *,
         limit: int = 0,
-        on_judged: Callable[[str, int], None] = lambda _what, _n: None,
+        listeners: Listeners = SILENT,
     ) -> list[Score]:
         """Score adapters on the test splits of tasks, with intervals and the backbone's own value.
 
-        Without `adapters`: all of the pool. Without `tasks`: each adapter on the tasks it was trained on.
-        `limit` bounds the items (0: all).
+        Without `adapters`: all of the pool. Without `tasks`: each adapter on the tasks it was trained
+        on. `limit` bounds the items (0: all).
         """
-        chosen = list(adapters) if adapters is not None else list(self.pool.names())
-        mixes = self._ready(chosen)
+        mixes = self._shelf.ready(self.pool.names() if adapters is None else adapters)
         named = [(str(mix), mix) for mix in mixes]
-        if tasks is not None:
-            pairs = [(load_task_or(task), named) for task in tasks]
-        else:
-            pairs = _own_tasks(named, self._stored)
-        scores = []
-        for task, group in pairs:
-            examples = _limited(task.split("test"), limit)
-            if not examples:
-                raise DataError(f"task {task.name!r} has no test examples")
-            scores += judging.evaluate(self.model, group, [(task, examples)], on_progress=on_judged)
-        return scores
+        pairs = self._own_tasks(named) if tasks is None else [(_task(t), named) for t in tasks]
+        return [
+            score
+            for task, group in pairs
+            for score in judge_task(self._shelf, task, group, limit, listeners)
+        ]
 
-    # -- inside --------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
-    def _job(self, name: str, task: Task, config: TrainConfig) -> Job:
-        tokenizer = self.backbone.tokenizer
-        training = task.split("train")
-        if not training:
-            raise DataError(f"task {task.name!r} has no training examples")
-        training = _sample(training, config.train_examples, config.seed)
-        held_out = _limited(task.split("validation"), config.eval_examples)
-        if config.eval_examples == 0:
-            held_out = ()
-
-        def encoded(examples: Sequence[Example]) -> list[Any]:
-            return encode_examples(tokenizer, task.contract, examples, max_length=config.row_length)
-
-        return Job(name, encoded(training), encoded(held_out), config)
-
-    def _keep(
-        self,
-        task: Task,
-        job: Job,
-        trained: Trained,
-        *,
-        how: Literal["joint", "sequence"],
-        beside: Sequence[str],
-        dtype: torch.dtype,
-    ) -> Manifest:
-        """Load a trained adapter, record its probe, and save it."""
-        weights = trained.weights.to(dtype)
-        self.model.load(job.name, weights)
-        manifest = Manifest(
-            name=job.name,
-            about=task.about,
-            language=task.language,
-            licence=task.licence,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            backbone=self.backbone.name,
-            fingerprint=self.backbone.fingerprint,
-            contract=task.contract,
-            metric=task.metric,
-            probe=make_probe(self.model, job.name),
-            training=Training(
-                how=how,
-                tasks=(task.name,),
-                data_sha256=(task.data_hash(),),
-                beside=tuple(beside),
-                settings=job.config.model_dump(),
-                steps=trained.steps,
-                best_step=trained.best_step,
-                tokens=trained.tokens,
-                seconds=round(trained.seconds, 1),
-                validation_loss=trained.best_loss if trained.best_step else None,
-                stopped=trained.stopped,
-            ),
-        )
-        config = config_of(weights, _base_model(self.backbone.name), self.model.shapes)
-        stored = self.pool.save(job.name, weights, config, manifest)
-        assert stored.manifest is not None
-        self._stored[job.name] = stored
-        return stored.manifest
-
-    def _measure(
-        self, name: str, task: Task, limit: int, on_judged: Callable[[str, int], None]
-    ) -> Manifest:
-        """Score a pool member on its own task and write the score into its manifest and card."""
-        examples = _limited(task.split("test"), limit)
-        mix = as_mix(name)
-        scores = judging.evaluate(
-            self.model, [(name, mix)], [(task, examples)], on_progress=on_judged
-        )
-        stored = self._stored[name]
-        assert stored.manifest is not None
-        manifest = stored.manifest.with_scores(scores)
-        self.pool.describe(name, manifest)
-        self._stored[name] = replace(stored, manifest=manifest)
-        return manifest
-
-    def _find(self, source: str | Path, name: str | None) -> Stored:
-        """Return the pool member called `source`, else the adapter in the folder `source`."""
-        if isinstance(source, str) and source in self.pool:
-            stored = self.pool.load(source)
-            return replace(stored, name=name) if name else stored
-        folder = Path(source).expanduser()
-        if isinstance(source, Path) or folder.is_dir():
-            return read_stored(folder, check_name(name or folder.resolve().name))
-        return self.pool.load(source)  # raises, naming the adapters that are there
-
-    def _ready(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
-        """Return the mixes, after loading from the pool what they name and is not loaded yet."""
-        mixes = [as_mix(choice) for choice in choices]
-        for name in dict.fromkeys(n for mix in mixes for n in mix.names):
-            if name not in self.model.names:
-                self.load(name)
-        return mixes
+    def _own_tasks(
+        self, named: Sequence[tuple[str, Mix]]
+    ) -> list[tuple[Task, list[tuple[str, Mix]]]]:
+        groups: dict[str, list[tuple[str, Mix]]] = {}
+        for name, mix in named:
+            stored = self._shelf.stored(name)
+            trained_on = stored.manifest.training.tasks if stored and stored.manifest else ()
+            if not trained_on:
+                raise UsageError(
+                    f"adapter {name!r} does not say what it was trained on; name tasks"
+                )
+            for task in trained_on:
+                groups.setdefault(task, []).append((name, mix))
+        return [(load_task(task), group) for task, group in groups.items()]
 
     def _mixes(self, adapters: Sequence[AdapterChoice] | None, rows: int) -> list[Mix]:
         """Return one mix a row; without `adapters`, the thread's default for all."""
@@ -466,7 +332,7 @@ class AdapterHub:
             raise UsageError(f"adapters={adapters!r} must be a list with one entry per row")
         if len(adapters) != rows:
             raise UsageError(f"{rows} rows but {len(adapters)} adapters: give one per row")
-        return self._ready(adapters)
+        return self._shelf.ready(adapters)
 
     def _raw(
         self,
@@ -480,101 +346,20 @@ class AdapterHub:
         ids = self.backbone.tokenizer(list(prompts)).input_ids if prompts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]
 
-    def _contract(self, mix: Mix) -> PromptContract | None:
-        """Return the contract of the mix's heaviest adapter."""
-        if not mix.weights:
-            return None
-        heaviest = max(mix.weights, key=lambda pair: abs(pair[1]))[0]
-        stored = self._stored.get(heaviest)
-        return stored.manifest.contract if stored and stored.manifest else None
 
-    def _conversation(
-        self, turns: Sequence[Turn], contract: PromptContract | None
-    ) -> list[Message]:
-        """Return the messages as the adapter was taught to see them."""
-        listed = [t if isinstance(t, Message) else _message(t) for t in turns]
-        if not listed or listed[-1].role != "user":
-            raise UsageError("a conversation must end with a message whose role is 'user'")
-        if contract is None or any(m.role == "system" for m in listed):
-            return listed
-        fields = {primary_field(contract.template): listed[-1].content}
-        return messages_of(contract, Example(fields, "", history=tuple(listed[:-1])))
-
-
-def load_task_or(task: str | Path | Task) -> Task:
-    """Return `task` itself, or the task of that name or file."""
+def _task(task: str | Path | Task) -> Task:
     return load_task(task) if isinstance(task, str | Path) else task
 
 
-def _message(turn: Mapping[str, str]) -> Message:
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ("system", "user", "assistant") or not isinstance(content, str):
-        raise UsageError(
-            f"message {dict(turn)!r}: it needs a role (system, user or assistant) and a text content"
-        )
-    return Message(role, content)  # type: ignore[arg-type]
-
-
-def _fields(contract: PromptContract, given: str | Mapping[str, str], row: int) -> dict[str, str]:
-    main = primary_field(contract.template)
-    if isinstance(given, str):
-        return {main: given}
-    fields = {key: str(value) for key, value in given.items()}
-    if main not in fields and "text" in fields:
-        fields[main] = fields["text"]
-    if main not in fields:
-        raise UsageError(
-            f"input {row} has {', '.join(fields) or 'no field'}; the task needs {main!r} (or 'text')"
-        )
-    return fields
-
-
-def _configs(
-    names: Sequence[str], shared: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]
-) -> list[TrainConfig]:
-    if unknown := [name for name in settings if name not in names]:
-        raise UsageError(
-            f"settings for {', '.join(unknown)}, which this run does not train; "
-            f"it trains {', '.join(names)}"
-        )
-    return [
-        read_settings(TrainConfig, {**shared, **settings.get(name, {})}, f"settings of {name!r}")
-        for name in names
-    ]
-
-
-def _own_tasks(
-    named: Sequence[tuple[str, Mix]], stored: Mapping[str, Stored]
-) -> list[tuple[Task, list[tuple[str, Mix]]]]:
-    groups: dict[str, list[tuple[str, Mix]]] = {}
-    for name, mix in named:
-        manifest = stored[name].manifest if name in stored else None
-        if manifest is None or not manifest.training.tasks:
-            raise UsageError(
-                f"adapter {name!r} does not say what it was trained on; name the tasks"
-            )
-        for task in manifest.training.tasks:
-            groups.setdefault(task, []).append((name, mix))
-    return [(load_task(task), group) for task, group in groups.items()]
-
-
-def _sample(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
-    """Return `limit` examples drawn without replacement (all when 0), in their old order."""
-    if not limit or limit >= len(examples):
-        return list(examples)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(examples), generator=generator)[:limit]
-    return [examples[i] for i in sorted(chosen.tolist())]
-
-
-def _limited(examples: Sequence[Example], limit: int) -> list[Example]:
-    return _sample(examples, limit, seed=0)
-
-
-def _base_model(name: str) -> str:
-    """Return the Hub id that plain PEFT users load: a packaged backbone's upstream, else the name."""
-    asset = ASSETS.get(name)
-    return getattr(asset, "upstream", "") or name
+def _conversation(turns: Sequence[Turn], contract: PromptContract | None) -> list[Message]:
+    """Return the messages as the adapter was taught to see them."""
+    listed = [as_message(turn) for turn in turns]
+    if not listed or listed[-1].role != "user":
+        raise UsageError("a conversation must end with a message whose role is 'user'")
+    if contract is None or any(m.role == "system" for m in listed):
+        return listed
+    fields = fields_of(contract.template, listed[-1].content)
+    return messages_of(contract, Example(fields, "", history=tuple(listed[:-1])))
 
 
 __all__ = ["AdapterHub", "AdapterInfo", "Prediction", "Verdict"]

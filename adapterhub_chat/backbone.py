@@ -42,7 +42,7 @@ ARCHITECTURE_KEYS = (
     "rope_parameters", "tie_word_embeddings", "sliding_window", "n_embd", "n_layer", "n_head",
 )  # fmt: skip
 """Settings that decide what the weights mean; all others may differ between transformers versions."""
-PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好，世界 ε→∞ 🙂 don't"
+PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好世界 ε→∞ 🙂 don't"
 
 log = logging.getLogger("adapterhub_chat")
 
@@ -204,7 +204,7 @@ def _keep_gradients_through_4bit(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def fingerprint_of(

@@ -24,12 +24,12 @@ class ChatSession:
         """Start with the bare backbone and no history."""
         self.hub, self.write = hub, write
         self.mix, self.history, self.ended = Mix(), list[Message](), False
-        self._commands = {
+        self._commands: dict[str, Callable[[str], None]] = {
             "/use": self.use,
             "/mix": self.blend,
             "/list": self.list,
             "/reset": self.reset,
-            "/help": lambda _: write(HELP),
+            "/help": self.help,
             "/quit": self.quit,
             "/exit": self.quit,
         }
@@ -81,6 +81,10 @@ class ChatSession:
     def reset(self, _: str = "") -> None:
         """Forget the conversation."""
         self.history = []
+
+    def help(self, _: str = "") -> None:
+        """Show the commands."""
+        self.write(HELP)
 
     def quit(self, _: str = "") -> None:
         """End the session."""

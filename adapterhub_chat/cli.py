@@ -121,7 +121,7 @@ def demo(
     )
     hub = _hub(backbone, pool, None, dtype, device, say)
     with Bars(err, show=not as_json) as bars:
-        result = run_demo(hub, on_event=bars.on_event, on_judged=bars.on_judged)
+        result = run_demo(hub, listeners=bars.listeners)
     if as_json:
         _print_json({**result.as_json(), **_precision(hub)})
         return
@@ -190,8 +190,7 @@ def train(
             },
             test_examples=run.test_examples,
             run_dir=folder,
-            on_event=bars.on_event,
-            on_judged=bars.on_judged,
+            listeners=bars.listeners,
             **run.settings,
         )
     if as_json:
@@ -232,7 +231,7 @@ def evaluate(
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items."""
     hub = _hub(backbone, pool, quantize, dtype, device, _Say(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
-        scores = hub.evaluate(adapter or None, task or None, limit=limit, on_judged=bars.on_judged)
+        scores = hub.evaluate(adapter or None, task or None, limit=limit, listeners=bars.listeners)
     if as_json:
         _print_json({"scores": [asdict(s) for s in scores]})
     else:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from adapterhub_chat.api import AdapterHub
 from adapterhub_chat.manifest import Manifest
-from adapterhub_chat.train import Event
 from adapterhub_chat.types import BACKBONE
+from adapterhub_chat.workshop import SILENT, Listeners
 
 TASKS = ("qa", "generation", "sentiment")
 SETTINGS = {"train_examples": 1600, "max_steps": 60, "eval_examples": 48, "patience": 0}
@@ -68,8 +68,7 @@ class DemoResult:
 def run_demo(
     hub: AdapterHub,
     *,
-    on_event: Callable[[Event], None] = lambda _: None,
-    on_judged: Callable[[str, int], None] = lambda _what, _n: None,
+    listeners: Listeners = SILENT,
     settings: dict[str, Any] | None = None,
     tasks: Sequence[str] = TASKS,
 ) -> DemoResult:
@@ -79,8 +78,7 @@ def run_demo(
         tasks,
         how="joint",
         test_examples=TEST_EXAMPLES,
-        on_event=on_event,
-        on_judged=on_judged,
+        listeners=listeners,
         **{**SETTINGS, **(settings or {})},
     )
     question = PROMPTS[0][1]

@@ -25,6 +25,7 @@ class ConfigError(UsageError):
     """Settings do not fit; `misfits` holds one sentence for each."""
 
     def __init__(self, source: str, misfits: Iterable[str]) -> None:
+        """Say what is wrong with `source`."""
         self.misfits = tuple(misfits)
         super().__init__(join_misfits(source, self.misfits))
 
@@ -33,6 +34,7 @@ class UnknownNameError(UsageError, KeyError):
     """A name that is not there; the message lists the names that are."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], cure: str = "") -> None:
+        """Say that there is no `kind` called `name`."""
         self.name = name
         listed = ", ".join(sorted(known)) or "none"
         super().__init__(f"unknown {kind} {name!r}; known: {listed}.{' ' + cure if cure else ''}")

@@ -137,9 +137,9 @@ def judge(
         texts = answers(model, contract, examples, mixes, on_progress=on_progress)
         accepted = [e.accepted for e in examples]
         judges = {m.name: m.judge for m in METRICS.values() if m.judge is not None}
-        rows = {name: answer_rows(j, texts, accepted) for name, j in judges.items()}
-        others = {n: METRICS[n].aggregate(r) for n, r in rows.items() if n != task.metric}
-        return Judged(rows[task.metric], others)
+        judged = {name: answer_rows(j, texts, accepted) for name, j in judges.items()}
+        others = {n: METRICS[n].aggregate(r) for n, r in judged.items() if n != task.metric}
+        return Judged(judged[task.metric], others)
     encoded = encode_examples(model.backbone.tokenizer, contract, examples, max_length=ROW_LENGTH)
     losses = sequence_losses(model, encoded, mix, on_progress=on_progress).flatten().tolist()
     return Judged(

@@ -107,15 +107,7 @@ def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
         raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     pairs, foreign = _pairs(tensors)
     found += [f"tensor {key!r} is not a LoRA factor" for key in foreign]
-    for module, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            found.append(f"{module} has lora_{next(iter(pair))} but not the other factor")
-        elif pair["A"].ndim != 2 or pair["B"].ndim != 2:
-            found.append(f"{module}: factors must be matrices")
-        elif not (pair["A"].is_floating_point() and pair["B"].is_floating_point()):
-            found.append(f"{module}: factors must be floating point, not {pair['A'].dtype}")
-    if not pairs:
-        found.append("there is not one LoRA factor in it")
+    found += _pair_misfits(pairs)
     if not found:
         found += _rank_misfits(config, pairs)
     if found:
@@ -150,15 +142,19 @@ def _config_misfits(config: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
             found.append(f"{setting} = {value!r} must be a number between 0 and a million")
     for setting in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(setting) or {}
-        if not isinstance(pattern, dict):
-            found.append(f"{setting} must be an object, not {pattern!r}")
-            continue
-        for key, value in pattern.items():
-            if not PLAIN_NAME.fullmatch(key):
-                found.append(f"{setting}: {key!r} is refused: plain module names only")
-            elif isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                found.append(f"{setting}: {key} = {value!r} must be a positive number")
+        found += _pattern_misfits(setting, config.get(setting) or {})
+    return found
+
+
+def _pattern_misfits(setting: str, pattern: Any) -> list[str]:
+    if not isinstance(pattern, dict):
+        return [f"{setting} must be an object, not {pattern!r}"]
+    found = []
+    for key, value in pattern.items():
+        if not PLAIN_NAME.fullmatch(key):
+            found.append(f"{setting}: {key!r} is refused: plain module names only")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            found.append(f"{setting}: {key} = {value!r} must be a positive number")
     return found
 
 
@@ -173,6 +169,18 @@ def _pairs(
         else:
             foreign.append(key)
     return pairs, foreign
+
+
+def _pair_misfits(pairs: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
+    found = [] if pairs else ["there is not one LoRA factor in it"]
+    for module, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            found.append(f"{module} has lora_{next(iter(pair))} but not the other factor")
+        elif pair["A"].ndim != 2 or pair["B"].ndim != 2:
+            found.append(f"{module}: factors must be matrices")
+        elif not (pair["A"].is_floating_point() and pair["B"].is_floating_point()):
+            found.append(f"{module}: factors must be floating point, not {pair['A'].dtype}")
+    return found
 
 
 def _rank_misfits(

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model import AdapterModel, keeping
-from adapterhub_chat.types import Mix
+from adapterhub_chat.types import NO_ADAPTER, Mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,16 @@ class Sampling:
             raise UsageError("; ".join(found))
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One row: prompt ids, who answers, and how."""
 
     prompt: tuple[int, ...]
-    mix: Mix = Mix()
-    sampling: Sampling = Sampling()
+    mix: Mix = NO_ADAPTER
+    sampling: Sampling = GREEDY
 
 
 @dataclass

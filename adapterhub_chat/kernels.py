@@ -52,7 +52,7 @@ class Batched:
         if self.weight is None:
             return h
         places = self.weight.shape[1]
-        scaled = h.unflatten(1, (places, -1)) * self.weight.to(h.dtype)
+        scaled: Tensor = h.unflatten(1, (places, -1)) * self.weight.to(h.dtype)
         return scaled.flatten(1, 2)
 
     def expand(self, h: Tensor, b: Tensor) -> Tensor:
@@ -108,7 +108,8 @@ class Dense:
         """Return h (N, T, G, K), weighted."""
         groups, k, width = a.shape
         h = x @ a.reshape(groups * k, width).T
-        return h.unflatten(-1, (groups, k)) * self.weight.to(x.dtype)
+        weighted: Tensor = h.unflatten(-1, (groups, k)) * self.weight.to(x.dtype)
+        return weighted
 
     def expand(self, h: Tensor, b: Tensor) -> Tensor:
         """Return y (N, T, out)."""

@@ -23,7 +23,7 @@ def bench_kernels(*, repeats: int = 15) -> dict[str, Any]:
     """Return the median microseconds of every form at every shape, with the linear layer beside them."""
     device = pick_device(None)
     kind = pick_dtype(None, device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for dtype in dict.fromkeys((kind, torch.float32)):
         for train in (False, True):
             for num_rows, groups in CASES:
@@ -54,15 +54,18 @@ def _case(
     train: bool,
     repeats: int,
 ) -> dict[str, float]:
-    options = {"dtype": dtype, "device": device}
-    x = torch.randn(rows, 1, WIDTH, **options, requires_grad=train)
-    a = torch.randn(groups, RANK, WIDTH, **options, requires_grad=train)
-    b = torch.randn(groups, WIDTH, RANK, **options, requires_grad=train)
-    w = torch.randn(WIDTH, WIDTH, **options)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    x = normal(rows, 1, WIDTH).requires_grad_(train)
+    a = normal(groups, RANK, WIDTH).requires_grad_(train)
+    b = normal(groups, WIDTH, RANK).requires_grad_(train)
+    w = normal(WIDTH, WIDTH)
     each = rows // groups
     order = torch.arange(rows, device=device)
     ends = torch.arange(1, groups + 1, device=device, dtype=torch.int32) * each
-    mask = torch.zeros(rows, 1, groups, 1, **options)
+    mask = torch.zeros(rows, 1, groups, 1, dtype=dtype, device=device)
     mask[order, 0, order // each] = 1
     forms: dict[str, Form] = {
         "batched": Batched(groups, None, None, None),
@@ -72,7 +75,7 @@ def _case(
     calls: dict[str, Callable[[], torch.Tensor]] = {"linear": lambda: x @ w.T}
     for name, form in forms.items():
         calls[name] = lambda form=form: form.expand(form.shrink(x, a), b)  # type: ignore[misc]
-    gradient = torch.randn(rows, 1, WIDTH, **options)
+    gradient = normal(rows, 1, WIDTH)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 2):
         for name, call in calls.items():

@@ -48,7 +48,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return int(module.nx), int(module.nf)
+        return int(str(module.nx)), int(str(module.nf))
     return None
 
 

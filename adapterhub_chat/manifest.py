@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.config import explain
 from adapterhub_chat.errors import AdapterError, join_misfits
+from adapterhub_chat.jobs import Job
+from adapterhub_chat.task import Task
+from adapterhub_chat.train import Trained
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
 FILE = "adapterhub.json"
-SCHEMA_VERSION = 1
 
 
 class Training(BaseModel):
@@ -26,9 +30,9 @@ class Training(BaseModel):
     how: Literal["joint", "sequence", "merge", "transfer", "foreign"] = "joint"
     tasks: tuple[str, ...] = ()
     data_sha256: tuple[str, ...] = ()
-    beside: tuple[str, ...] = Field((), description="Adapters trained in the same run.")
+    beside: tuple[str, ...] = Field(default=(), description="Adapters trained in the same run.")
     parents: tuple[str, ...] = Field(
-        (), description="Content hashes of the adapters it was made from."
+        default=(), description="Content hashes of the adapters it was made from."
     )
     settings: dict[str, Any] = Field(default_factory=dict)
     steps: int = 0
@@ -56,13 +60,15 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str
     about: str = ""
     language: str = ""
     licence: str = ""
     created: str = ""
-    sha256: str = Field("", description="Of adapter_model.safetensors: the adapter's identity.")
+    sha256: str = Field(
+        default="", description="Of adapter_model.safetensors: the adapter's identity."
+    )
     backbone: str
     fingerprint: Fingerprint
     contract: PromptContract
@@ -80,6 +86,42 @@ class Manifest(BaseModel):
         tasks = {s.task for s in scores}
         kept = tuple(s for s in self.scores if s.task not in tasks)
         return self.model_copy(update={"scores": (*kept, *scores)})
+
+
+def manifest_of(
+    task: Task,
+    backbone: Backbone,
+    job: Job,
+    trained: Trained,
+    *,
+    how: Literal["joint", "sequence"],
+    beside: Sequence[str] = (),
+) -> Manifest:
+    """Return the manifest of a freshly trained adapter: not measured yet, and without its probe."""
+    return Manifest(
+        name=job.name,
+        about=task.about,
+        language=task.language,
+        licence=task.licence,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
+        contract=task.contract,
+        metric=task.metric,
+        training=Training(
+            how=how,
+            tasks=(task.name,),
+            data_sha256=(task.data_hash(),),
+            beside=tuple(beside),
+            settings=job.config.model_dump(),
+            steps=trained.steps,
+            best_step=trained.best_step,
+            tokens=trained.tokens,
+            seconds=round(trained.seconds, 1),
+            validation_loss=trained.best_loss if job.validation and trained.best_step else None,
+            stopped=trained.stopped,
+        ),
+    )
 
 
 def read_manifest(folder: Path) -> Manifest | None:

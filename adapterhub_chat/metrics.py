@@ -11,7 +11,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,6 +155,18 @@ METRICS: Mapping[str, Metric] = {
         Metric("perplexity", "likelihood", False, _perplexity_of),
     )
 }
+
+
+def judge_misfits(metric: str, labels: Mapping[str, str]) -> Iterator[str]:
+    """Yield why `metric` cannot judge answers from this label set, if it cannot."""
+    if metric not in METRICS:
+        yield f"metric: unknown metric {metric!r}; known: {', '.join(sorted(METRICS))}"
+    elif METRICS[metric].kind == "label" and len(labels) < 2:
+        yield f"labels: {metric} chooses between labels; give two or more"
+    elif METRICS[metric].kind != "label" and labels:
+        yield f"labels: {metric} judges free text, so there can be no labels"
+    if len(set(labels.values())) < len(labels):
+        yield "labels: two labels have the same words"
 
 
 def bootstrap_interval(

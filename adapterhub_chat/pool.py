@@ -116,6 +116,11 @@ class Pool:
             _write_words(scratch, manifest)
             _replace(scratch, source)
 
+    def check_writable(self) -> None:
+        """Raise PoolError when nothing can be saved here; better before an hour of training."""
+        with self._changing("a first adapter"):
+            pass
+
     def delete(self, name: str) -> None:
         """Remove an adapter."""
         source = self.path(name)

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import TaskID as BarID
 
 from adapterhub_chat.train import Event
+from adapterhub_chat.workshop import Listeners
 
 
 class Bars:
@@ -40,6 +41,11 @@ class Bars:
     ) -> None:
         """Stop drawing."""
         self._progress.stop()
+
+    @property
+    def listeners(self) -> Listeners:
+        """What a run calls with its progress."""
+        return Listeners(self.on_event, self.on_judged)
 
     def on_event(self, event: Event) -> None:
         """Show one training event."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from adapterhub_chat.jobs import Job
 from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.train import Event, Job, Trained, train
+from adapterhub_chat.train import Event, Trained, train
 
 
 def train_sequence(

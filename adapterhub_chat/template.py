@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapterhub_chat.task import placeholders, render_prompt
+from adapterhub_chat.prompt import render_prompt
 from adapterhub_chat.types import Example, Message, PromptContract
 
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
@@ -24,13 +24,6 @@ class Encoded:
     def num_inputs(self) -> int:
         """Tokens that enter the model: a continuation's last token is only ever predicted."""
         return len(self.prompt) + sum(len(c) - 1 for c in self.continuations)
-
-
-def primary_field(template: str) -> str:
-    """Return the field that a bare text fills: the last one that the template requires."""
-    named = placeholders(template)
-    required = [name for name, needed in named.items() if needed]
-    return (required or list(named) or ["text"])[-1]
 
 
 def messages_of(contract: PromptContract, example: Example) -> list[Message]:

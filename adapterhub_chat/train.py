@@ -20,21 +20,12 @@ from torch import Tensor
 from adapterhub_chat.batches import Batch, epochs, in_order, pack
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import DataError, UsageError
+from adapterhub_chat.jobs import Job
 from adapterhub_chat.lora import Plan, activate
 from adapterhub_chat.losses import sum_by_owner, token_losses
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.template import Encoded
 from adapterhub_chat.weights import AdapterWeights, initial_weights
-
-
-@dataclass(frozen=True)
-class Job:
-    """One adapter to train: its examples and its own settings."""
-
-    name: str
-    train: Sequence[Encoded]
-    validation: Sequence[Encoded]
-    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,8 @@ def total_steps(job: Job) -> int:
     tokens = sum(example.num_inputs for example in job.train)
     per_epoch = tokens / (job.config.rows_per_step * job.config.row_length)
     steps = max(1, math.ceil(per_epoch * job.config.epochs))
-    return min(steps, job.config.max_steps) if job.config.max_steps else steps
+    limit: int = job.config.max_steps
+    return min(steps, limit) if limit else steps
 
 
 @dataclass

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from adapterhub_chat.errors import UsageError
+
 Role = Literal["system", "user", "assistant"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -115,6 +117,25 @@ class Fingerprint:
         """Return the fields, precision apart, in which `other` differs."""
         fields = ("architecture", "config", "tokenizer", "template", "weights")
         return tuple(f for f in fields if getattr(self, f) != getattr(other, f))
+
+
+NO_ADAPTER = Mix()
+"""The mix of a row that is the bare backbone."""
+
+Turn = Message | Mapping[str, str]
+"""What callers may write for a message: a Message, or {"role": ..., "content": ...}."""
+
+
+def as_message(turn: Turn) -> Message:
+    """Return `turn` as a Message; raise UsageError when it has no known role or no text."""
+    if isinstance(turn, Message):
+        return turn
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        raise UsageError(
+            f"message {dict(turn)!r} needs a role (system, user or assistant) and a text content"
+        )
+    return Message(role, content)  # type: ignore[arg-type]
 
 
 AdapterChoice = str | Mapping[str, float] | Mix | None

@@ -6,7 +6,9 @@ from collections import Counter, defaultdict
 import pytest
 
 from adapterhub_chat.metrics import METRICS
-from adapterhub_chat.task import input_key, list_tasks, load_task, render_prompt
+from adapterhub_chat.prompt import render_prompt
+from adapterhub_chat.splits import input_key
+from adapterhub_chat.task import list_tasks, load_task
 from adapterhub_chat.types import SPLITS
 
 LEAST = {  # examples in all splits; in test

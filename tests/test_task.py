@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterhub_chat.errors import ConfigError, DataError, UnknownNameError
+from adapterhub_chat.prompt import render_prompt
+from adapterhub_chat.splits import input_key
 from adapterhub_chat.task import (
     Splits,
     Task,
-    input_key,
     list_tasks,
     load_task,
     mixture,
-    render_prompt,
     split_examples,
     split_of,
 )

@@ -1,0 +1,47 @@
+"""Jobs: what one adapter learns from, drawn from a task and turned into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.errors import DataError
+from adapterhub_chat.task import Task
+from adapterhub_chat.template import Encoded, encode_examples
+from adapterhub_chat.types import Example
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to train: its examples and its own settings."""
+
+    name: str
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    config: TrainConfig
+
+
+def make_job(tokenizer: Any, name: str, task: Task, config: TrainConfig) -> Job:
+    """Return the job of training adapter `name` on `task`; raise DataError when there is no data."""
+    training = sample(task.split("train"), config.train_examples, config.seed)
+    if not training:
+        raise DataError(f"task {task.name!r} has no training examples")
+    held_out = sample(task.split("validation"), config.eval_examples, 0)
+    learnt, checked = (
+        encode_examples(tokenizer, task.contract, examples, max_length=config.row_length)
+        for examples in (training, held_out if config.eval_examples else [])
+    )
+    return Job(name, learnt, checked, config)
+
+
+def sample(examples: Sequence[Example], limit: int, seed: int = 0) -> list[Example]:
+    """Return `limit` examples drawn without replacement (all when 0), in their old order."""
+    if not limit or limit >= len(examples):
+        return list(examples)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(examples), generator=generator)[:limit]
+    return [examples[i] for i in sorted(chosen.tolist())]

@@ -1,0 +1,124 @@
+"""Workshop: a training run from tasks to measured adapters in the pool."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from adapterhub_chat.config import TrainConfig, read_settings
+from adapterhub_chat.errors import DataError, UsageError
+from adapterhub_chat.evaluate import evaluate
+from adapterhub_chat.jobs import make_job, sample
+from adapterhub_chat.manifest import Manifest, manifest_of
+from adapterhub_chat.pool import check_name
+from adapterhub_chat.runlog import RunLog
+from adapterhub_chat.sequence import train_sequence
+from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.task import Task
+from adapterhub_chat.train import Event, train
+from adapterhub_chat.types import Mix, Score, as_mix
+
+How = Literal["joint", "sequence"]
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who hears of progress."""
+
+    on_event: Callable[[Event], None] = lambda _: None
+    on_judged: Callable[[str, int], None] = lambda _what, _n: None
+
+
+SILENT = Listeners()
+
+
+def make_adapters(
+    shelf: Shelf,
+    tasks: Mapping[str, Task],
+    configs: Mapping[str, TrainConfig],
+    how: How,
+    *,
+    save_dtype: torch.dtype = torch.float32,
+    run_dir: Path | None = None,
+    listeners: Listeners = SILENT,
+) -> dict[str, Manifest]:
+    """Train an adapter for each named task and save it; return the manifests of what was finished.
+
+    Everything that can be wrong is looked at before the first step: names, data, the pool's folder.
+    """
+    if how not in get_args(How):
+        raise UsageError(f"how={how!r}: allowed are {', '.join(get_args(How))}")
+    for name in tasks:
+        check_name(name)
+    shelf.pool.check_writable()
+    backbone = shelf.model.backbone
+    jobs = {n: make_job(backbone.tokenizer, n, task, configs[n]) for n, task in tasks.items()}
+    manifests: dict[str, Manifest] = {}
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(RunLog(run_dir)) if run_dir is not None else None
+
+        def tell(event: Event) -> None:
+            listeners.on_event(event)
+            if log is not None:
+                log(event)
+
+        each: Any = (
+            train(shelf.model, list(jobs.values()), on_event=tell).items()
+            if how == "joint"
+            else train_sequence(shelf.model, list(jobs.values()), on_event=tell)
+        )
+        for name, trained in each:
+            beside = [other for other in tasks if other != name] if how == "joint" else []
+            draft = manifest_of(tasks[name], backbone, jobs[name], trained, how=how, beside=beside)
+            manifests[name] = shelf.keep(trained.weights.to(save_dtype), draft)
+    return manifests
+
+
+def measure(
+    shelf: Shelf,
+    tasks: Mapping[str, Task],
+    limit: int,
+    listeners: Listeners = SILENT,
+) -> dict[str, Manifest]:
+    """Score loaded pool members on their tasks' test splits; write the scores into their manifests."""
+    measured = {}
+    for name, task in tasks.items():
+        stored = shelf.stored(name)
+        assert stored is not None
+        assert stored.manifest is not None
+        scores = judge_task(shelf, task, [(name, as_mix(name))], limit, listeners)
+        measured[name] = stored.manifest.with_scores(scores)
+        shelf.describe(name, measured[name])
+    return measured
+
+
+def judge_task(
+    shelf: Shelf,
+    task: Task,
+    adapters: Sequence[tuple[str, Mix]],
+    limit: int,
+    listeners: Listeners = SILENT,
+) -> list[Score]:
+    """Score adapters on (at most `limit` of) a task's test split; raise DataError when it is empty."""
+    examples = sample(task.split("test"), limit)
+    if not examples:
+        raise DataError(f"task {task.name!r} has no test examples")
+    return evaluate(shelf.model, adapters, [(task, examples)], on_progress=listeners.on_judged)
+
+
+def configs_of(
+    names: Sequence[str], shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
+) -> dict[str, TrainConfig]:
+    """Return each adapter's settings: the shared ones under its own."""
+    if unknown := [name for name in own if name not in names]:
+        trained = ", ".join(names)
+        raise UsageError(f"settings for {', '.join(unknown)}, but this run trains {trained}")
+    return {
+        name: read_settings(TrainConfig, {**shared, **own.get(name, {})}, f"settings of {name!r}")
+        for name in names
+    }
