@@ -14,28 +14,25 @@ from torch import Tensor
 
 from adapterhub_chat import evaluate as judging
 from adapterhub_chat.backbone import Quantize, load_backbone
-from adapterhub_chat.errors import UsageError
+from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.generate import Request, Sampling
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
+from adapterhub_chat.inputs import conversation, listed, unanswered
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.pool import Pool
-from adapterhub_chat.prompt import fields_of
+from adapterhub_chat.pool import Pool, Stored
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.template import encode_prompts, messages_of
+from adapterhub_chat.template import encode_prompts
 from adapterhub_chat.trust import Status, Verdict, status_of
 from adapterhub_chat.types import (
     NO_ADAPTER,
     AdapterChoice,
-    Example,
-    Message,
     Mix,
     PromptContract,
     Score,
     Turn,
-    as_message,
 )
 from adapterhub_chat.workshop import (
     SILENT,
@@ -44,13 +41,12 @@ from adapterhub_chat.workshop import (
     configs_of,
     judge_task,
     make_adapters,
-    measure,
 )
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What `hub.adapters()` tells of one adapter."""
+    """What `hub.adapters()` tells of one adapter; rank and parameters once it is loaded."""
 
     name: str
     loaded: bool
@@ -114,23 +110,9 @@ class AdapterHub:
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is in the pool and what is loaded."""
-        infos = []
-        for name in sorted({*self.pool.names(), *self.model.names}):
-            stored = self._shelf.stored(name)
-            manifest = stored.manifest if stored else self.pool.manifest(name)
-            weights = stored.weights if stored else None
-            infos.append(
-                AdapterInfo(
-                    name=name,
-                    loaded=stored is not None,
-                    status=status_of(manifest, self.backbone.fingerprint),
-                    task=", ".join(manifest.training.tasks) if manifest else "",
-                    rank=weights.max_rank if weights else 0,
-                    parameters=weights.num_parameters if weights else 0,
-                    scores=manifest.scores if manifest else (),
-                )
-            )
-        return infos
+        loaded = {n: s for n in self.model.names if (s := self._shelf.stored(n)) is not None}
+        names = sorted({*self.pool.names(), *loaded})
+        return [self._info(name, loaded.get(name)) for name in names]
 
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter against this backbone: bytes, shapes, fingerprint, and the recorded probe."""
@@ -167,12 +149,10 @@ class AdapterHub:
         `on_text(row, piece)` hears of every piece of text as it comes. Options that are None are the
         contract's own.
         """
-        mixes = self._mixes(adapters, len(conversations))
+        rows = listed(conversations, "conversations")
+        mixes = self._mixes(adapters, len(rows))
         contracts = [self._shelf.contract(mix) for mix in mixes]
-        turns = [
-            _conversation(listed, contract)
-            for listed, contract in zip(conversations, contracts, strict=True)
-        ]
+        turns = [conversation(*row) for row in zip(rows, contracts, strict=True)]
         prompts = encode_prompts(self.backbone.tokenizer, turns)
         requests = []
         for prompt, mix, contract in zip(prompts, mixes, contracts, strict=True):
@@ -182,7 +162,7 @@ class AdapterHub:
             if temperature is not None:
                 sampling = replace(sampling, temperature=temperature)
             requests.append(Request(prompt, mix, sampling))
-        return [text.strip() for text in decode(self.model, requests, on_text=on_text)]
+        return decode(self.model, requests, on_text=on_text)
 
     def generate(
         self,
@@ -192,13 +172,18 @@ class AdapterHub:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         seed: int | None = None,
     ) -> list[str]:
-        """Continue raw prompts (no chat template) in one mixed batch; return the new texts."""
+        """Continue raw prompts (no chat template) in one mixed batch; return the new texts.
+
+        Row i does not depend on the other rows, sampled or not: equal prompts under one `seed` give
+        equal texts. `stop` texts end an answer and are no part of it.
+        """
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(
-            max_new_tokens, temperature, top_p, tuple(stop), ignore_eos=ignore_eos, seed=seed
+            max_new_tokens, temperature, top_p, stops, ignore_eos=ignore_eos, seed=seed
         )
         return decode(self.model, self._raw(prompts, adapters, sampling))
 
@@ -214,11 +199,12 @@ class AdapterHub:
         inputs: Sequence[str | Mapping[str, str]],
         *,
         task: str | Path | Task | None = None,
+        listeners: Listeners = SILENT,
     ) -> list[Prediction]:
         """Run inputs through a prompt contract: the adapter's own, or that of `task`.
 
         Label tasks are decided by the likelihood of each label, all others by generating the answer.
-        Inputs are texts, or the contract's fields by name.
+        Inputs are texts, or the contract's fields by name; raises one DataError for all that do not fit.
         """
         (mix,) = self._shelf.ready([adapter])
         contract = self._shelf.contract(mix) if task is None else _task(task).contract
@@ -226,13 +212,16 @@ class AdapterHub:
             raise UsageError(
                 f"adapter {str(mix)!r} has no prompt contract; name a task: predict(..., task='qa')"
             )
-        examples = [
-            Example(fields_of(contract.template, given, i), "") for i, given in enumerate(inputs)
-        ]
+        examples = unanswered(contract, listed(inputs, "inputs"))
+
+        def told(n: int) -> None:
+            listeners.on_judged(str(mix), n)
+
         if not contract.labels:
-            texts = judging.answers(self.model, contract, examples, [mix] * len(examples))
+            mixes = [mix] * len(examples)
+            texts = judging.answers(self.model, contract, examples, mixes, on_progress=told)
             return [Prediction(text, str(mix)) for text in texts]
-        shares = judging.label_scores(self.model, contract, examples, mix).tolist()
+        shares = judging.label_scores(self.model, contract, examples, mix, told).tolist()
         labels = list(contract.labels)
         found = []
         for row in shares:
@@ -261,29 +250,26 @@ class AdapterHub:
         `how` is "joint" (all in every batch) or "sequence" (one after another). `shared` are
         TrainConfig fields for all adapters, `settings[name]` those of one. Each adapter is measured on
         `test_examples` of its task's test split beside the backbone (0: not measured). Ctrl-C keeps
-        what was best so far, unmeasured.
+        what was best so far, unmeasured, and warns. An adapter that has learnt nothing (interrupted or
+        diverged at once) is not saved and not in the answer.
         """
-        loaded = [_task(task) for task in tasks]
+        loaded = [_task(task) for task in listed(tasks, "tasks")]
         titles = [task.name for task in loaded] if names is None else list(names)
         if len(titles) != len(loaded):
             raise UsageError(f"{len(loaded)} tasks but {len(titles)} names: give one name per task")
         if len(set(titles)) < len(titles):
             raise UsageError(f"adapter names must differ: {', '.join(titles)}")
         by_name = dict(zip(titles, loaded, strict=True))
-        manifests = make_adapters(
+        return make_adapters(
             self._shelf,
             by_name,
             configs_of(titles, shared, settings or {}),
             how,
+            test_examples=test_examples,
             save_dtype=save_dtype,
             run_dir=None if run_dir is None else Path(run_dir),
             listeners=listeners,
         )
-        interrupted = any(m.training.stopped == "interrupted" for m in manifests.values())
-        if test_examples and not interrupted:
-            finished = {name: by_name[name] for name in manifests}
-            return measure(self._shelf, finished, test_examples, listeners)
-        return manifests
 
     def evaluate(
         self,
@@ -298,9 +284,17 @@ class AdapterHub:
         Without `adapters`: all of the pool. Without `tasks`: each adapter on the tasks it was trained
         on. `limit` bounds the items (0: all).
         """
-        mixes = self._shelf.ready(self.pool.names() if adapters is None else adapters)
-        named = [(str(mix), mix) for mix in mixes]
-        pairs = self._own_tasks(named) if tasks is None else [(_task(t), named) for t in tasks]
+        chosen = self.pool.names() if adapters is None else listed(adapters, "adapters")
+        if not chosen:
+            raise UsageError(
+                f"nothing to evaluate: name adapters, or train some into {self.pool.root}"
+            )
+        named = [(str(mix), mix) for mix in self._shelf.ready(chosen)]
+        pairs = (
+            self._own_tasks(named)
+            if tasks is None
+            else [(_task(task), named) for task in listed(tasks, "tasks")]
+        )
         return [
             score
             for task, group in pairs
@@ -308,6 +302,21 @@ class AdapterHub:
         ]
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _info(self, name: str, stored: Stored | None) -> AdapterInfo:
+        try:
+            manifest = stored.manifest if stored else self.pool.manifest(name)
+        except AdapterError:  # its manifest cannot be read
+            return AdapterInfo(name, loaded=False, status="refused")
+        return AdapterInfo(
+            name=name,
+            loaded=stored is not None,
+            status=status_of(manifest, self.backbone.fingerprint),
+            task=", ".join(manifest.training.tasks) if manifest else "",
+            rank=stored.weights.max_rank if stored else 0,
+            parameters=stored.weights.num_parameters if stored else 0,
+            scores=manifest.scores if manifest else (),
+        )
 
     def _own_tasks(
         self, named: Sequence[tuple[str, Mix]]
@@ -327,12 +336,11 @@ class AdapterHub:
     def _mixes(self, adapters: Sequence[AdapterChoice] | None, rows: int) -> list[Mix]:
         """Return one mix a row; without `adapters`, the thread's default for all."""
         if adapters is None:
-            return [self._default.get()] * rows
-        if isinstance(adapters, str):
-            raise UsageError(f"adapters={adapters!r} must be a list with one entry per row")
-        if len(adapters) != rows:
-            raise UsageError(f"{rows} rows but {len(adapters)} adapters: give one per row")
-        return self._shelf.ready(adapters)
+            return self._shelf.ready([self._default.get()]) * rows
+        choices = listed(adapters, "adapters")
+        if len(choices) != rows:
+            raise UsageError(f"{rows} rows but {len(choices)} adapters: give one per row")
+        return self._shelf.ready(choices)
 
     def _raw(
         self,
@@ -340,26 +348,14 @@ class AdapterHub:
         adapters: Sequence[AdapterChoice] | None,
         sampling: Sampling,
     ) -> list[Request]:
-        if isinstance(prompts, str):
-            raise UsageError("prompts must be a list of texts, not one text")
-        mixes = self._mixes(adapters, len(prompts))
-        ids = self.backbone.tokenizer(list(prompts)).input_ids if prompts else []
+        texts = listed(prompts, "prompts")
+        mixes = self._mixes(adapters, len(texts))
+        ids = self.backbone.tokenizer(texts).input_ids if texts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]
 
 
 def _task(task: str | Path | Task) -> Task:
     return load_task(task) if isinstance(task, str | Path) else task
-
-
-def _conversation(turns: Sequence[Turn], contract: PromptContract | None) -> list[Message]:
-    """Return the messages as the adapter was taught to see them."""
-    listed = [as_message(turn) for turn in turns]
-    if not listed or listed[-1].role != "user":
-        raise UsageError("a conversation must end with a message whose role is 'user'")
-    if contract is None or any(m.role == "system" for m in listed):
-        return listed
-    fields = fields_of(contract.template, listed[-1].content)
-    return messages_of(contract, Example(fields, "", history=tuple(listed[:-1])))
 
 
 __all__ = ["AdapterHub", "AdapterInfo", "Prediction", "Verdict"]

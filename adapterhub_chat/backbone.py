@@ -42,7 +42,7 @@ ARCHITECTURE_KEYS = (
     "rope_parameters", "tie_word_embeddings", "sliding_window", "n_embd", "n_layer", "n_head",
 )  # fmt: skip
 """Settings that decide what the weights mean; all others may differ between transformers versions."""
-PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好世界 ε→∞ 🙂 don't"
+PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好\uff0c世界 ε→∞ 🙂 don't"
 
 log = logging.getLogger("adapterhub_chat")
 

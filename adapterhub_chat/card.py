@@ -16,14 +16,14 @@ def render_card(manifest: Manifest) -> str:
     parts = [f"---\n{header}---\n", f"# {manifest.name}\n"]
     if manifest.about:
         parts.append(f"{manifest.about}\n")
-    parts.append(f"A LoRA adapter for `{manifest.backbone}`.\n")
+    parts.append(f"A LoRA adapter for `{manifest.base_model}`.\n")
     parts += [_scores(manifest), _use(manifest), _training(manifest)]
     return "\n".join(part for part in parts if part)
 
 
 def _metadata(manifest: Manifest) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "base_model": manifest.backbone,
+        "base_model": manifest.base_model,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "adapterhub-chat", *manifest.training.tasks],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from adapterhub_chat.api import AdapterHub
@@ -18,7 +19,7 @@ HELP = """\
 
 
 class ChatSession:
-    """One conversation whose adapter can change between turns."""
+    """One conversation whose adapter can change between turns; Ctrl-C stops an answer, not the session."""
 
     def __init__(self, hub: AdapterHub, *, write: Callable[[str], None]) -> None:
         """Start with the bare backbone and no history."""
@@ -47,6 +48,8 @@ class ChatSession:
                 self.answer(line)
         except AdapterHubError as error:
             self.write(f"error: {error}\n")
+        except KeyboardInterrupt:
+            self.write("\n(stopped; this turn is forgotten)\n")
 
     def answer(self, text: str) -> str:
         """Stream the reply to `text` and remember both."""
@@ -59,23 +62,21 @@ class ChatSession:
         return reply
 
     def use(self, name: str) -> None:
-        """Answer with the adapter `name` from now on."""
-        self._set(as_mix(name or BACKBONE))
+        """Answer with the adapter `name` (of the pool, or a folder) from now on."""
+        if not name:
+            raise UsageError("/use needs a name, as in /use qa")
+        self.mix = as_mix(self._loaded(name))
 
     def blend(self, text: str) -> None:
         """Answer with a weighted mixture, written `a=0.5 b=0.5`."""
-        weights = {}
-        for part in text.split():
-            name, _, weight = part.partition("=")
-            try:
-                weights[name] = float(weight)
-            except ValueError:
-                raise UsageError(f"{part!r} is not NAME=WEIGHT, as in qa=0.5") from None
-        self._set(as_mix(weights))
+        weights = dict(map(_weight, text.split()))
+        if not weights:
+            raise UsageError("/mix needs weights, as in /mix qa=0.5 generation=0.5")
+        self.mix = as_mix({self._loaded(name): weight for name, weight in weights.items()})
 
     def list(self, _: str = "") -> None:
-        """Show the adapters of the pool."""
-        for name in (BACKBONE, *self.hub.pool.names()):
+        """Show the adapters of the pool and what else is loaded; `*` marks who answers."""
+        for name in (BACKBONE, *(adapter.name for adapter in self.hub.adapters())):
             self.write(f"{'*' if name in (self.mix.names or (BACKBONE,)) else ' '} {name}\n")
 
     def reset(self, _: str = "") -> None:
@@ -90,8 +91,17 @@ class ChatSession:
         """End the session."""
         self.ended = True
 
-    def _set(self, mix: Mix) -> None:
-        for name in mix.names:
-            if name not in self.hub.model.names:
-                self.hub.load(name)
-        self.mix = mix
+    def _loaded(self, name: str) -> str:
+        known = name == BACKBONE or name in self.hub.model.names
+        return name if known else self.hub.load(name)
+
+
+def _weight(part: str) -> tuple[str, float]:
+    name, _, weight = part.partition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not (name and math.isfinite(value)):
+        raise UsageError(f"{part!r} is not NAME=WEIGHT, as in qa=0.5")
+    return name, value

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import logging
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
 
 from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.card import render_card
 from adapterhub_chat.chat import ChatSession
-from adapterhub_chat.config import TrainConfig, read_run
+from adapterhub_chat.config import RunConfig, read_run
 from adapterhub_chat.demo import run_demo
-from adapterhub_chat.errors import AdapterHubError, DataError, UsageError
+from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
 from adapterhub_chat.kernels_bench import bench_kernels
+from adapterhub_chat.lines import read_lines, sink
+from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.options import (
+    BackboneOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    PoolOption,
+    QuantizeOption,
+    with_settings,
+)
 from adapterhub_chat.pool import Pool
 from adapterhub_chat.progress import Bars
-from adapterhub_chat.types import BACKBONE, Score
+from adapterhub_chat.terminal import (
+    Say,
+    err,
+    number,
+    print_json,
+    print_scores,
+    print_table,
+    tell,
+    tell_warnings_and_logs,
+)
+from adapterhub_chat.types import BACKBONE
 
 app = typer.Typer(
     help="One frozen backbone, many skills: train, mix, measure and publish LoRA adapters.",
@@ -35,74 +51,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
-BackboneOption = Annotated[
-    str, typer.Option(help="Packaged name, local folder, .gguf file or Hub id.")
-]
-PoolOption = Annotated[Path, typer.Option(help="Folder that keeps the adapters.")]
-QuantizeOption = Annotated[
-    str | None, typer.Option(help="Keep the backbone in nf4 or int8 (bitsandbytes).")
-]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="bf16, fp16 or fp32; default: the best that is native here.")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA when there is one.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
-LimitOption = Annotated[int, typer.Option(min=0, help="Test items per task; 0 takes all.")]
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, typer's too."""
 
 
 def main() -> None:
     """Run the command line; errors that a person can mend are one message and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
-    logging.getLogger("adapterhub_chat").setLevel(logging.INFO)
-    warnings.showwarning = _warn
+    tell_warnings_and_logs()
     try:
         app()
     except AdapterHubError as error:
-        err.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        tell("error", str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
-
-
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per TrainConfig field; those that were set arrive as `settings`."""
-    options = {
-        name: inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                _option_type(field.annotation) | None,
-                typer.Option(
-                    help=f"{field.description} [default: {field.default}]",
-                    rich_help_panel="Training settings",
-                    show_default=False,
-                ),
-            ],
-        )
-        for name, field in TrainConfig.model_fields.items()
-    }
-
-    def run(**given: Any) -> None:
-        settings = {n: v for n in options if (v := given.pop(n)) is not None}
-        command(**given, settings=settings)
-
-    own = inspect.signature(command, eval_str=True).parameters
-    kept = [p for name, p in own.items() if name != "settings"]
-    run.__signature__ = inspect.Signature([*kept, *options.values()])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*kept, *options.values())}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
-
-
-def _option_type(annotation: Any) -> Any:
-    return annotation if annotation in (int, float, bool, str) else str
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            tell("interrupted", "what was saved by then is kept")
+        raise
 
 
 @app.command()
@@ -114,7 +78,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Train qa, generation and sentiment jointly, judge them, swap them, mix them in one batch."""
-    say = _Say(quiet=as_json)
+    say = Say(quiet=as_json)
     say(
         "The main job, small: three adapters trained jointly on one frozen backbone. "
         "A few minutes of training; the adapters shipped in adapters/ had a larger budget."
@@ -123,20 +87,19 @@ def demo(
     with Bars(err, show=not as_json) as bars:
         result = run_demo(hub, listeners=bars.listeners)
     if as_json:
-        _print_json({**result.as_json(), **_precision(hub)})
+        print_json({**result.as_json(), **_precision(hub)})
         return
     scores = [s for m in result.manifests.values() for s in m.scores]
-    out.print(_score_table("Trained jointly, measured on held-out items", scores))
+    print_scores("Trained jointly, measured on held-out items", scores)
     for title, rows in (
         ("Hot swap: one question, one adapter after another", result.swapped),
         ("One mixed batch: four rows, four skills, one forward", result.mixed_batch),
     ):
-        table = Table("adapter", "prompt", "output", title=title)
-        for row in rows:
-            table.add_row(row.adapter, _escaped(row.prompt), _escaped(row.output))
-        out.print(table)
-    out.print(f"Done in {result.seconds:.0f} s. The adapters are in {pool}; talk to one:")
-    out.print(f"  adapterhub-chat chat --pool {pool} --adapter qa", highlight=False)
+        columns = ("adapter", "prompt", "output")
+        print_table(title, columns, [(row.adapter, row.prompt, row.output) for row in rows])
+    first = next(iter(result.manifests), BACKBONE)
+    typer.echo(f"Done in {result.seconds:.0f} s. The adapters are in {pool}; talk to one:")
+    typer.echo(f"  adapterhub-chat chat --pool {pool} --adapter {first}")
 
 
 @with_settings
@@ -144,30 +107,32 @@ def train(
     tasks: Annotated[
         list[str] | None, typer.Argument(help="Names from tasks/, or paths of .py or .toml files.")
     ] = None,
-    how: Annotated[str | None, typer.Option(help="joint or sequence. [default: joint]")] = None,
+    how: Annotated[
+        str | None, typer.Option(help="joint or sequence.", show_default="joint")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML of a run: [settings] and [adapters.NAME] tables.")
     ] = None,
     name: Annotated[
         list[str] | None, typer.Option(help="Adapter names, one per task (repeat the option).")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="[default: smollm2-135m]")] = None,
-    pool: Annotated[Path | None, typer.Option(help="[default: adapters]")] = None,
+    backbone: Annotated[str | None, typer.Option(show_default="smollm2-135m")] = None,
+    pool: Annotated[Path | None, typer.Option(show_default="adapters")] = None,
     quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     test_examples: Annotated[
-        int | None, typer.Option(min=0, help="Test items measured per task. [default: 200]")
+        int | None, typer.Option(min=0, help="Test items measured per task.", show_default="200")
     ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run log. [default: runs/<time>]")
+        Path | None, typer.Option(help="Folder of the run log.", show_default="runs/<time>")
     ] = None,
     as_json: JsonOption = False,
     *,
     settings: Mapping[str, Any],
 ) -> None:
     """Train one adapter per task, jointly or one after another; save and measure them."""
-    say = _Say(quiet=as_json)
+    say = Say(quiet=as_json)
     flags = {
         "how": how,
         "backbone": backbone,
@@ -194,17 +159,23 @@ def train(
             **run.settings,
         )
     if as_json:
-        _print_json({n: m.model_dump(mode="json") for n, m in manifests.items()})
-        return
+        print_json({n: m.model_dump(mode="json") for n, m in manifests.items()})
+        raise typer.Exit(_training_code(run, manifests))
     for title, manifest in manifests.items():
         t = manifest.training
         say(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {run.pool}")
-        if t.stopped == "interrupted":
-            say("  interrupted: what was best so far is kept, and it was not measured")
     say(f"run log: {folder / 'metrics.jsonl'}")
     scores = [s for m in manifests.values() for s in m.scores]
     if scores:
-        out.print(_score_table("Test split, beside the backbone", scores))
+        print_scores("Test split, beside the backbone", scores)
+    raise typer.Exit(_training_code(run, manifests))
+
+
+def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:
+    """Return INTERRUPTED after Ctrl-C, 1 when an adapter learnt nothing and was not saved, else 0."""
+    if any(m.training.stopped == "interrupted" for m in manifests.values()):
+        return INTERRUPTED
+    return int(len(manifests) < len(run.adapters))
 
 
 app.command("train")(train)
@@ -229,13 +200,13 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items."""
-    hub = _hub(backbone, pool, quantize, dtype, device, _Say(quiet=as_json))
+    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         scores = hub.evaluate(adapter or None, task or None, limit=limit, listeners=bars.listeners)
     if as_json:
-        _print_json({"scores": [asdict(s) for s in scores]})
+        print_json({"scores": [asdict(s) for s in scores]})
     else:
-        out.print(_score_table("Test split", scores))
+        print_scores("Test split", scores)
 
 
 @app.command()
@@ -246,7 +217,6 @@ def predict(
     task: Annotated[
         str | None, typer.Option(help="Prompt and judge by this task, not by the adapter's own.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Lines per batch.")] = 64,
     backbone: BackboneOption = "smollm2-135m",
     pool: PoolOption = Path("adapters"),
     quantize: QuantizeOption = None,
@@ -254,19 +224,11 @@ def predict(
     device: DeviceOption = None,
 ) -> None:
     """Answer JSON lines {"text": ...} (or the task's own fields), in the same order."""
-    rows = _read_lines(input_)
-    hub = _hub(backbone, pool, quantize, dtype, device, _Say(quiet=True))
-    with ExitStack() as stack:
-        sink: TextIO = sys.stdout
-        partial = Path(f"{output}.part")
-        if output != "-":
-            sink = stack.enter_context(partial.open("w", encoding="utf-8"))
-        for start in range(0, len(rows), batch):
-            for found in hub.predict(adapter, rows[start : start + batch], task=task):
-                sink.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
-            sink.flush()
-    if output != "-":
-        partial.replace(output)
+    rows = read_lines(input_)
+    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    with sink(output) as file, Bars(err, show=err.is_terminal) as bars:
+        for found in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
+            file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -281,14 +243,15 @@ def chat(
     device: DeviceOption = None,
 ) -> None:
     """Talk in the terminal: /use NAME, /mix a=0.5 b=0.5, /list, /reset, /quit."""
-    hub = _hub(backbone, pool, quantize, dtype, device, _Say(quiet=False))
-    session = ChatSession(hub, write=lambda text: print(text, end="", flush=True))  # noqa: T201
+    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=False))
+    session = ChatSession(hub, write=lambda text: typer.echo(text, nl=False))
     session.use(adapter)
-    out.print("Type a message; /help lists the commands.")
+    typer.echo("Type a message; /help lists the commands.")
     while not session.ended:
         try:
             line = input(f"{session.mix}> ")
         except EOFError:
+            typer.echo()
             break
         session.handle(line)
 
@@ -296,27 +259,38 @@ def chat(
 @app.command("list")
 def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = False) -> None:
     """List the adapters of the pool with their scores."""
-    folder = Pool(pool)
-    manifests = {name: folder.manifest(name) for name in folder.names()}
+    folder, damaged = Pool(pool), {}
+    manifests: dict[str, Manifest | None] = {}
+    for name in folder.names():
+        try:
+            manifests[name] = folder.manifest(name)
+        except AdapterError as error:
+            damaged[name] = str(error)
     if as_json:
         dumped = {n: m.model_dump(mode="json") if m else None for n, m in manifests.items()}
-        _print_json({"adapters": dumped})
+        print_json({"adapters": dumped, "damaged": damaged})
         return
-    table = Table("adapter", "task", "metric", "score", "backbone", "made on", title=str(pool))
-    for name, manifest in manifests.items():
-        if manifest is None:
-            table.add_row(name, "", "", "", "", "unverified (no manifest)")
-            continue
-        score = manifest.scores[0] if manifest.scores else None
-        table.add_row(
-            name,
-            ", ".join(manifest.training.tasks),
-            manifest.metric,
-            f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else "not measured",
-            _number(score.backbone_value if score else None),
-            manifest.backbone,
-        )
-    out.print(table)
+    for problem in damaged.values():
+        tell("damaged", problem)
+    if not manifests:
+        tell("note", f"there are no adapters in {pool}", "yellow")
+        return
+    columns = ("adapter", "task", "metric", "score", "backbone", "made on")
+    print_table(str(pool), columns, [_adapter_row(n, m) for n, m in manifests.items()])
+
+
+def _adapter_row(name: str, manifest: Manifest | None) -> tuple[str, ...]:
+    if manifest is None:
+        return name, "", "", "", "", "unverified (no manifest)"
+    score = manifest.scores[0] if manifest.scores else None
+    return (
+        name,
+        ", ".join(manifest.training.tasks),
+        manifest.metric,
+        f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else "not measured",
+        number(score.backbone_value if score else None),
+        manifest.backbone,
+    )
 
 
 @app.command()
@@ -330,11 +304,11 @@ def show(
     path = folder.path(adapter)
     manifest = folder.manifest(adapter)
     if as_json:
-        _print_json(manifest.model_dump(mode="json") if manifest else {"status": "unverified"})
+        print_json(manifest.model_dump(mode="json") if manifest else {"status": "unverified"})
     elif manifest is None:
-        out.print(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
+        typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
     else:
-        out.print((path / "README.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+        typer.echo(render_card(manifest))
 
 
 @app.command()
@@ -348,14 +322,12 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok."""
-    hub = _hub(backbone, pool, quantize, dtype, device, _Say(quiet=True))
+    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
     verdict = hub.verify(path)
     if as_json:
-        _print_json(asdict(verdict))
+        print_json(asdict(verdict))
     else:
-        out.print(f"{path}: {verdict.status}")
-        for problem in verdict.problems:
-            out.print(f"  - {_escaped(problem)}", highlight=False)
+        typer.echo("\n  - ".join([f"{path}: {verdict.status}", *verdict.problems]))
     raise typer.Exit(0 if verdict.ok else 1)
 
 
@@ -372,28 +344,18 @@ def bench(
         raise UsageError(f"bench {kind!r}: allowed is kernels")
     result = bench_kernels(repeats=repeats)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     forms = ("linear", "batched", "ragged", "dense")
-    table = Table("case", *forms, title="Microseconds, median; the linear layer beside the forms")
-    for row in result["rows"]:
-        table.add_row(row["case"], *(f"{row[form]:.0f}" for form in forms))
-    out.print(table)
-
-
-class _Say:
-    """Prints notes for a person to standard error, unless quiet."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-
-    def __call__(self, text: str) -> None:
-        if not self.quiet:
-            err.print(text, highlight=False)
+    print_table(
+        "Microseconds, median; the linear layer beside the forms",
+        ("case", *forms),
+        [(row["case"], *(f"{row[form]:.0f}" for form in forms)) for row in result["rows"]],
+    )
 
 
 def _hub(
-    backbone: str, pool: Path, quantize: Any, dtype: str | None, device: str | None, say: _Say
+    backbone: str, pool: Path, quantize: Any, dtype: str | None, device: str | None, say: Say
 ) -> AdapterHub:
     hub = AdapterHub(backbone, pool, quantize=quantize, dtype=dtype, device=device)
     shown = _precision(hub)
@@ -410,64 +372,6 @@ def _precision(hub: AdapterHub) -> dict[str, Any]:
         "device": str(backbone.device),
         "quantize": backbone.quantize,
     }
-
-
-def _score_table(title: str, scores: Iterable[Score]) -> Table:
-    table = Table(
-        "adapter", "task", "metric", "score", "95 % interval", "backbone", "n", title=title
-    )
-    for s in scores:
-        interval = f"{s.low:.3f} to {s.high:.3f}"
-        row = (s.adapter, s.task, s.metric, f"{s.value:.3f}", interval, _number(s.backbone_value))
-        table.add_row(*row, str(s.n))
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _read_lines(source: str) -> list[dict[str, Any]]:
-    """Return the JSON objects of `source`; raise DataError naming every line that is none."""
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--input {source}: {error.strerror or error}") from error
-    rows, bad = [], []
-    for number, line in _numbered(text):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            bad.append(str(number))
-    if bad:
-        raise DataError(
-            f'{source}: line {", ".join(bad[:10])} is not a JSON object like {{"text": ...}}'
-        )
-    return rows
-
-
-def _numbered(text: str) -> Iterator[tuple[int, str]]:
-    return ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _handler() -> logging.Handler:
-    return RichHandler(console=err, show_time=False, show_level=False, show_path=False)
-
-
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(f"[yellow]note:[/] {_escaped(str(message))}", highlight=False)
 
 
 __all__ = ["app", "main"]

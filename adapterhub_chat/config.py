@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class TrainConfig(BaseModel):
     """How one adapter is trained."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rank: int = Field(8, ge=1, le=1024, description="Rank r of the update B A.")
     alpha: float = Field(16.0, gt=0, description="The update is scaled by alpha / rank.")
@@ -38,6 +38,11 @@ class TrainConfig(BaseModel):
     clip: float = Field(1.0, gt=0, description="Largest gradient norm of one adapter in one step.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training examples.")
     max_steps: int = Field(0, ge=0, description="End after this many steps; 0 sets no limit.")
+    max_minutes: float = Field(
+        0.0,
+        ge=0,
+        description="End after so many minutes, the schedule with them; 0 sets no limit.",
+    )
     rows_per_step: int = Field(2, ge=1, description="Packed rows of each adapter in one step.")
     row_length: int = Field(
         256, ge=16, description="Tokens of a packed row, and of the longest example."
@@ -48,7 +53,9 @@ class TrainConfig(BaseModel):
         3, ge=0, description="Validations without improvement before it stops; 0 never stops early."
     )
     train_examples: int = Field(0, ge=0, description="Training examples used; 0 takes all.")
-    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the order of rows.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of rows."
+    )
 
 
 class RunConfig(BaseModel):
@@ -81,17 +88,23 @@ def read_run(
     """Return the run that a TOML file and the command line describe together; flags win.
 
     Raises one ConfigError with every misfit: unknown keys at any depth, values out of range, an adapter
-    without a task, nothing to train.
+    without a task, one name for two, nothing to train.
     """
     values = _toml(path) if path else {}
     values |= {name: value for name, value in flags.items() if value is not None}
-    found = []
-    if names and len(names) != len(tasks):
-        found.append(f"{len(tasks)} tasks but {len(names)} names: give one name per task")
-    adapters = dict(values.get("adapters") or {})
-    adapters |= {n: {"task": t} for n, t in zip(names or map(_stem, tasks), tasks, strict=False)}
+    found: list[str] = []
+    titles = list(names or map(_stem, tasks))
+    if len(titles) != len(tasks):
+        found.append(f"{len(tasks)} tasks but {len(titles)} names: give one name per task")
+    if twice := sorted({title for title in titles if titles.count(title) > 1}):
+        found.append(f"two adapters are called {', '.join(twice)}: give each a name of its own")
+    adapters = {
+        name: {key: own[key] for key in own if key not in settings} if _is_table(own) else own
+        for name, own in _table(values, "adapters", found).items()
+    }
+    adapters |= {n: {"task": t} for n, t in zip(titles, tasks, strict=False)}
     values["adapters"] = adapters
-    values["settings"] = {**(values.get("settings") or {}), **settings}
+    values["settings"] = {**_table(values, "settings", found), **settings}
     run = None
     try:
         run = RunConfig.model_validate(values)
@@ -99,7 +112,7 @@ def read_run(
         found += explain(error, RunConfig)
     found += _setting_misfits("settings", values["settings"])
     for name, table in adapters.items():
-        own = dict(table) if isinstance(table, Mapping) else {}
+        own = dict(table) if _is_table(table) else {}
         if not isinstance(own.pop("task", None), str):
             found.append(f'adapters.{name} needs a task, as in task = "qa"')
         found += _setting_misfits(f"adapters.{name}", own)
@@ -125,6 +138,19 @@ def _toml(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
+
+
+def _table(values: Mapping[str, Any], key: str, found: list[str]) -> dict[str, Any]:
+    """Return the table `key`; where it is something else, say so in `found` and return an empty one."""
+    value = values.get(key, {})
+    if _is_table(value):
+        return dict(value)
+    found.append(f"{key}: must be a table; got {value!r}")
+    return {}
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _stem(task: str) -> str:

@@ -13,9 +13,16 @@ from adapterhub_chat.types import BACKBONE
 from adapterhub_chat.workshop import SILENT, Listeners
 
 TASKS = ("qa", "generation", "sentiment")
-SETTINGS = {"train_examples": 1600, "max_steps": 60, "eval_examples": 48, "patience": 0}
+SETTINGS = {
+    "train_examples": 1600,
+    "max_steps": 60,
+    "max_minutes": 4.5,
+    "eval_every": 30,
+    "eval_examples": 32,
+    "patience": 0,
+}
 """A few minutes on two cores; the shipped adapters had far more."""
-TEST_EXAMPLES = 96
+TEST_EXAMPLES = 80
 PROMPTS = (
     ("qa", "What is the capital of France?"),
     ("generation", "Hey! I just got back from a long trip. How was your week?"),
@@ -72,7 +79,10 @@ def run_demo(
     settings: dict[str, Any] | None = None,
     tasks: Sequence[str] = TASKS,
 ) -> DemoResult:
-    """Train, judge, save, swap and mix; everything lands in the hub's pool."""
+    """Train, judge, save, swap and mix; everything lands in the hub's pool.
+
+    Ctrl-C in training saves what was best and ends the demo.
+    """
     started = time.monotonic()
     manifests = hub.train(
         tasks,
@@ -81,6 +91,8 @@ def run_demo(
         listeners=listeners,
         **{**SETTINGS, **(settings or {})},
     )
+    if any(m.training.stopped == "interrupted" for m in manifests.values()):
+        raise KeyboardInterrupt
     question = PROMPTS[0][1]
     swapped = []
     for name in (*manifests, BACKBONE):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Task
 from adapterhub_chat.template import (
     Encoded,
+    encode_answers,
     encode_choices,
     encode_examples,
     encode_prompts,
@@ -33,6 +35,8 @@ from adapterhub_chat.types import Example, Mix, PromptContract, Score
 
 ROW_LENGTH, ROWS = 256, 8
 """Shape of a scoring batch, in tokens and rows."""
+ROW_STEP = 64
+"""Longer rows, for many labels, grow by so much."""
 GENERATE_BATCH = 32
 SAMPLES = 48
 """Answers generated to measure diversity where the metric is a likelihood."""
@@ -70,8 +74,13 @@ def label_scores(
     on_progress: Progress = lambda _n: None,
 ) -> Tensor:
     """Return each label's share of the labels' likelihood, (examples, labels), rows summing to 1."""
-    encoded = encode_choices(model.backbone.tokenizer, contract, examples, max_length=ROW_LENGTH)
-    return (-sequence_losses(model, encoded, mix, on_progress=on_progress)).softmax(-1)
+    tokenizer = model.backbone.tokenizer
+    words = encode_answers(tokenizer, list(contract.labels.values()))
+    whole = 2 * len(words) * max(map(len, words))  # at most half a row is labels, and none is cut
+    length = max(ROW_LENGTH, -(-whole // ROW_STEP) * ROW_STEP)
+    encoded = encode_choices(tokenizer, contract, examples, max_length=length)
+    losses = sequence_losses(model, encoded, mix, row_length=length, on_progress=on_progress)
+    return (-losses).softmax(-1)
 
 
 def answers(
@@ -80,31 +89,38 @@ def answers(
     examples: Sequence[Example],
     mixes: Sequence[Mix],
     *,
-    sampling: Sampling | None = None,
+    seed: int | None = None,
     on_progress: Progress = lambda _n: None,
 ) -> list[str]:
-    """Return the text that the contract's decoding rules give for each example, row i under mix i."""
-    sampling = sampling or sampling_of(contract)
+    """Return the text that each example's contract gives, row i under mix i.
+
+    With a `seed`, what is sampled for an example depends on its place in the list alone.
+    """
     prompts = encode_prompts(model.backbone.tokenizer, [messages_of(contract, e) for e in examples])
-    requests = [Request(p, m, sampling) for p, m in zip(prompts, mixes, strict=True)]
+    rules = [
+        sampling_of(e.contract or contract, None if seed is None else seed + i)
+        for i, e in enumerate(examples)
+    ]
+    requests = [Request(*row) for row in zip(prompts, mixes, rules, strict=True)]
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
     texts = [""] * len(requests)
     for start in range(0, len(order), GENERATE_BATCH):
         chosen = order[start : start + GENERATE_BATCH]
         for i, text in zip(chosen, generate(model, [requests[i] for i in chosen]), strict=True):
-            texts[i] = text.strip()
+            texts[i] = text
         on_progress(len(chosen))
     return texts
 
 
 def sampling_of(contract: PromptContract, seed: int | None = None) -> Sampling:
-    """Return the contract's own decoding rules."""
+    """Return a contract's own decoding rules."""
     return Sampling(
         max_new_tokens=contract.max_new_tokens,
         temperature=contract.temperature,
         top_p=contract.top_p,
         stop=contract.stop,
         seed=seed,
+        strip=True,
     )
 
 
@@ -126,9 +142,7 @@ def judge(
     """Measure one mix on the given examples of a task."""
     metric, contract = METRICS[task.metric], task.contract
     if metric.kind == "label":
-        shares = label_scores(model, contract, examples, mix, on_progress)
-        labels = list(contract.labels)
-        guesses = [labels[i] for i in shares.argmax(-1).tolist()]
+        guesses = _guess_labels(model, contract, examples, mix, on_progress)
         rows = label_rows([e.answer for e in examples], guesses)
         other = "macro_f1" if task.metric == "accuracy" else "accuracy"
         return Judged(rows, {other: METRICS[other].aggregate(rows)})
@@ -148,12 +162,30 @@ def judge(
     )
 
 
+def _guess_labels(
+    model: AdapterModel,
+    contract: PromptContract,
+    examples: Sequence[Example],
+    mix: Mix,
+    on_progress: Progress,
+) -> list[str]:
+    """Return the likeliest label of each example, out of its own contract's labels."""
+    guesses = [""] * len(examples)
+    alike: defaultdict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
+    for i, example in enumerate(examples):
+        alike[tuple((example.contract or contract).labels.items())].append(i)
+    for labels, chosen in alike.items():
+        own = replace(contract, labels=dict(labels))
+        shares = label_scores(model, own, [examples[i] for i in chosen], mix, on_progress)
+        for i, best in zip(chosen, shares.argmax(-1).tolist(), strict=True):
+            guesses[i] = labels[best][0]
+    return guesses
+
+
 def _diversity(
     model: AdapterModel, contract: PromptContract, examples: Sequence[Example], mix: Mix
 ) -> dict[str, float]:
-    texts = answers(
-        model, contract, examples, [mix] * len(examples), sampling=sampling_of(contract, seed=0)
-    )
+    texts = answers(model, contract, examples, [mix] * len(examples), seed=0)
     return {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.weights import AdapterWeights
@@ -24,6 +24,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIZES = "between 0 and a million"
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_dora": (
@@ -36,14 +38,27 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "layer_replication": ((None, []), "copied layers make another backbone"),
     "trainable_token_indices": ((None, [], {}), "changed embeddings belong to the backbone"),
     "use_qalora": ((False, None), "QALoRA pools the input and needs its own layer"),
-    "corda_config": ((None,), "CorDA changes the backbone's weights on load"),
-    "eva_config": ((None,), "EVA initialises from data; convert the adapter to plain LoRA first"),
-    "loftq_config": ((None, {}), "LoftQ changes the backbone's weights on load"),
     "arrow_config": ((None,), "an Arrow router is not an adapter"),
     "alora_invocation_tokens": ((None, []), "aLoRA switches on inside a row"),
     "target_parameters": ((None, []), "only linear layers carry adapters here"),
+    "use_rslora": ((False, True, None), "it must be true or false"),
+    "init_lora_weights": (
+        (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+        "this start takes a part out of the backbone's own weights; let PEFT convert the adapter to plain "
+        "LoRA with save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+    ),
 }
 """Setting -> the values that mean plain LoRA, and why any other is refused."""
+
+KNOWN = {
+    *REFUSED, "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    # these matter in training, or choose the modules: what came of them is in the tensors
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+"""The settings of plain LoRA. PEFT's next kind of LoRA will have another: it is refused until known."""
 
 
 def config_of(
@@ -84,9 +99,9 @@ def write_weights(path: Path, weights: AdapterWeights) -> None:
     """Write the tensors under PEFT's names."""
     tensors = {}
     for module, (a, b) in weights.factors.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file hides the OSError
 
 
 def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
@@ -100,16 +115,18 @@ def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             " (pickled .bin weights are never opened; save with safetensors)"
         )
     config = _read_config(folder / CONFIG)
-    found = _config_misfits(config)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    pairs, foreign = _pairs(tensors)
-    found += [f"tensor {key!r} is not a LoRA factor" for key in foreign]
-    found += _pair_misfits(pairs)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise AdapterError(
+            f"{folder} cannot be loaded: its peft_type is {kind!r}; only 'LORA' can be mixed row by row"
+        )
+    pairs, foreign = _pairs(_read_tensors(folder / WEIGHTS))
+    found = _config_misfits(config) + _pair_misfits(pairs)
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        listed = ", ".join(map(repr, foreign[:3]))
+        found.append(f"its weights hold what is not a LoRA factor: {listed}{more}")
     if not found:
-        found += _rank_misfits(config, pairs)
+        found = _rank_misfits(config, pairs)
     if found:
         raise AdapterError(join_misfits(f"{folder} cannot be loaded", found))
     factors = {m: (pair["A"], pair["B"]) for m, pair in pairs.items()}
@@ -122,25 +139,39 @@ def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{path} must hold a JSON object, not a {type(config).__name__}")
     return config
 
 
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in memory of their own: a mapped file could change, or end, under us."""
+    try:
+        tensors: dict[str, torch.Tensor] = load(path.read_bytes())
+    except KeyError as error:
+        raise AdapterError(f"{path} holds numbers of type {error}, which LoRA has not") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
 def _config_misfits(config: Mapping[str, Any]) -> list[str]:
-    found = []
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        found.append(f"peft_type is {kind!r}; only 'LORA' can be mixed row by row")
-    for setting, (plain, why) in REFUSED.items():
-        if config.get(setting) not in plain:
-            found.append(f"{setting} = {config[setting]!r} is refused: {why}")
+    found = [
+        f"{setting} = {config[setting]!r} is refused: {why}"
+        for setting, (plain, why) in REFUSED.items()
+        if config.get(setting) not in plain
+    ]
+    for setting in sorted(set(config) - KNOWN):
+        if config[setting]:  # empty and false mean off in all of PEFT's settings
+            found.append(
+                f"{setting} = {config[setting]!r} is unknown here and may change what the adapter "
+                "computes; if it only concerned training, take it out of the file"
+            )
     for setting in ("r", "lora_alpha"):
-        value = config.get(setting)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-            found.append(f"{setting} = {value!r} must be a number between 0 and a million")
+        if not _is_size(config.get(setting)):
+            found.append(f"{setting} = {config.get(setting)!r} must be a number {SIZES}")
     for setting in ("rank_pattern", "alpha_pattern"):
         found += _pattern_misfits(setting, config.get(setting) or {})
     return found
@@ -153,9 +184,13 @@ def _pattern_misfits(setting: str, pattern: Any) -> list[str]:
     for key, value in pattern.items():
         if not PLAIN_NAME.fullmatch(key):
             found.append(f"{setting}: {key!r} is refused: plain module names only")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            found.append(f"{setting}: {key} = {value!r} must be a positive number")
+        elif not _is_size(value):
+            found.append(f"{setting}: {key} = {value!r} must be a number {SIZES}")
     return found
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6
 
 
 def _pairs(
@@ -174,12 +209,13 @@ def _pairs(
 def _pair_misfits(pairs: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
     found = [] if pairs else ["there is not one LoRA factor in it"]
     for module, pair in pairs.items():
+        kinds = {str(tensor.dtype) for tensor in pair.values() if tensor.dtype not in DTYPES}
         if set(pair) != {"A", "B"}:
             found.append(f"{module} has lora_{next(iter(pair))} but not the other factor")
         elif pair["A"].ndim != 2 or pair["B"].ndim != 2:
             found.append(f"{module}: factors must be matrices")
-        elif not (pair["A"].is_floating_point() and pair["B"].is_floating_point()):
-            found.append(f"{module}: factors must be floating point, not {pair['A'].dtype}")
+        elif kinds:
+            found.append(f"{module}: factors of {' and '.join(sorted(kinds))} are no LoRA factors")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model import AdapterModel, keeping
 from adapterhub_chat.types import NO_ADAPTER, Mix
 
+COLD = 1e-5
+"""Temperatures that would only overflow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -21,21 +25,27 @@ class Sampling:
 
     max_new_tokens: int = 64
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 is greedy; below COLD there is no difference."""
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    """Strings that end the text; they are no part of it."""
     ignore_eos: bool = False
     seed: int | None = None
+    """Equal prompts with equal seeds give equal texts, whatever is decoded beside them."""
+    strip: bool = False
+    """Leave out white space at both ends."""
 
     def __post_init__(self) -> None:
         """Refuse values that have no meaning."""
         found = []
         if self.max_new_tokens < 1:
             found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            found.append(f"temperature={self.temperature} must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            found.append(f"temperature={self.temperature} must be a number from 0 on")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} must lie in (0, 1]")
+        if "" in self.stop:
+            found.append("stop must not hold an empty text: it would end every answer at once")
         if found:
             raise UsageError("; ".join(found))
 
@@ -58,28 +68,32 @@ class _Row:
 
     index: int
     request: Request
-    generator: torch.Generator
     ids: list[int] = field(default_factory=list)
     text: str = ""
     done: bool = False
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __post_init__(self) -> None:
+        """Seed the generator: by the request's seed, else anew."""
+        seed = self.request.sampling.seed
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
 
     def take(self, token: int, tokenizer: Any) -> str:
         """Add a token; return the text that became certain."""
         sampling = self.request.sampling
-        if token == tokenizer.eos_token_id and not sampling.ignore_eos:
-            self.done = True
-            return self._emit(tokenizer.decode(self.ids, skip_special_tokens=True))
-        self.ids.append(token)
-        text = tokenizer.decode(self.ids, skip_special_tokens=True)
+        ended = token == tokenizer.eos_token_id and not sampling.ignore_eos
+        if not ended:
+            self.ids.append(token)
+        text: str = tokenizer.decode(self.ids, skip_special_tokens=True)
         cut = min((text.find(s) for s in sampling.stop if s in text), default=-1)
-        self.done = cut >= 0 or len(self.ids) >= sampling.max_new_tokens
-        if cut >= 0:
-            return self._emit(text[:cut])
-        certain = len(text) if self.done else len(text) - _held_back(text, sampling.stop)
-        return self._emit(text[:certain])
-
-    def _emit(self, text: str) -> str:
-        piece = text[len(self.text) :]
+        self.done = ended or cut >= 0 or len(self.ids) >= sampling.max_new_tokens
+        if cut < 0:
+            cut = len(text) if self.done else _certain(text, sampling.stop)
+        shown = text[:cut].strip() if sampling.strip else text[:cut]
+        piece = shown[len(self.text) :]
         self.text += piece
         return piece
 
@@ -94,9 +108,7 @@ def generate(
 
     `on_text(row, piece)` hears of every new piece of text as it comes (streaming).
     """
-    rows = [
-        _Row(i, request, _generator(request.sampling.seed, i)) for i, request in enumerate(requests)
-    ]
+    rows = [_Row(i, request) for i, request in enumerate(requests)]
     live = sorted(rows, key=lambda row: str(row.request.mix))  # rows of one adapter side by side
     if live:
         state = _State(model, live)
@@ -127,7 +139,7 @@ def next_token_logits(model: AdapterModel, requests: Sequence[Request]) -> Tenso
     if not requests:
         return torch.zeros(0, model.backbone.model.config.vocab_size)
     order = sorted(range(len(requests)), key=lambda i: str(requests[i].mix))
-    live = [_Row(i, requests[i], _generator(None, i)) for i in order]
+    live = [_Row(i, requests[i]) for i in order]
     with model.mixing([row.request.mix for row in live]):
         logits = _State(model, live).forward().float().cpu()
     return logits[torch.tensor(order).argsort()]
@@ -139,8 +151,8 @@ class _State:
     def __init__(self, model: AdapterModel, live: Sequence[_Row]) -> None:
         """Lay the prompts out side by side, padded on the left."""
         prompts = [row.request.prompt for row in live]
-        if not all(prompts):
-            raise UsageError("an empty prompt has no next token: give at least one token of text")
+        if empty := sorted(str(row.index) for row in live if not row.request.prompt):
+            raise UsageError(f"prompt {', '.join(empty)} is empty: give at least one token of text")
         self.model, self.tokenizer = model.backbone.model, model.backbone.tokenizer
         device, width = model.backbone.device, max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
@@ -181,7 +193,7 @@ class _State:
 def _pick(logits: Tensor, row: _Row) -> int:
     """Choose the next token from (V,) logits by the row's own rules."""
     sampling = row.request.sampling
-    if sampling.temperature == 0:
+    if sampling.temperature < COLD:
         return int(logits.argmax())
     probabilities = (logits.float().cpu() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
@@ -191,22 +203,8 @@ def _pick(logits: Tensor, row: _Row) -> int:
     return int(torch.multinomial(probabilities, 1, generator=row.generator))
 
 
-def _generator(seed: int | None, row: int) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed + row)
-    return generator
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """Return how many characters at the end may still turn out otherwise: half a letter, half a stop."""
-    if text.endswith("\ufffd"):
-        return len(text) - len(text.rstrip("\ufffd"))
-    longest = 0
-    for stop in stops:
-        for size in range(1, min(len(stop), len(text) + 1)):
-            if text.endswith(stop[:size]):
-                longest = max(longest, size)
-    return longest
+def _certain(text: str, stops: Sequence[str]) -> int:
+    """Return how many characters cannot change any more: half a letter or half a stop still may."""
+    whole = text.rstrip("\ufffd")
+    halves = (stop[:n] for stop in stops for n in range(1, len(stop)))
+    return len(whole) - max((len(half) for half in halves if whole.endswith(half)), default=0)

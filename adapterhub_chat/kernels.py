@@ -37,31 +37,29 @@ class Batched:
     """One-hot rows, groups of equal size (padded where they are not): two batched products."""
 
     groups: int
+    places: int
+    """Rows of each group, spare ones included."""
     gather: Tensor | None
-    """Row that fills each place of the (G, N/G) layout; None when the rows already lie so."""
+    """Row that fills each place of the (G, places) layout; None when the rows already lie so."""
     scatter: Tensor | None
     """Place of each row in that layout."""
     weight: Tensor | None
-    """(G, N/G, 1, 1), or None when every weight is 1."""
+    """(G, places, 1, 1), or None when every weight is 1."""
 
     def shrink(self, x: Tensor, a: Tensor) -> Tensor:
-        """Return h (G, N/G * T, K)."""
+        """Return h (G, places * T, K)."""
         if self.gather is not None:
             x = x.index_select(0, self.gather)
         h = torch.bmm(x.reshape(self.groups, -1, x.shape[-1]), a.mT)
         if self.weight is None:
             return h
-        places = self.weight.shape[1]
-        scaled: Tensor = h.unflatten(1, (places, -1)) * self.weight.to(h.dtype)
+        scaled: Tensor = h.unflatten(1, (self.places, -1)) * self.weight.to(h.dtype)
         return scaled.flatten(1, 2)
 
     def expand(self, h: Tensor, b: Tensor) -> Tensor:
         """Return y (N, T, out)."""
-        y = torch.bmm(h, b.mT)
-        if self.scatter is None:
-            return y
-        places = 0 if self.gather is None else len(self.gather)
-        return y.reshape(places, -1, y.shape[-1]).index_select(0, self.scatter)
+        y = torch.bmm(h, b.mT).reshape(self.groups * self.places, -1, b.shape[1])
+        return y if self.scatter is None else y.index_select(0, self.scatter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +86,20 @@ class Ragged:
         rows, tokens, _ = x.shape
         flat = x.reshape(rows * tokens, -1)
         ends = self.ends * tokens
-        if hasattr(functional, "grouped_mm"):
+        if _grouped_mm_takes(flat, w):
             y = functional.grouped_mm(flat, w.mT, offs=ends.to(torch.int32))
         else:
             sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
             parts = zip(flat.split(sizes), w, strict=True)
             y = torch.cat([part @ factor.T for part, factor in parts])
         return y.view(rows, tokens, -1)
+
+
+def _grouped_mm_takes(x: Tensor, w: Tensor) -> bool:
+    """Whether torch has the product for these: rows of both must be whole multiples of 16 bytes."""
+    widths = (x.shape[-1], w.shape[-1], w.shape[-2])
+    aligned = all(width * x.element_size() % 16 == 0 for width in widths)
+    return hasattr(functional, "grouped_mm") and x.dtype != torch.float64 and aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +142,14 @@ def _choose(weights: Tensor) -> Form:
 
 
 def _batched(group: Sequence[int], counts: Sequence[int], scale: Tensor | None) -> Batched:
-    """Lay the rows out as (G, largest group); spare places repeat row 0 and are never read back."""
+    """Lay the rows out as (G, largest group).
+
+    Spare places repeat a row of their own group and are never read back: a row whose numbers are not
+    finite must not reach another group's gradient.
+    """
     groups, places = len(counts), max(counts)
-    gather, scatter, filled = [0] * (groups * places), [0] * len(group), [0] * groups
+    filled, scatter = [0] * groups, [0] * len(group)
+    gather = [group.index(g) for g in range(groups) for _ in range(places)]
     for row, g in enumerate(group):
         place = g * places + filled[g]
         filled[g] += 1
@@ -147,8 +157,8 @@ def _batched(group: Sequence[int], counts: Sequence[int], scale: Tensor | None) 
     in_place = gather == list(range(len(group)))
     weight = None if scale is None else scale[gather].view(groups, places, 1, 1)
     if in_place:
-        return Batched(groups, None, None, weight)
-    return Batched(groups, torch.tensor(gather), torch.tensor(scatter), weight)
+        return Batched(groups, places, None, None, weight)
+    return Batched(groups, places, torch.tensor(gather), torch.tensor(scatter), weight)
 
 
 def _to_device(form: Form, device: torch.device) -> Form:

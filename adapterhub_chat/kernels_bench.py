@@ -68,7 +68,7 @@ def _case(
     mask = torch.zeros(rows, 1, groups, 1, dtype=dtype, device=device)
     mask[order, 0, order // each] = 1
     forms: dict[str, Form] = {
-        "batched": Batched(groups, None, None, None),
+        "batched": Batched(groups, each, None, None, None),
         "ragged": Ragged(order, order, ends, None),
         "dense": Dense(mask),
     }
@@ -83,7 +83,7 @@ def _case(
             with torch.set_grad_enabled(train):
                 y = call()
                 if train:
-                    y.backward(gradient.view_as(y))  # type: ignore[no-untyped-call]
+                    y.backward(gradient.view_as(y))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e6)

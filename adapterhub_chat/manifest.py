@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from adapterhub_chat.assets import ASSETS
 from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.config import explain
 from adapterhub_chat.errors import AdapterError, join_misfits
@@ -49,10 +51,27 @@ class Probe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str
-    tokens: tuple[int, ...] = Field(description="The most likely next tokens, best first.")
-    logprobs: tuple[float, ...] = Field(description="Their log-probabilities with the adapter.")
-    shift: float = Field(description="Largest change of a next-token logit against the backbone.")
+    prompt: str = Field(min_length=1, max_length=500)
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        min_length=1, max_length=100, description="The most likely next tokens, best first."
+    )
+    logprobs: tuple[FiniteFloat, ...] = Field(
+        description="Their log-probabilities with the adapter."
+    )
+    backbone_logprobs: tuple[FiniteFloat, ...] = Field(
+        default=(),
+        description="Those of the backbone alone; without them, only the same precision is compared.",
+    )
+    shift: FiniteFloat = Field(
+        ge=0, description="Largest change of a next-token logit against the backbone."
+    )
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Probe:
+        for found in (self.logprobs, self.backbone_logprobs or self.logprobs):
+            if len(found) != len(self.tokens):
+                raise ValueError(f"{len(self.tokens)} tokens have {len(found)} log-probabilities")
+        return self
 
 
 class Manifest(BaseModel):
@@ -76,6 +95,12 @@ class Manifest(BaseModel):
     training: Training = Training()
     scores: tuple[Score, ...] = ()
     probe: Probe | None = None
+
+    @property
+    def base_model(self) -> str:
+        """The backbone's id on the Hub where it has one, else the name it was loaded by."""
+        asset = ASSETS.get(self.backbone)
+        return (asset and asset.upstream) or self.backbone
 
     def score(self, task: str) -> Score | None:
         """Return the score on a task, if it was measured."""
@@ -118,7 +143,7 @@ def manifest_of(
             best_step=trained.best_step,
             tokens=trained.tokens,
             seconds=round(trained.seconds, 1),
-            validation_loss=trained.best_loss if job.validation and trained.best_step else None,
+            validation_loss=trained.best_loss if math.isfinite(trained.best_loss) else None,
             stopped=trained.stopped,
         ),
     )
@@ -127,10 +152,12 @@ def manifest_of(
 def read_manifest(folder: Path) -> Manifest | None:
     """Return a folder's manifest, None when it has none; raise AdapterError listing every misfit."""
     path = folder / FILE
-    if not path.exists():
-        return None
     try:
         return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         raise AdapterError(join_misfits(str(path), explain(error, Manifest))) from error
 

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from adapterhub_chat.weights import AdapterWeights
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 RESERVED = (BACKBONE, "auto")
-TEMPORARY = ".tmp-"
+CARD = "README.md"
+TEMPORARY, ASIDE = ".tmp-", ".old-"
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
@@ -58,15 +60,18 @@ class Pool:
 
     def names(self) -> list[str]:
         """Return the adapters in the pool, by name."""
-        if not self.root.is_dir():
+        try:
+            entries = [path.name for path in self.root.iterdir()]
+        except FileNotFoundError:
             return []
-        return sorted(
-            p.name for p in self.root.iterdir() if NAME.fullmatch(p.name) and (p / CONFIG).is_file()
-        )
+        except OSError as error:
+            raise PoolError(f"the pool {self.root} cannot be read: {error.strerror}") from error
+        return sorted(name for name in entries if name in self)
 
     def __contains__(self, name: object) -> bool:
         """Return whether an adapter of that name is in the pool."""
-        return isinstance(name, str) and bool(NAME.fullmatch(name)) and name in self.names()
+        is_name = isinstance(name, str) and NAME.fullmatch(name)
+        return bool(is_name) and (self.root / str(name) / CONFIG).is_file()
 
     def path(self, name: str) -> Path:
         """Return an adapter's folder; raise UnknownNameError when there is none."""
@@ -97,52 +102,66 @@ class Pool:
         missing rights, UsageError for a name that cannot be a folder.
         """
         check_name(name)
-        with self._changing(name) as scratch:
+        with self._changing(f"saving {name!r}") as scratch:
             write_weights(scratch / WEIGHTS, weights)
             (scratch / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
             final = manifest.model_copy(
                 update={"name": name, "sha256": file_sha256(scratch / WEIGHTS)}
             )
             _write_words(scratch, final)
-            _replace(scratch, self.root / name)
+            self._replace(scratch, name)
         return Stored(name, self.root / name, weights, dict(config), final)
 
     def describe(self, name: str, manifest: Manifest) -> None:
-        """Replace an adapter's manifest and card, its weights staying as they are."""
-        source = self.path(name)
-        with self._changing(name) as scratch:
-            for file in (WEIGHTS, CONFIG):
-                os.link(source / file, scratch / file)
-            _write_words(scratch, manifest)
-            _replace(scratch, source)
+        """Replace an adapter's manifest and card; its weights and all other files stay as they are.
 
-    def check_writable(self) -> None:
-        """Raise PoolError when nothing can be saved here; better before an hour of training."""
-        with self._changing("a first adapter"):
-            pass
+        Raises AdapterError when the pool has other weights by now than the manifest describes.
+        """
+        source = self.path(name)
+        with self._changing(f"describing {name!r}") as scratch:
+            if file_sha256(source / WEIGHTS) != manifest.sha256:
+                raise AdapterError(
+                    f"adapter {name!r} was saved anew since it was loaded; load it again first"
+                )
+            shutil.copytree(source, scratch, copy_function=_link, dirs_exist_ok=True)
+            _write_words(scratch, manifest)
+            self._replace(scratch, name)
 
     def delete(self, name: str) -> None:
         """Remove an adapter."""
         source = self.path(name)
-        with self._changing(name) as scratch:
-            _replace(source, scratch / "gone")
+        with self._alone(f"deleting {name!r}"):
+            gone = (
+                self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
+            )  # no new folder: the disk may be full
+            os.rename(source, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def check_writable(self) -> None:
+        """Raise PoolError when nothing can be saved here; better before an hour of training."""
+        with self._changing("a trial"):
+            pass
 
     @contextmanager
-    def _changing(self, name: str) -> Iterator[Path]:
+    def _changing(self, what: str) -> Iterator[Path]:
         """Hold the pool's lock; give a scratch folder inside it that is gone afterwards."""
+        with self._alone(what):
+            scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=TEMPORARY))
+            try:
+                scratch.chmod(0o755)
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Hold the pool's lock; turn what the system says into a PoolError about `what`."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=f"{TEMPORARY}{name}-"))
-                try:
-                    scratch.chmod(0o755)
-                    yield scratch
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
+                yield
         except OSError as error:
-            if isinstance(error, PoolError):
-                raise
-            raise PoolError(_explain(error, self.root, name)) from error
+            raise PoolError(_explain(error, self.root, what)) from error
 
     @contextmanager
     def _locked(self, *, wait: bool = True) -> Iterator[bool]:
@@ -154,15 +173,37 @@ class Pool:
                 return
             yield True
 
+    def _replace(self, scratch: Path, name: str) -> None:
+        """Put the folder `scratch` where the adapter is or shall be, in one rename.
+
+        Folders cannot be overwritten by a rename; Linux can exchange two in one call. Where it cannot,
+        the old folder steps aside first: the only moment in which a reader could find neither.
+        """
+        for path in (*scratch.rglob("*"), scratch):
+            _sync(path)
+        target, aside = self.root / name, self.root / f"{ASIDE}{name}"
+        if not target.exists():
+            os.rename(scratch, target)
+        elif not _exchange(scratch, target):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(target, aside)
+            os.rename(scratch, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        _sync(self.root)
+
     def _sweep(self) -> None:
         """Remove what killed runs left, unless another process is at work here right now."""
-        if not self.root.is_dir() or not any(self.root.glob(f"{TEMPORARY}*")):
+        if not any((*self.root.glob(f"{TEMPORARY}*"), *self.root.glob(f"{ASIDE}*"))):
             return
         try:
             with self._locked(wait=False) as mine:
-                if mine:
-                    for left in self.root.glob(f"{TEMPORARY}*"):
-                        shutil.rmtree(left, ignore_errors=True)
+                if not mine:
+                    return
+                for old in self.root.glob(f"{ASIDE}*"):
+                    if not (target := self.root / old.name.removeprefix(ASIDE)).exists():
+                        os.rename(old, target)
+                for left in (*self.root.glob(f"{TEMPORARY}*"), *self.root.glob(f"{ASIDE}*")):
+                    shutil.rmtree(left, ignore_errors=True)
         except OSError:
             return  # a pool that may only be read stays as it is
 
@@ -180,7 +221,32 @@ def check_name(name: str) -> str:
 
 
 def read_stored(folder: Path, name: str) -> Stored:
-    """Read an adapter folder, inside a pool or not; raise AdapterError when it cannot be trusted."""
+    """Read an adapter folder, inside a pool or not; raise AdapterError when it cannot be trusted.
+
+    A folder that is replaced while it is read is read again: files of two versions never meet.
+    """
+    while True:
+        version = _version(folder)
+        try:
+            stored = _read_once(folder, name)
+        except AdapterError:
+            if _version(folder) == version:
+                raise
+        else:
+            if _version(folder) == version:
+                return stored
+
+
+def _version(folder: Path) -> tuple[int, int]:
+    """Return what tells one version of an adapter's folder from the next."""
+    try:
+        stat = folder.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_ino, stat.st_ctime_ns
+
+
+def _read_once(folder: Path, name: str) -> Stored:
     weights, config = read_folder(folder)
     manifest = read_manifest(folder)
     if manifest is not None and (actual := file_sha256(folder / WEIGHTS)) != manifest.sha256:
@@ -192,26 +258,27 @@ def read_stored(folder: Path, name: str) -> Stored:
 
 
 def _write_words(folder: Path, manifest: Manifest) -> None:
-    (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
-    (folder / "README.md").write_text(render_card(manifest), encoding="utf-8")
+    """Write manifest and card as new files: those of the old version may be linked here."""
+    for file, text in ((MANIFEST, dump_manifest(manifest)), (CARD, render_card(manifest))):
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")
 
 
-def _replace(source: Path, target: Path) -> None:
-    """Put the folder `source` where `target` is or shall be, in one rename.
+def _link(source: str, target: str) -> None:
+    """Give a file a second name; copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
-    Folders cannot be overwritten by a rename; Linux can exchange two in one call. Where it cannot, the
-    old folder steps aside first: the only moment in which a reader could find neither.
-    """
-    for file in source.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if not target.exists():
-        os.rename(source, target)
-    elif not _exchange(source, target):
-        aside = source.with_name(source.name + "-old")
-        os.rename(target, aside)
-        os.rename(source, target)
-        shutil.rmtree(aside, ignore_errors=True)
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk before anything that follows."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -222,11 +289,10 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
-def _explain(error: OSError, root: Path, name: str) -> str:
-    before = f"adapter {name!r} was not saved to {root}"
-    after = "what was in the pool before is unchanged"
+def _explain(error: OSError, root: Path, what: str) -> str:
+    before = f"{what} failed, and the pool {root} is as it was"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{before}: the disk is full; {after}. Free some space and try again."
+        return f"{before}: the disk is full. Free some space and try again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{before}: no permission to write there; {after}. Choose another pool folder."
-    return f"{before}: {error}; {after}."
+        return f"{before}: no permission to write there. Choose another pool folder."
+    return f"{before}: {error}."

@@ -50,16 +50,17 @@ class Bars:
     def on_event(self, event: Event) -> None:
         """Show one training event."""
         bar = self._bar(f"train {event.adapter}", event.total)
-        note = f"loss {event.values['loss']:.3f}" if "loss" in event.values else ""
-        if event.kind == "validation":
-            note = f"validation {event.values['loss']:.3f}"
-        if event.kind == "stop":
-            note = f"{event.note}, best validation {event.values['loss']:.3f}"
+        loss = f"{event.values['loss']:.3f}" if "loss" in event.values else "unknown"
+        note = {
+            "step": f"loss {loss}",
+            "validation": f"validation {loss}",
+            "stop": f"{event.note}, best validation {loss}",
+        }[event.kind]
         self._progress.update(bar, completed=event.step, note=note)
 
-    def on_judged(self, task: str, n: int) -> None:
-        """Show that `n` more items of a task have been judged."""
-        self._progress.advance(self._bar(f"judge {task}", None), n)
+    def on_judged(self, what: str, n: int) -> None:
+        """Show that `n` more items of a task have been answered."""
+        self._progress.advance(self._bar(f"answer {what}", None), n)
 
     def _bar(self, title: str, total: int | None) -> BarID:
         if title not in self._bars:

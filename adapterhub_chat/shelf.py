@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from adapterhub_chat.assets import ASSETS
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.folder import config_of
 from adapterhub_chat.manifest import Manifest
@@ -56,7 +57,7 @@ class Shelf:
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter without loading it: bytes, shapes, fingerprint, probe."""
         try:
-            stored = self.find(source)
+            stored = self.find(source, "candidate")  # what the folder is called is no matter here
         except AdapterError as error:
             return Verdict(False, "refused", (str(error),))
         verdict = check_fit(stored, self.model)
@@ -91,15 +92,17 @@ class Shelf:
         return stored.manifest.contract if stored and stored.manifest else None
 
     def keep(self, weights: AdapterWeights, manifest: Manifest) -> Manifest:
-        """Save a new adapter with its probe to the pool and load it; return the final manifest."""
-        self.model.load(manifest.name, weights)
-        probe = make_probe(self.model, manifest.name)
-        asset = ASSETS.get(manifest.backbone)
-        base = asset.upstream if asset and asset.upstream else manifest.backbone
-        config = config_of(weights, base, self.model.shapes)
-        manifest = manifest.model_copy(update={"probe": probe})
-        stored = self.pool.save(manifest.name, weights, config, manifest)
-        self._stored[manifest.name] = stored
+        """Save a new adapter with its probe to the pool and load it; return the final manifest.
+
+        When it cannot be saved, pool and loaded adapters are as before.
+        """
+        with self._on_trial(manifest.name, weights) as trial:
+            probe = make_probe(self.model, trial)
+        config = config_of(weights, manifest.base_model, self.model.shapes)
+        draft = manifest.model_copy(update={"probe": probe})
+        stored = self.pool.save(manifest.name, weights, config, draft)
+        self.model.load(stored.name, weights)
+        self._stored[stored.name] = stored
         assert stored.manifest is not None
         return stored.manifest
 
@@ -113,9 +116,15 @@ class Shelf:
         probe = stored.manifest.probe if stored.manifest else None
         if probe is None:
             return ""
-        trial = f"{stored.name} on trial {time.monotonic_ns()}"
-        self.model.load(trial, stored.weights)
-        try:
+        with self._on_trial(stored.name, stored.weights) as trial:
             return probe_problem(self.model, trial, probe, verdict.status)
+
+    @contextmanager
+    def _on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
+        """Load weights under a name that nobody uses, for as long as the block runs."""
+        trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
+        self.model.load(trial, weights)
+        try:
+            yield trial
         finally:
             self.model.unload(trial)

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from adapterhub_chat.batches import Batch, epochs, in_order, pack
+from adapterhub_chat.batches import epochs, in_order, pack
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.jobs import Job
@@ -26,6 +26,9 @@ from adapterhub_chat.losses import sum_by_owner, token_losses
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.template import Encoded
 from adapterhub_chat.weights import AdapterWeights, initial_weights
+
+VALIDATION_ROWS = 4
+"""Packed rows of a validation batch."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Trained:
     tokens: int
     seconds: float
     stopped: str
-    """`finished`, `early` (validation stopped improving) or `interrupted` (Ctrl-C)."""
+    """`finished`, `early` (validation stopped improving), `interrupted` (Ctrl-C), or `diverged` (the
+    loss was no longer a number; with `best_step` 0 nothing was learnt before)."""
 
 
 def train(
@@ -69,8 +73,7 @@ def train(
         while any(learner.stopped == "" for learner in run.learners):
             run.step()
     except KeyboardInterrupt:
-        for learner in run.learners:
-            learner.stopped = learner.stopped or "interrupted"
+        run.interrupt()
     return {learner.job.name: learner.result() for learner in run.learners}
 
 
@@ -126,19 +129,36 @@ class _Learner:
     best_loss: float = math.inf
     misses: int = 0
     tokens: int = 0
+    over: bool = False
     stopped: str = ""
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
     @property
+    def progress(self) -> float:
+        """The share of the run that is over, by steps or by the clock, whichever is further."""
+        limit = self.job.config.max_minutes * 60
+        by_clock = (time.monotonic() - self.started) / limit if limit else 0.0
+        return min(1.0, max(self.step / self.total, by_clock))
+
+    @property
     def eval_every(self) -> int:
+        """Steps between two validations."""
         return self.job.config.eval_every or max(1, self.total // 8)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the last step calls for a validation: every so many steps, and at the end."""
+        if self.stopped:
+            return False
+        often = bool(self.job.validation) and self.step % self.eval_every == 0
+        return often or self.over
 
     def apply_gradient(self) -> tuple[float, float]:
         """Clip, set the learning rate, step; return (gradient norm before clipping, learning rate)."""
         config = self.job.config
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
-        rate = config.learning_rate * schedule(self.step, self.total, config)
+        rate = config.learning_rate * schedule(self.progress, 1 / self.total, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -157,15 +177,16 @@ class _Learner:
         )
 
 
-def schedule(step: int, total: int, config: TrainConfig) -> float:
-    """Return the share of the learning rate at `step`: linear warm-up, then cosine to zero or constant."""
-    warmup = max(1, round(config.warmup * total))
-    if step < warmup:
-        return (step + 1) / warmup
+def schedule(progress: float, one_step: float, config: TrainConfig) -> float:
+    """Return the share of the peak learning rate: linear warm-up, then cosine to zero or constant.
+
+    `progress` is the share of the run before this step, `one_step` the share of one step.
+    """
+    if progress < config.warmup:
+        return min(1.0, (progress + one_step) / max(config.warmup, one_step))
     if config.schedule == "constant":
         return 1.0
-    progress = (step - warmup) / max(1, total - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
 
 
 class _Run:
@@ -203,27 +224,28 @@ class _Run:
         """Run one forward and backward over every live learner's rows, then each one's own update."""
         live = [learner for learner in self.learners if not learner.stopped]
         rows = [next(learner.stream) for learner in live]
-        batch, losses = self._losses(live, rows)
+        losses = self._losses(live, rows)
         self.bank.zero_grad()
         self.accelerator.backward(torch.stack(losses).sum())
         for learner, loss, own in zip(live, losses, rows, strict=True):
             value = float(loss.detach())
             if not math.isfinite(value):
                 learner.stopped = "diverged"
-                continue
+                continue  # its rows touch nobody else's gradient
             norm, rate = learner.apply_gradient()
+            learner.over = learner.progress >= 1
             learner.tokens += sum(e.num_inputs for row in own for e in row)
             values = {"loss": value, "gradient_norm": norm, "learning_rate": rate}
             self._tell(learner, "step", values)
-        del batch
-        self._validate([x for x in live if x.step % x.eval_every == 0 or x.step == x.total])
+        losses.clear()  # and with them the graph, before more memory is needed
+        self._validate([x for x in live if x.validation_due])
         for learner in live:
             self._finish(learner)
 
     def _losses(
         self, live: Sequence[_Learner], rows: Sequence[list[list[Encoded]]]
-    ) -> tuple[Batch, list[Tensor]]:
-        """Return the packed batch and each learner's mean loss over its own answer tokens."""
+    ) -> list[Tensor]:
+        """Return each learner's mean loss over its own answer tokens."""
         batch = pack([row for own in rows for row in own], self.length)
         mix = torch.zeros(batch.num_rows, self.bank.slots)
         row_learner = torch.repeat_interleave(
@@ -237,35 +259,50 @@ class _Run:
         owner = row_learner[batch.keep // self.length].to(device)
         counts = torch.bincount(owner, minlength=len(live))
         means = sum_by_owner(losses, owner, len(live)) / counts.clamp(min=1)
-        return batch, list(means.unbind())
+        return list(means.unbind())
 
     @torch.no_grad()
     def _validate(self, due: Sequence[_Learner]) -> None:
         """Measure the mean validation loss of each learner that is due; keep its weights when best."""
         for learner in due:
-            total, count = 0.0, 0
-            config = learner.job.config
-            held_out = learner.job.validation
-            for rows, _ in in_order(held_out, num_rows=config.rows_per_step, length=self.length):
-                batch = pack(rows, self.length)
-                mix = torch.zeros(batch.num_rows, self.bank.slots)
-                mix[:, learner.slot] = 1.0
-                with activate(Plan(self.bank, mix)):
-                    logits = self.model.answer_logits(batch)
-                total += float(token_losses(logits, batch.targets.to(logits.device)).sum())
-                count += len(batch.targets)
-            loss = total / count if count else -float(learner.step)
-            better = loss < learner.best_loss
+            loss = self._held_out_loss(learner)
+            better = loss < learner.best_loss or math.isnan(loss)
             learner.misses = 0 if better else learner.misses + 1
             if better:
-                learner.best_loss, learner.best_step = loss, learner.step
-                learner.best = self.bank.read(learner.slot, learner.initial)
+                self._keep(learner, loss)
             self._tell(learner, "validation", {"loss": loss, "best": learner.best_loss})
+
+    def _held_out_loss(self, learner: _Learner) -> float:
+        """Return the mean loss over the validation answers' tokens, NaN when there are none."""
+        total, count = 0.0, 0
+        examples = learner.job.validation
+        for rows, _ in in_order(examples, num_rows=VALIDATION_ROWS, length=self.length):
+            batch = pack(rows, self.length)
+            mix = torch.zeros(batch.num_rows, self.bank.slots)
+            mix[:, learner.slot] = 1.0
+            with activate(Plan(self.bank, mix)):
+                logits = self.model.answer_logits(batch)
+            total += float(token_losses(logits, batch.targets.to(logits.device)).sum())
+            count += len(batch.targets)
+        return total / count if count else math.nan
+
+    def _keep(self, learner: _Learner, loss: float) -> None:
+        """Take the learner's present weights as its best."""
+        learner.best_loss, learner.best_step = loss, learner.step
+        learner.best = self.bank.read(learner.slot, learner.initial)
+
+    def interrupt(self) -> None:
+        """Stop all learners; one that was never validated keeps what it has learnt by now."""
+        for learner in self.learners:
+            if not learner.stopped:
+                learner.stopped = "interrupted"
+                if not learner.best_step and learner.step:
+                    self._keep(learner, math.nan)
 
     def _finish(self, learner: _Learner) -> None:
         config = learner.job.config
-        if learner.step >= learner.total:
-            learner.stopped = "finished"
+        if learner.over:
+            learner.stopped = learner.stopped or "finished"
         elif config.patience and learner.misses >= config.patience:
             learner.stopped = "early"
         if learner.stopped:
@@ -291,4 +328,5 @@ class _Run:
     def _tell(
         self, learner: _Learner, kind: str, values: Mapping[str, float], note: str = ""
     ) -> None:
-        self.on_event(Event(learner.job.name, kind, learner.step, learner.total, values, note))
+        known = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.on_event(Event(learner.job.name, kind, learner.step, learner.total, known, note))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.generate import Request, next_token_logits
 from adapterhub_chat.manifest import Manifest, Probe
 from adapterhub_chat.model import AdapterModel
@@ -19,8 +20,11 @@ Status = Literal["exact", "compatible", "unverified", "refused"]
 
 PROBE_PROMPT = "The quick brown fox jumps over the lazy dog. What do you think about it?"
 PROBE_TOKENS = 5
-PROBE_TOLERANCE: dict[Status, float] = {"exact": 0.25, "compatible": 1.0}
-"""Largest change of a probe log-probability: other kernels round otherwise, 4-bit far more so."""
+EFFECT = 0.1
+"""The share of its recorded shift of the logits that an adapter must still bring about."""
+TOLERANCE, PER_DRIFT = 0.25, 3.0
+"""Largest change of a probe log-probability: for other kernels, which round otherwise, and for each unit by
+which the backbone's own log-probabilities have changed (in 4 bits they move by far more)."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,14 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
 def make_probe(model: AdapterModel, name: str) -> Probe:
     """Ask a loaded adapter and the backbone the probe question; return what must come again."""
     with_adapter, without = _probe_logits(model, PROBE_PROMPT, name)
-    best = with_adapter.log_softmax(-1).topk(PROBE_TOKENS)
+    if not with_adapter.isfinite().all():
+        raise AdapterError(f"{name}: it makes logits that are not finite; it cannot be used")
+    tokens = with_adapter.topk(PROBE_TOKENS).indices
     return Probe(
         prompt=PROBE_PROMPT,
-        tokens=tuple(best.indices.tolist()),
-        logprobs=tuple(round(v, 4) for v in best.values.tolist()),
+        tokens=tuple(tokens.tolist()),
+        logprobs=_rounded(with_adapter.log_softmax(-1)[tokens]),
+        backbone_logprobs=_rounded(without.log_softmax(-1)[tokens]),
         shift=round(float((with_adapter - without).abs().max()), 4),
     )
 
@@ -84,14 +91,31 @@ def probe_problem(model: AdapterModel, name: str, probe: Probe | None, status: S
     if probe is None:
         return ""
     with_adapter, without = _probe_logits(model, probe.prompt, name)
-    if probe.shift > 0 and torch.equal(with_adapter, without):
-        return "its logits equal the backbone's: the adapter has no effect"
-    logprobs = with_adapter.log_softmax(-1)[list(probe.tokens)]
-    off = float((logprobs - torch.tensor(probe.logprobs)).abs().max())
-    limit = PROBE_TOLERANCE.get(status, PROBE_TOLERANCE["compatible"])
+    if max(probe.tokens) >= len(without):
+        return f"its probe names token {max(probe.tokens)}, the backbone has {len(without)}"
+    shift = float((with_adapter - without).abs().max())
+    if probe.shift > 0 and not shift > EFFECT * probe.shift:
+        return (
+            f"the adapter has no effect: it moves a logit by {shift:.2g}, not by {probe.shift:.2g}"
+        )
+    if status != "exact" and not probe.backbone_logprobs:
+        return ""
+    off = _change(with_adapter, probe.tokens, probe.logprobs)
+    drift = _change(without, probe.tokens, probe.backbone_logprobs)
+    limit = TOLERANCE + PER_DRIFT * drift
     if not off <= limit:
-        return f"a log-probability of its probe is off by {off:.2f}, more than {limit}"
+        return f"a log-probability of its probe is off by {off:.2f}, more than {limit:.2f}"
     return ""
+
+
+def _change(logits: Tensor, tokens: Sequence[int], recorded: Sequence[float]) -> float:
+    """Return the largest change of the tokens' log-probabilities since they were recorded, if they were."""
+    now = logits.log_softmax(-1)[list(tokens)].tolist()
+    return max((abs(a - b) for a, b in zip(now, recorded, strict=False)), default=0.0)
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in values.tolist())
 
 
 def _probe_logits(model: AdapterModel, prompt: str, name: str) -> tuple[Tensor, Tensor]:

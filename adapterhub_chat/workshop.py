@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,16 @@ def make_adapters(
     configs: Mapping[str, TrainConfig],
     how: How,
     *,
+    test_examples: int,
     save_dtype: torch.dtype = torch.float32,
     run_dir: Path | None = None,
     listeners: Listeners = SILENT,
 ) -> dict[str, Manifest]:
-    """Train an adapter for each named task and save it; return the manifests of what was finished.
+    """Train an adapter for each named task, save it, measure it; return the manifests of what was saved.
 
     Everything that can be wrong is looked at before the first step: names, data, the pool's folder.
+    Ctrl-C in training saves what was best until then, unmeasured, with a warning. What has learnt
+    nothing is not saved; when that is all there is, KeyboardInterrupt goes on its way.
     """
     if how not in get_args(How):
         raise UsageError(f"how={how!r}: allowed are {', '.join(get_args(How))}")
@@ -59,6 +63,7 @@ def make_adapters(
     backbone = shelf.model.backbone
     jobs = {n: make_job(backbone.tokenizer, n, task, configs[n]) for n, task in tasks.items()}
     manifests: dict[str, Manifest] = {}
+    interrupted = False
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(RunLog(run_dir)) if run_dir is not None else None
 
@@ -73,27 +78,39 @@ def make_adapters(
             else train_sequence(shelf.model, list(jobs.values()), on_event=tell)
         )
         for name, trained in each:
+            interrupted |= trained.stopped == "interrupted"
+            if not trained.best_step:
+                _warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
+                continue
             beside = [other for other in tasks if other != name] if how == "joint" else []
             draft = manifest_of(tasks[name], backbone, jobs[name], trained, how=how, beside=beside)
             manifests[name] = shelf.keep(trained.weights.to(save_dtype), draft)
+    if interrupted and not manifests:
+        raise KeyboardInterrupt
+    if interrupted:
+        _warn(f"interrupted: the best so far of {', '.join(manifests)} is saved, not measured")
+    elif test_examples:
+        return _measured(shelf, tasks, manifests, test_examples, listeners)
     return manifests
 
 
-def measure(
+def _measured(
     shelf: Shelf,
     tasks: Mapping[str, Task],
+    manifests: Mapping[str, Manifest],
     limit: int,
-    listeners: Listeners = SILENT,
+    listeners: Listeners,
 ) -> dict[str, Manifest]:
     """Score loaded pool members on their tasks' test splits; write the scores into their manifests."""
     measured = {}
-    for name, task in tasks.items():
-        stored = shelf.stored(name)
-        assert stored is not None
-        assert stored.manifest is not None
-        scores = judge_task(shelf, task, [(name, as_mix(name))], limit, listeners)
-        measured[name] = stored.manifest.with_scores(scores)
-        shelf.describe(name, measured[name])
+    try:
+        for name, manifest in manifests.items():
+            scores = judge_task(shelf, tasks[name], [(name, as_mix(name))], limit, listeners)
+            measured[name] = manifest.with_scores(scores)
+            shelf.describe(name, measured[name])
+    except KeyboardInterrupt:
+        _warn(f"interrupted: {', '.join(manifests)} are saved, but not all are measured")
+        raise
     return measured
 
 
@@ -109,6 +126,10 @@ def judge_task(
     if not examples:
         raise DataError(f"task {task.name!r} has no test examples")
     return evaluate(shelf.model, adapters, [(task, examples)], on_progress=listeners.on_judged)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def configs_of(

@@ -14,9 +14,9 @@ CONTRACT = PromptContract(
     labels={"negative": "negative", "positive": "positive"},
     max_new_tokens=4,
 )
-LONG_REVIEWS = 2_500
-"""As many words as all short reviews together have; chosen by hash."""
-LONG_WORDS = 80
+LONG_REVIEWS = 1_000
+"""A third of the words of all short reviews together; chosen by hash."""
+LONG_WORDS = 60
 """The end of a long review is kept: the verdict is often there."""
 
 

@@ -129,7 +129,8 @@ def toy_task(name="toy", size=60, flip=False):
     rows = []
     for i in range(size):
         good = (i % 2 == 0) != flip
-        text = f"{'good' if i % 2 == 0 else 'bad'} {WORDS[i % 10]} {WORDS[(i // 10) % 10]} {i}"
+        word = "good" if i % 2 == 0 else "bad"
+        text = f"{word} {word} {WORDS[(i // 2) % 10]} {word} {i % 7} {word}"
         rows.append(Example({"text": text}, "good" if good else "bad"))
     cut = size // 5
     parts = {
@@ -142,7 +143,9 @@ def toy_task(name="toy", size=60, flip=False):
 
 def toy_answers(name="answers", size=40):
     """Short questions with short answers: a generation task."""
-    contract = PromptContract(template="{question}", system="Answer.", stop=("\n",), max_new_tokens=6)
+    contract = PromptContract(
+        template="{question}", system="Answer.", stop=("\n",), max_new_tokens=6
+    )
     rows = tuple(
         Example({"question": f"Which {WORDS[i % 10]} {i}?"}, WORDS[i % 10]) for i in range(size)
     )

@@ -1,0 +1,71 @@
+"""What callers hand in, checked at the door: lists, conversations, inputs of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from adapterhub_chat.errors import DataError, UsageError, join_misfits
+from adapterhub_chat.prompt import fields_of, render_prompt
+from adapterhub_chat.template import messages_of
+from adapterhub_chat.types import Example, Message, PromptContract, Turn, as_message
+
+SHOWN = 10
+"""Misfits listed one by one."""
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """Return `values` as a list; a lone text or mapping would be taken apart letter by letter."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise UsageError(f"{what} must be a list, not one {type(values).__name__}: {values!r}")
+    return list(values)
+
+
+def conversation(turns: Sequence[Turn], contract: PromptContract | None) -> list[Message]:
+    """Return the messages as an adapter with this contract was taught to see them.
+
+    The user's last turn goes through the template, under the contract's system turn; a conversation
+    that brings a system turn of its own stays as it is.
+    """
+    messages = [_message(turn) for turn in listed(turns, "a conversation")]
+    if not messages or messages[-1].role != "user":
+        raise UsageError("a conversation must end with a message whose role is 'user'")
+    if contract is None or any(m.role == "system" for m in messages):
+        return messages
+    fields = fields_of(contract.template, messages[-1].content)
+    return messages_of(contract, Example(fields, "", history=tuple(messages[:-1])))
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, Message | Mapping):
+        raise UsageError(f"a message must be a Message or a mapping, not {turn!r}")
+    return as_message(turn)
+
+
+def unanswered(contract: PromptContract, inputs: Sequence[Any]) -> list[Example]:
+    """Return texts, or fields by name, as examples that wait for an answer.
+
+    Raises one DataError for all that do not fit, counted from 1.
+    """
+    examples: list[Example] = []
+    misfits: list[str] = []
+    for number, given in enumerate(inputs, 1):
+        try:
+            examples.append(_example(contract.template, given, number))
+        except UsageError as error:
+            misfits.append(str(error))
+    if misfits:
+        more = [f"and {len(misfits) - SHOWN} more"] if len(misfits) > SHOWN else []
+        raise DataError(join_misfits("the inputs", misfits[:SHOWN] + more))
+    return examples
+
+
+def _example(template: str, given: Any, number: int) -> Example:
+    if not isinstance(given, str | Mapping):
+        raise DataError(f"input {number} is neither a text nor fields by name: {given!r}")
+    fields = fields_of(template, given, number)
+    try:
+        render_prompt(template, fields).encode()
+    except (DataError, UnicodeEncodeError) as error:
+        raise DataError(f"input {number}: {error}") from error
+    return Example(fields, "")

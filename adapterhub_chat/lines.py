@@ -1,0 +1,61 @@
+"""JSON lines in and out: every bad line is named, and a file appears only when it is complete."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from adapterhub_chat.errors import AdapterHubError, DataError, UsageError
+
+
+def read_lines(source: str) -> list[dict[str, Any]]:
+    """Return the JSON object of each line of a file, or of standard input for `-`.
+
+    Raises DataError naming every line that holds none.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise DataError(f"--input {source}: {error.strerror or error}") from error
+    rows = [_json_object(line) for line in raw.rstrip().splitlines()]
+    bad = [str(number) for number, row in enumerate(rows, 1) if row is None]
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        where = f"--input {source}, line {', '.join(bad[:10])}{more}"
+        raise DataError(f'{where}: not a JSON object like {{"text": ...}}')
+    return [row for row in rows if row is not None]
+
+
+def _json_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+@contextmanager
+def sink(output: str) -> Iterator[TextIO]:
+    """Give standard output for `-`, else a file that takes its name only when all is written."""
+    if output == "-":
+        yield sys.stdout
+        return
+    target = Path(output)
+    special = target.exists() and not target.is_file()  # a pipe, a device: nothing to rename over
+    partial = target if special else Path(f"{output}.part")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(target)
+    except OSError as error:
+        if isinstance(error, AdapterHubError):
+            raise
+        raise UsageError(f"--output {output}: {error.strerror or error}") from error
+    finally:
+        if not special:
+            with suppress(OSError):
+                partial.unlink()

@@ -1,0 +1,75 @@
+"""What a person sees of a verb: notes on standard error, tables and JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from adapterhub_chat.types import Score
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Say:
+    """Prints notes for a person to standard error, unless quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        """Speak, or not."""
+        self.quiet = quiet
+
+    def __call__(self, text: str) -> None:
+        """Print one note."""
+        if not self.quiet:
+            err.print(text, highlight=False, markup=False)
+
+
+def tell(what: str, text: str, style: str = "bold red") -> None:
+    """Print a sentence to standard error in one piece: what it is, in colour, and the text."""
+    err.print(Text.assemble((f"{what}:", style), " ", text), soft_wrap=True)
+
+
+def tell_warnings_and_logs() -> None:
+    """Send what the package logs and warns of to standard error, a sentence each."""
+    handler = RichHandler(console=err, show_time=False, show_level=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("adapterhub_chat").setLevel(logging.INFO)
+    warnings.showwarning = lambda message, *_, **__: tell("note", str(message), "yellow")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value to standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of plain texts to standard output."""
+    table = Table(*columns, title=Text(title))
+    for row in rows:
+        table.add_row(*map(Text, row))
+    out.print(table)
+
+
+def print_scores(title: str, scores: Iterable[Score]) -> None:
+    """Print scores with their intervals, beside the backbone's."""
+    columns = ("adapter", "task", "metric", "score", "95 % interval", "backbone", "n")
+    print_table(title, columns, map(_score_row, scores))
+
+
+def _score_row(s: Score) -> tuple[str, ...]:
+    interval = f"{number(s.low)} to {number(s.high)}"
+    beside = number(s.backbone_value)
+    return s.adapter, s.task, s.metric, number(s.value), interval, beside, str(s.n)
+
+
+def number(value: float | None) -> str:
+    """Return a score as a person reads it; nothing where there is none."""
+    return "" if value is None else f"{value:.3f}"

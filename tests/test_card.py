@@ -1,0 +1,77 @@
+"""The card of an adapter, read by the Hub's own parser."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from adapterhub_chat.card import render_card
+from adapterhub_chat.manifest import Manifest, Training
+from adapterhub_chat.types import Fingerprint, PromptContract, Score
+
+
+def manifest(**changes):
+    values = {
+        "name": "sentiment",
+        "about": "Judges film reviews.",
+        "language": "en",
+        "licence": "Apache-2.0",
+        "sha256": "ab" * 32,
+        "backbone": "smollm2-135m",
+        "fingerprint": Fingerprint("Llama", "c", "t", "m", "w"),
+        "contract": PromptContract("Review: {text}", "Judge.", {"bad": "negative", "good": "yes"}),
+        "training": Training(
+            tasks=("sentiment",), beside=("qa", "talk"), steps=40, best_step=30, tokens=12345
+        ),
+        "scores": (
+            Score("sentiment", "sentiment", "accuracy", 0.9123, 0.8, 0.95, 100, 0.64),
+            Score("sentiment", "other", "perplexity", 12.5, 11.0, 13.0, 50),
+        ),
+    }
+    return Manifest(**values | changes)
+
+
+def test_the_hub_reads_its_metadata():
+    data = ModelCard(render_card(manifest())).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data.library_name == "peft"
+    assert data.pipeline_tag == "text-generation"
+    assert data.tags == ["lora", "adapterhub-chat", "sentiment"]
+    assert data.language == "en"
+    assert data.license == "apache-2.0"
+
+
+def test_unknown_metadata_is_left_out():
+    data = ModelCard(render_card(manifest(language="", licence=""))).data
+    assert data.language is None
+    assert data.license is None
+
+
+def test_it_shows_what_was_measured_beside_the_backbone():
+    text = render_card(manifest())
+    assert "| sentiment | accuracy | 0.912 | 0.800 to 0.950 | 0.640 | 100 |" in text
+    assert "| other | perplexity | 12.500 | 11.000 to 13.000 |  | 50 |" in text
+    assert "Not measured." not in text
+    assert "Not measured." in render_card(manifest(scores=()))
+
+
+def test_it_says_how_to_use_the_adapter_and_how_it_was_made():
+    text = render_card(manifest())
+    for part in (
+        "# sentiment\n",
+        "Judges film reviews.",
+        'AdapterHub(backbone="smollm2-135m"',
+        'adapters=["sentiment"]',
+        "system: Judge.\nuser: Review: {text}\n",
+        "one of `negative`, `yes`",
+        "Trained jointly with qa, talk in one run.",
+        "- steps: 40 (best on validation: 30)",
+        "- tokens: 12,345",
+        "ab" * 32,
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("about", ["", "key: value\n---\n# x", "好", '"quoted" {{braces}}'])
+def test_any_words_leave_the_metadata_whole(about):
+    card = ModelCard(render_card(manifest(about=about, name="n", language="zh")))
+    assert card.data.language == "zh"
+    assert about in card.text

@@ -1,0 +1,700 @@
+"""The command line through its real entry point: what goes in, what comes out, and the exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import toy_answers, toy_talk, toy_task
+
+from adapterhub_chat import AdapterHub
+from adapterhub_chat.cli import app, main
+from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.task import load_task
+from adapterhub_chat.types import SPLITS
+
+QUICK = ("--max-steps", 2, "--rows-per-step", 1, "--row-length", 128, "--learning-rate", 0.02)
+TOYS = {"sentiment": toy_task, "qa": toy_answers, "generation": toy_talk}
+
+
+def write_task(folder, name, task):
+    """Write a toy task as a user would: a TOML file beside its JSON lines."""
+    examples = [e for split in SPLITS for e in task.split(split)]
+    rows = [{**e.fields, "answer": e.answer} for e in examples]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    contract = task.contract
+    lines = [
+        f'metric = "{task.metric}"\n[data]\npath = "{name}.jsonl"\n[columns]\nanswer = "answer"',
+        *(f'{field} = "{field}"' for field in examples[0].fields),
+        f"[prompt]\ntemplate = {json.dumps(contract.template)}",
+        f"system = {json.dumps(contract.system)}\nmax_new_tokens = {contract.max_new_tokens}",
+        f"stop = {json.dumps(contract.stop)}\n[split]\nvalidation = 0.2\ntest = 0.2\n[labels]",
+        *(f"{label} = {json.dumps(words)}" for label, words in contract.labels.items()),
+    ]
+    (folder / f"{name}.toml").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def prepared(pico_folder, tmp_path_factory):
+    """A working folder with the three toy tasks under tasks/ and a pool of adapters trained on them."""
+    root = tmp_path_factory.mktemp("prepared")
+    (root / "tasks").mkdir()
+    for name, make in TOYS.items():
+        write_task(root / "tasks", name, make())
+    hub = AdapterHub(str(pico_folder), root / "adapters", dtype="fp32", device="cpu")
+    tasks = [load_task(root / "tasks" / f"{name}.toml") for name in TOYS]
+    hub.train(tasks, max_steps=2, rows_per_step=1, learning_rate=0.02, test_examples=4)
+    return root
+
+
+@pytest.fixture
+def here(prepared, tmp_path, monkeypatch):
+    """The working folder of one test."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+    @property
+    def rows(self):
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def run(here, monkeypatch, capsys, pico_folder):
+    """run("verb", "--flag", ..., stdin="...") -> Result, in this process; verbs get the pico backbone."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def go(verb, *args, stdin=b"", backbone=True):
+        given = [verb, *map(str, args)]
+        if backbone:
+            given += ["--backbone", str(pico_folder), "--dtype", "fp32", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["adapterhub-chat", *given])
+        raw = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return go
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def manifest(name, pool="adapters"):
+    return json.loads((Path(pool) / name / "adapterhub.json").read_text())
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+VERBS = ("demo", "train", "eval", "predict", "chat", "list", "show", "verify", "bench")
+
+
+def test_help_names_every_verb(run):
+    shown = run("--help", backbone=False)
+    assert shown.code == 0
+    assert all(f" {verb} " in shown.out for verb in VERBS)
+    assert {c.name or c.callback.__name__ for c in app.registered_commands} == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(run, verb):
+    shown = run(verb, "--help", backbone=False)
+    assert shown.code == 0
+    assert "Usage: " in shown.out
+    if verb not in (
+        "predict",
+        "chat",
+    ):  # JSON lines and talk: the one has no other form, the other none
+        assert "--json" in shown.out
+
+
+def test_every_setting_is_explained_with_its_default(run):
+    shown = " ".join(run("train", "--help", backbone=False).out.replace("│", " ").split())
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert f"[default: ({field.default})]" in shown
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["joint", "sequence"])
+def test_train_makes_measured_adapters(run, here, how):
+    args = ("qa", "sentiment", "--how", how, "--test-examples", 3, "--pool", "new", *QUICK)
+    done = run("train", *args, "--run-dir", "log")
+    assert done.code == 0, done.err
+    assert all(word in done.out for word in ("qa", "sentiment", "token_f1", "accuracy"))
+    assert "qa: 2 steps, best at 2, finished; saved to new" in done.err
+    assert "fp32 on cpu" in done.err.replace("float32", "fp32")
+    for name in ("qa", "sentiment"):
+        made = manifest(name, "new")
+        assert made["training"]["how"] == how
+        assert made["training"]["tasks"] == [name]
+        assert made["scores"][0]["n"] == 3
+    events = [json.loads(line) for line in Path("log/metrics.jsonl").read_text().splitlines()]
+    assert {e["adapter"] for e in events} == {"qa", "sentiment"}
+    assert run("verify", "qa", "--pool", "new").code == 0
+
+
+def test_train_json_is_the_manifests_and_nothing_else(run):
+    done = run("train", "qa", "--name", "mine", "--json", "--test-examples", 0, *QUICK)
+    assert (done.code, done.err) == (0, "")
+    assert done.json == {"mine": manifest("mine")}
+    assert [p.name for p in Path("runs").iterdir()]  # the run log's own folder, by time
+
+
+def test_train_from_a_file(run, pico_folder):
+    Path("run.toml").write_text(f"""
+        backbone = {json.dumps(str(pico_folder))}
+        pool = "from-file"
+        how = "sequence"
+        test_examples = 2
+        dtype = "fp32"
+        device = "cpu"
+        [settings]
+        max_steps = 1
+        rank = 4
+        row_length = 128
+        [adapters.first]
+        task = "qa"
+        [adapters.second]
+        task = "tasks/sentiment.toml"
+        rank = 2
+        seed = 9
+    """)
+    done = run("train", "--config", "run.toml", "--alpha", 3, backbone=False)
+    assert done.code == 0, done.err
+    first, second = (manifest(n, "from-file")["training"] for n in ("first", "second"))
+    assert (first["how"], first["tasks"], second["tasks"]) == ("sequence", ["qa"], ["sentiment"])
+    assert [t["settings"]["rank"] for t in (first, second)] == [4, 2]
+    assert [t["settings"]["alpha"] for t in (first, second)] == [3, 3]
+    assert [t["settings"]["seed"] for t in (first, second)] == [0, 9]
+    assert manifest("first", "from-file")["scores"][0]["n"] == 2
+
+
+OTHER_VALUES = {
+    "rank": 2,
+    "alpha": 3.5,
+    "rslora": True,
+    "targets": "q_proj,v_proj",
+    "learning_rate": 0.25,
+    "schedule": "constant",
+    "warmup": 0.5,
+    "weight_decay": 0.125,
+    "clip": 0.5,
+    "epochs": 0.01,
+    "max_steps": 2,
+    "max_minutes": 30.0,
+    "rows_per_step": 3,
+    "row_length": 96,
+    "eval_every": 1,
+    "eval_examples": 2,
+    "patience": 1,
+    "train_examples": 6,
+    "seed": 11,
+}
+
+
+@pytest.mark.parametrize("name", TrainConfig.model_fields)
+def test_every_setting_is_a_flag_that_reaches_the_run(run, name):
+    value = OTHER_VALUES[name]
+    default = TrainConfig.model_fields[name].default
+    assert value != default
+    flag = f"--{name.replace('_', '-')}"
+    given = [flag] if value is True else [flag, value]
+    quick = [] if name == "max_steps" else ["--max-steps", 1]
+    done = run("train", "sentiment", *quick, *given, "--test-examples", 0, "--json")
+    assert done.code == 0, done.err
+    settings = done.json["sentiment"]["training"]["settings"]
+    asked = {name: value, "max_steps": OTHER_VALUES["max_steps"] if not quick else 1}
+    assert settings == TrainConfig(**asked).model_dump()
+
+
+def test_a_switch_can_be_turned_off_again(run, here):
+    Path("run.toml").write_text('[settings]\nrslora = true\n[adapters.a]\ntask = "qa"')
+    args = ("--config", "run.toml", "--no-rslora", "--test-examples", 0, "--json", *QUICK)
+    assert run("train", *args).json["a"]["training"]["settings"]["rslora"] is False
+
+
+def test_settings_that_do_not_fit_come_at_once_and_change_nothing(run, here):
+    Path("run.toml").write_text("""
+        how = "both"
+        pol = "typo"
+        [settings]
+        rank = 0
+        rnak = 8
+        schedule = "linear"
+        [adapters.a]
+        epochs = -1
+    """)
+    before = snapshot(here)
+    failed = run("train", "--config", "run.toml")
+    assert failed.code == 2
+    assert failed.out == ""
+    for wanted in (
+        "error: run.toml: 7 problems",
+        "how: input should be 'joint' or 'sequence'; got 'both'",
+        "pol: no such key; allowed: adapters, backbone, device",
+        "settings.rank: input should be greater than or equal to 1; got 0",
+        "settings.rnak: no such key; allowed: alpha, clip",
+        "settings.schedule: input should be 'cosine' or 'constant'; got 'linear'",
+        'adapters.a needs a task, as in task = "qa"',
+        "adapters.a.epochs: input should be greater than 0",
+    ):
+        assert wanted in failed.err
+    assert snapshot(here) == before
+
+
+def test_an_adapter_that_learns_nothing_is_no_success(run, here):
+    before = snapshot(here / "adapters")
+    done = run(
+        "train",
+        "sentiment",
+        "--max-steps",
+        4,
+        "--learning-rate",
+        1e30,
+        "--clip",
+        1e30,
+        "--warmup",
+        0,
+        "--eval-every",
+        4,
+    )
+    assert done.code == 1
+    assert "note: adapter 'sentiment' is not saved: diverged before it learnt anything" in done.err
+    assert snapshot(here / "adapters") == before
+
+
+# ---- eval ----------------------------------------------------------------------------------------
+
+
+def test_eval_json_has_the_promised_shape(run):
+    done = run(
+        "eval", "--adapter", "sentiment", "--adapter", "backbone", "--task", "sentiment", "--json"
+    )
+    assert (done.code, done.err) == (0, "")
+    assert list(done.json) == ["scores"]
+    keys = {"adapter", "task", "metric", "value", "low", "high", "backbone_value", "n"}
+    assert all(keys <= set(s) for s in done.json["scores"])
+    assert [s["adapter"] for s in done.json["scores"]] == ["sentiment", "backbone"]
+    first, second = done.json["scores"]
+    assert first["low"] <= first["value"] <= first["high"]
+    assert first["backbone_value"] == second["value"] == second["backbone_value"]
+    assert first["n"] == len(load_task("sentiment").split("test"))
+
+
+def test_eval_takes_the_whole_pool_on_its_own_tasks(run):
+    done = run("eval", "--limit", 3, "--json")
+    found = {(s["adapter"], s["task"], s["metric"], s["n"]) for s in done.json["scores"]}
+    assert found == {
+        ("sentiment", "sentiment", "accuracy", 3),
+        ("qa", "qa", "token_f1", 3),
+        ("generation", "generation", "perplexity", 3),
+    }
+    table = run("eval", "--limit", 3)
+    assert table.code == 0
+    assert all(word in table.out for word in ("perplexity", "generation", "95 % interval"))
+
+
+# ---- predict -------------------------------------------------------------------------------------
+
+FILMS = ["good film", "bad plot", "a “quoted” song\u2028on two lines", "你好 🙂"]
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def test_predict_answers_json_lines_in_order_from_anywhere_to_anywhere(run, here):
+    rows = [{"text": text, "id": i} for i, text in enumerate(FILMS * 3)]
+    Path("in.jsonl").write_text(json_lines(rows), encoding="utf-8")
+    piped = run("predict", "--adapter", "sentiment", stdin=json_lines(rows))
+    assert (piped.code, piped.err) == (0, "")
+    assert len(piped.rows) == len(rows)
+    for row in piped.rows:
+        assert set(row) == {"output", "label", "scores", "adapter"}
+        assert row["adapter"] == "sentiment"
+        assert set(row["scores"]) == {"bad", "good"}
+        assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["label"] == max(row["scores"], key=row["scores"].get)
+    alone = [
+        run("predict", "--adapter", "sentiment", stdin=json_lines([r])).rows[0] for r in rows[:4]
+    ]
+    for together, single in zip(piped.rows, alone * 3, strict=True):
+        assert together["label"] == single["label"]
+        assert together["scores"] == pytest.approx(single["scores"], abs=1e-5)
+    assert run("predict", "--adapter", "sentiment", "--input", "in.jsonl").out == piped.out
+    done = run("predict", "--adapter", "sentiment", "--input", "in.jsonl", "--output", "out.jsonl")
+    assert (done.code, done.out) == (0, "")
+    assert Path("out.jsonl").read_text(encoding="utf-8") == piped.out
+    assert not [p for p in here.iterdir() if "part" in p.name]
+
+
+def test_predict_takes_the_tasks_own_fields_and_another_task(run):
+    free = run("predict", "--adapter", "qa", stdin=json_lines([{"question": "Which song?"}]))
+    assert (free.rows[0]["label"], free.rows[0]["scores"]) == (None, {})
+    assert free.rows == run("predict", "--adapter", "qa", stdin='{"text": "Which song?"}').rows
+    args = ("--adapter", "backbone", "--task", "sentiment")
+    bare = run("predict", *args, stdin='{"text": "good film"}')
+    assert bare.rows[0]["adapter"] == "backbone"
+    assert set(bare.rows[0]["scores"]) == {"bad", "good"}
+
+
+def test_predict_of_nothing_is_nothing(run, here):
+    assert run("predict", "--adapter", "qa", stdin="\n \n").out == ""
+    assert run("predict", "--adapter", "qa", "--output", "out.jsonl", stdin="").code == 0
+    assert Path("out.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("stdin", "wanted"),
+    [
+        (
+            b'{"text": "a"}\nnonsense\n{"text": "b"}\n[1]\n\n"x"\n',
+            "line 2, 4, 5, 6: not a JSON object",
+        ),
+        (b'{"text": "caf\xe9"}\n', "line 1: not a JSON object"),
+        (b'{"text": "a"}\n' + b"{" * 100_000, "line 2: not a JSON object"),
+        (b"1\n" * 15, "line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 5 more: not"),
+        (b'{"text": "a"}\n{"txt": "b"}\n', "input 2 has txt; the task needs 'text'"),
+        (b'{"text": "\\ud800"}\n', "input 1: "),
+    ],
+)
+def test_predict_names_bad_lines_and_leaves_the_old_output(run, here, stdin, wanted):
+    Path("out.jsonl").write_text("old")
+    failed = run("predict", "--adapter", "sentiment", "--output", "out.jsonl", stdin=stdin)
+    assert (failed.code, failed.out) == (2, "")
+    assert wanted in failed.err
+    assert Path("out.jsonl").read_text() == "old"
+    assert {p.name for p in here.iterdir()} == {"adapters", "tasks", "out.jsonl"}
+
+
+def test_predict_says_where_it_cannot_read_or_write(run, here):
+    asked = ("predict", "--adapter", "qa")
+    missing = run(*asked, "--input", "no/such.jsonl")
+    assert (missing.code, "--input no/such.jsonl: No such file" in missing.err) == (2, True)
+    for output in ("no/such/folder.jsonl", "tasks", "tasks/qa.toml/x.jsonl"):
+        failed = run(*asked, "--output", output, stdin='{"text": "a"}')
+        assert (failed.code, f"--output {output}: " in failed.err) == (2, True)
+    assert {p.name for p in here.iterdir()} == {"adapters", "tasks"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_predict_on_a_full_disk_and_to_a_device(run):
+    failed = run("predict", "--adapter", "qa", "--output", "/dev/full", stdin='{"text": "a"}')
+    assert (failed.code, "No space left on device" in failed.err) == (2, True)
+    assert (
+        run("predict", "--adapter", "qa", "--output", os.devnull, stdin='{"text": "a"}').code == 0
+    )
+    assert not Path(os.devnull).is_file()
+    assert not Path(f"{os.devnull}.part").exists()
+
+
+# ---- list, show, verify --------------------------------------------------------------------------
+
+
+def test_list_shows_the_pool(run):
+    found = run("list", "--json", backbone=False)
+    assert found.code == 0
+    assert found.json == {"adapters": {n: manifest(n) for n in sorted(TOYS)}, "damaged": {}}
+    table = run("list", backbone=False).out
+    assert all(word in table for word in ("sentiment", "accuracy", "generation", "perplexity"))
+    empty = run("list", "--pool", "nowhere", backbone=False)
+    assert (empty.code, empty.out) == (0, "")
+    assert "there are no adapters in nowhere" in empty.err
+    assert not Path("nowhere").exists()
+
+
+def test_list_shows_the_others_beside_a_damaged_one_and_plain_peft(run):
+    Path("adapters/qa/adapterhub.json").write_text('{"name": "qa"}')
+    Path("adapters/generation/adapterhub.json").unlink()
+    found = run("list", "--json", backbone=False).json
+    assert found["adapters"] == {"generation": None, "sentiment": manifest("sentiment")}
+    assert "backbone: is missing" in found["damaged"]["qa"]
+    shown = run("list", backbone=False)
+    assert shown.code == 0
+    assert "unverified" in shown.out
+    assert "damaged: " in shown.err
+
+
+def test_show_gives_the_card_or_the_manifest(run):
+    assert run("show", "qa", "--json", backbone=False).json == manifest("qa")
+    card = run("show", "qa", backbone=False).out
+    assert card.strip() == Path("adapters/qa/README.md").read_text().strip()
+    Path("adapters/qa/adapterhub.json").unlink()
+    assert run("show", "qa", "--json", backbone=False).json == {"status": "unverified"}
+    assert "nothing about it is verified" in run("show", "qa", backbone=False).out
+
+
+def test_verify_says_ok_by_its_exit_code(run, other_folder):
+    good = run("verify", "qa", "--json")
+    assert (good.code, good.json) == (0, {"ok": True, "status": "exact", "problems": []})
+    assert run("verify", "qa").out.strip() == "qa: exact"
+    assert run("verify", "adapters/qa", "--json").json["ok"]
+    args = ("--backbone", other_folder, "--dtype", "fp32", "--device", "cpu")
+    foreign = run("verify", "qa", *args, "--json", backbone=False)
+    assert (foreign.code, foreign.json["ok"], foreign.json["status"]) == (1, False, "refused")
+    assert any("weights" in problem for problem in foreign.json["problems"])
+    weights = Path("adapters/qa/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    broken = run("verify", "qa", "--json")
+    assert (broken.code, broken.json["ok"]) == (1, False)
+    assert any("sha256" in problem for problem in broken.json["problems"])
+    assert "refused" in run("verify", "qa").out
+    Path("adapters/generation/adapterhub.json").unlink()
+    plain = run("verify", "generation", "--json")
+    assert (plain.code, plain.json["status"]) == (0, "unverified")
+
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+
+def test_chat_obeys_piped_lines(run):
+    lines = ["/list", "good film", "/use sentiment", "/mix sentiment=0.5 qa=0.5", "Hello", "/jump"]
+    done = run("chat", "--adapter", "qa", stdin="\n".join([*lines, "/reset", "/quit", "never"]))
+    assert done.code == 0
+    assert "* qa\n" in done.out
+    assert "  backbone\n" in done.out
+    prompts = [
+        line.partition("> ")[0] for line in done.out.splitlines() if line.startswith(("qa>", "s"))
+    ]
+    assert "error: unknown command /jump" in done.out
+    assert "sentiment=0.5 qa=0.5> " in done.out
+    assert prompts
+    assert "never" not in done.out
+    assert run("chat", stdin="/help").code == 0  # the end of the input ends it too
+
+
+def test_chat_answers_as_the_hub_does(run, pico_folder):
+    hub = AdapterHub(str(pico_folder), "adapters", dtype="fp32", device="cpu")
+    (wanted,) = hub.chat([[{"role": "user", "content": "good film"}]], ["sentiment"])
+    out = run("chat", "--adapter", "sentiment", stdin="good film\n").out
+    assert f"sentiment> {wanted}\n" in out
+
+
+# ---- demo, bench ---------------------------------------------------------------------------------
+
+
+def test_demo_runs_the_main_job(run, monkeypatch):
+    monkeypatch.setattr("adapterhub_chat.demo.SETTINGS", {"max_steps": 2, "rows_per_step": 1})
+    done = run("demo", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = done.json
+    assert list(found["adapters"]) == ["qa", "generation", "sentiment"]
+    for name, row in found["adapters"].items():
+        assert {"task", "metric", "score", "backbone_score"} <= set(row)
+        assert row["task"] == name
+        score = manifest(name, "runs/demo")["scores"][0]
+        assert (row["score"], row["backbone_score"]) == (score["value"], score["backbone_value"])
+    assert [r["adapter"] for r in found["mixed_batch"]] == [*found["adapters"], "backbone"]
+    assert all(set(r) == {"adapter", "prompt", "output"} for r in found["mixed_batch"])
+    assert found["seconds"] > 0
+    assert (found["dtype"], found["device"]) == ("float32", "cpu")
+
+
+def test_demo_prints_what_a_newcomer_needs(run, monkeypatch):
+    monkeypatch.setattr("adapterhub_chat.demo.SETTINGS", {"max_steps": 1})
+    done = run("demo", "--pool", "mine")
+    assert done.code == 0, done.err
+    assert "larger budget" in " ".join(done.err.split())
+    for word in ("Hot swap", "One mixed batch", "adapterhub-chat chat --pool mine --adapter qa"):
+        assert word in done.out
+
+
+def test_bench_knows_its_kinds(run):
+    failed = run("bench", "speed", backbone=False)
+    assert (failed.code, "bench 'speed': allowed is kernels" in failed.err) == (2, True)
+
+
+# ---- wrong input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [
+        (("eval", "--adapter", "nobody"), "unknown adapter 'nobody'; known: generation, qa, sent"),
+        (("eval", "--adapter", "qa", "--task", "nothing"), "unknown task 'nothing'; known: "),
+        (("eval", "--pool", "empty"), "nothing to evaluate"),
+        (("eval", "--adapter", "backbone"), "does not say what it was trained on; name tasks"),
+        (("predict", "--adapter", "nobody"), "unknown adapter 'nobody'"),
+        (("predict", "--adapter", "backbone"), "has no prompt contract; name a task"),
+        (("chat", "--adapter", "nobody"), "unknown adapter 'nobody'"),
+        (("show", "nobody"), "unknown adapter 'nobody'"),
+        (("verify", "nobody"), "unknown adapter 'nobody'"),
+        (("train", "nothing"), "unknown task 'nothing'; known: "),
+        (("train", "no/such.toml"), "unknown task 'no/such.toml'"),
+        (("train",), "nothing to train: name tasks"),
+        (("train", "qa", "qa"), "two adapters are called qa"),
+        (
+            ("train", "qa", "--how", "both"),
+            "how: input should be 'joint' or 'sequence'; got 'both'",
+        ),
+        (
+            ("train", "qa", "--rank", "0"),
+            "settings.rank: input should be greater than or equal to 1",
+        ),
+        (("train", "qa", "--config", "no.toml"), "no.toml: cannot be read: No such file"),
+        (
+            ("train", "qa", "--targets", "q_prj"),
+            "no linear layer named q_prj; allowed are all-linear",
+        ),
+        (("train", "qa", "--name", "backbone"), "'backbone' is a reserved word"),
+        (("train", "qa", "--quantize", "int2"), "quantize: input should be 'nf4' or 'int8'"),
+        (("list", "--pool", "tasks/qa.toml"), "tasks/qa.toml is a file, not a folder"),
+        (("train", "qa", "--pool", "tasks/qa.toml"), "tasks/qa.toml is a file, not a folder"),
+        (("train", "tasks/empty.toml"), "empty.csv holds no rows"),
+        (("train", "tasks/label.toml"), "label 'maybe' is not one of bad, good"),
+        (("train", "tasks/wrong.toml"), "wrong.toml: 3 problems"),
+    ],
+)
+def test_errors_are_one_message_and_change_nothing(run, here, args, wanted):
+    (here / "tasks/empty.csv").write_text("text,answer\n")
+    (here / "tasks/label.csv").write_text("text,answer\na,good\nb,maybe\n")
+    for name in ("empty", "label"):
+        (here / f"tasks/{name}.toml").write_text(
+            f'metric = "accuracy"\n[data]\npath = "{name}.csv"\n[columns]\ntext = "text"\n'
+            'answer = "answer"\n[labels]\nbad = "bad"\ngood = "good"\n'
+        )
+    (here / "tasks/wrong.toml").write_text(
+        'metric = "speed"\nabuot = "x"\n[data]\npath = "no.csv"\n[columns]\ntext = "t"\nanswer = "a"'
+    )
+    before = snapshot(here)
+    failed = run(*args, backbone=args[0] not in ("list", "show"))
+    assert (failed.code, failed.out) == (2, "")
+    assert "error: " in failed.err
+    assert wanted in failed.err
+    assert "Traceback" not in failed.err
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("verb", ["train qa", "eval", "predict --adapter qa", "chat", "verify qa"])
+def test_an_unknown_backbone_is_named_with_those_there_are(run, here, verb):
+    before = snapshot(here)
+    failed = run(*verb.split(), "--backbone", "./no-such-model", backbone=False)
+    assert failed.code == 2
+    assert "unknown backbone './no-such-model'; known: " in failed.err
+    assert "smollm2-135m" in failed.err
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (("--dtype", "fp8"), "dtype='fp8': allowed are"),
+        (("--device", "abacus"), "device='abacus' cannot be used here"),
+        (("--quantize", "int2"), "quantize='int2': allowed are None, 'nf4' and 'int8'"),
+    ],
+)
+def test_precision_and_device_are_checked(run, pico_folder, flags, wanted):
+    failed = run("eval", "--backbone", pico_folder, *flags, backbone=False)
+    assert (failed.code, wanted in failed.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("train", "--rang", "8"), ("jump", "-x"), ("eval", "--limit", "-1"), ("train", "--rank", "x")],
+)
+def test_options_that_do_not_exist_exit_with_2(run, args):
+    failed = run(*args, backbone=False)
+    assert (failed.code, failed.out) == (2, "")
+    assert "Traceback" not in failed.err
+    assert args[-1] in failed.err or args[-2] in failed.err
+
+
+def test_messages_keep_brackets_and_backslashes_and_stay_on_their_line(run, here, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    name = r"[bold]a\[1, 2]" + "long" * 30
+    failed = run("show", name, backbone=False)
+    assert repr(name) in failed.err
+    assert len(failed.err.strip().splitlines()) == 1
+
+
+# ---- real processes ------------------------------------------------------------------------------
+
+
+def command(*args, **options):
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "adapterhub_chat", *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        **options,
+    )
+
+
+def test_a_real_process_answers_and_fails_as_promised(here, pico_folder):
+    base = ("--backbone", pico_folder, "--dtype", "fp32", "--device", "cpu")
+    good = command("predict", "--adapter", "sentiment", *base)
+    bad = command("eval", "--adapter", "nobody", "--json", *base)
+    out, err = good.communicate('{"text": "good film"}\n{"text": "bad film"}\n', timeout=120)
+    assert (good.returncode, err) == (0, "")
+    assert [json.loads(line)["adapter"] for line in out.splitlines()] == ["sentiment"] * 2
+    out, err = bad.communicate(timeout=120)
+    assert (bad.returncode, out) == (2, "")
+    assert err.startswith("error: unknown adapter 'nobody'; known: generation, qa, sentiment.")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_real_ctrl_c_keeps_the_best_and_says_so(here, pico_folder):
+    log = here / "log" / "metrics.jsonl"
+    process = command(
+        *("train", "sentiment", "--name", "mine", "--run-dir", "log", "--pool", "adapters"),
+        *("--epochs", 1e6, "--max-steps", 10**6, "--eval-every", 3, "--patience", 0),
+        *("--eval-examples", 4, "--rows-per-step", 1, "--row-length", 128),
+        *("--backbone", pico_folder, "--dtype", "fp32", "--device", "cpu"),
+    )
+    try:
+        patience = time.monotonic() + 120
+        while not (log.exists() and "validation" in log.read_text()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted: the best so far of mine is saved, not measured" in " ".join(err.split())
+    assert "Traceback" not in err
+    made = manifest("mine")
+    assert made["training"]["stopped"] == "interrupted"
+    assert made["training"]["best_step"] > 0
+    assert made["scores"] == []
+    hub = AdapterHub(str(pico_folder), here / "adapters", dtype="fp32", device="cpu")
+    assert hub.verify("mine").status == "exact"
+    assert [p for p in (here / "adapters").iterdir() if p.name.startswith(".tmp")] == []

@@ -1,0 +1,177 @@
+"""The scripts that a user copies run, small: a pico backbone and tasks of a few lines."""
+
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapterhub_chat import AdapterHub
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+CHORES = (ROOT / "scripts" / "check", ROOT / "scripts" / "test", ROOT / "scripts" / "fix")
+
+FILMS = """
+metric = "accuracy"
+[data]
+path = "films.csv"
+[columns]
+text = "text"
+answer = "label"
+[labels]
+0 = "negative"
+1 = "positive"
+"""
+GREETINGS = """
+metric = "perplexity"
+[data]
+path = "greetings.csv"
+[columns]
+text = "text"
+answer = "reply"
+[prompt]
+max_new_tokens = 4
+"""
+
+
+def run_script(name, *arguments):
+    """Call the main function of scripts/NAME.py in this process."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    films = (f"{'good' if i % 2 else 'bad'} film {i},{i % 2}" for i in range(200))
+    (folder / "films.csv").write_text("\n".join(["text,label", *films]))
+    (folder / "films.toml").write_text(FILMS)
+    greetings = (f"Hello {i},Hi {i}" for i in range(200))
+    (folder / "greetings.csv").write_text("\n".join(["text,reply", *greetings]))
+    (folder / "greetings.toml").write_text(GREETINGS)
+    return [folder / "films.toml", folder / "greetings.toml"]
+
+
+@pytest.fixture(scope="module")
+def pool(pico_folder, tasks, tmp_path_factory):
+    """A pool with the two adapters, made by train_joint.py itself."""
+    pool = tmp_path_factory.mktemp("pool")
+    run_script("train_joint", *tasks, "--backbone", pico_folder, "--pool", pool, "--steps", 2)
+    return pool
+
+
+def test_train_joint_fills_a_pool(pool, pico_folder):
+    hub = AdapterHub(str(pico_folder), pool)
+    infos = {info.name: info for info in hub.adapters()}
+    assert list(infos) == ["films", "greetings"]
+    for info in infos.values():
+        assert info.status == "exact"
+        assert info.scores
+
+
+def test_train_sequence_measures_every_adapter_on_every_task(tasks, pico_folder, tmp_path, capsys):
+    arguments = ("--backbone", pico_folder, "--pool", tmp_path / "pool", "--steps", 1)
+    run_script("train_sequence", *tasks, *arguments)
+    printed = capsys.readouterr().out
+    for adapter in ("films", "greetings"):
+        assert f"{adapter} on films: accuracy" in printed
+        assert f"{adapter} on greetings: perplexity" in printed
+
+
+def test_evaluate_prints_a_line_a_score(pool, tasks, pico_folder, capsys):
+    arguments = ("--backbone", pico_folder, "--pool", pool, "--limit", 4)
+    run_script("evaluate", "--adapters", "films", "backbone", "--tasks", tasks[0], *arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["films on films", "backbone on films"]
+    assert all("4 items" in line for line in lines)
+
+
+def test_chat_answers_by_everyone_in_one_batch(pool, pico_folder, capsys):
+    run_script("chat", "Hello", "--backbone", pico_folder, "--pool", pool)
+    printed = capsys.readouterr().out
+    for speaker in ("backbone: ", "films: ", "greetings: ", "{'films': 0.5, 'greetings': 0.5}: "):
+        assert f"\n{speaker}" in f"\n{printed}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_shows_its_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {script.name}")
+    assert "--pool" in printed or "--backbone" in printed
+
+
+@pytest.mark.parametrize("chore", [*CHORES, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_chore_is_an_executable_bash_script_that_stops_at_the_first_error(chore):
+    text = chore.read_text()
+    assert os.access(chore, os.X_OK)
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+    assert subprocess.run(["bash", "-n", chore], capture_output=True).returncode == 0
+
+
+def tool(folder, name, script):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def run_chore(chore, tmp_path, tools):
+    """Run a copy of the chore in an empty repository, with only the tools' names and exit codes real."""
+    copy = tmp_path / chore.parent.name / chore.name
+    copy.parent.mkdir()
+    copy.write_text(chore.read_text())
+    for name, script in tools.items():
+        tool(tmp_path / "tools", name, script)
+    path = f"{tmp_path / 'tools'}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "TMPDIR": str(tmp_path)}
+    return subprocess.run(["bash", copy], capture_output=True, text=True, env=environment)
+
+
+def test_check_ends_at_the_step_that_fails(tmp_path):
+    tools = {"ruff": "echo ruff $1", "mypy": "echo mypy; exit 1", "pytest": "echo pytest"}
+    done = run_chore(ROOT / "scripts" / "check", tmp_path, tools)
+    assert done.returncode == 1
+    assert done.stdout.split() == ["ruff", "format", "ruff", "check", "mypy"]
+
+
+CI_TOOLS = {
+    "python3": 'mkdir -p "$3/bin"; cp "$(dirname "$0")"/* "$3/bin"',
+    "pip": "exit 0",
+    "ruff": "exit 0",
+    "mypy": "exit 0",
+    "pytest": 'echo "= tests $* passed ="',
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({}, 0),
+        ({"pytest": 'echo "= tests $* ="; [ $# -eq 0 ] || exit 5'}, 0),  # not one slow test
+        ({"pytest": 'echo "= tests $* ="; [ $# -eq 0 ] || exit 1'}, 1),
+        ({"pytest": 'echo "= tests $* ="; [ $# -gt 0 ] || exit 1'}, 1),
+        ({"pytest": 'echo "= tests $* ="; [ $# -gt 0 ] || exit 5'}, 5),  # no tests at all
+        ({"mypy": "exit 1"}, 1),
+        ({"ruff": "exit 1"}, 1),
+        ({"pip": "exit 1"}, 1),
+        ({"pip": 'mkdir "$TMPDIR/tried" && exit 1; exit 0'}, 0),  # the second try succeeds
+    ],
+    ids=str,
+)
+def test_ci_fails_exactly_when_a_step_fails(tmp_path, changed, code):
+    done = run_chore(ROOT / ".ci" / "run", tmp_path, CI_TOOLS | changed)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert not list(tmp_path.glob("tmp.*")), "the virtual environment is left behind"
+    if not changed:
+        assert done.stdout.splitlines()[-2:] == ["= tests  passed =", "= tests -m slow passed ="]
