@@ -277,12 +277,14 @@ class AdapterHub:
         tasks: Sequence[str | Path | Task] | None = None,
         *,
         limit: int = 0,
+        save: bool = False,
         listeners: Listeners = SILENT,
     ) -> list[Score]:
         """Score adapters on the test splits of tasks, with intervals and the backbone's own value.
 
         Without `adapters`: all of the pool. Without `tasks`: each adapter on the tasks it was trained
-        on. `limit` bounds the items (0: all).
+        on. `limit` bounds the items (0: all). With `save`, adapters of the pool keep their scores in
+        manifest and card.
         """
         chosen = self.pool.names() if adapters is None else listed(adapters, "adapters")
         if not chosen:
@@ -295,11 +297,14 @@ class AdapterHub:
             if tasks is None
             else [(_task(task), named) for task in listed(tasks, "tasks")]
         )
-        return [
+        scores = [
             score
             for task, group in pairs
             for score in judge_task(self._shelf, task, group, limit, listeners)
         ]
+        if save:
+            self._shelf.record(scores)
+        return scores
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -192,6 +192,9 @@ def evaluate(
         typer.Option(help="Tasks (repeat the option; default: those of each adapter)."),
     ] = None,
     limit: LimitOption = 0,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the scores in the adapters' manifests and cards.")
+    ] = False,
     backbone: BackboneOption = "smollm2-135m",
     pool: PoolOption = Path("adapters"),
     quantize: QuantizeOption = None,
@@ -202,7 +205,9 @@ def evaluate(
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items."""
     hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
-        scores = hub.evaluate(adapter or None, task or None, limit=limit, listeners=bars.listeners)
+        scores = hub.evaluate(
+            adapter or None, task or None, limit=limit, save=save, listeners=bars.listeners
+        )
     if as_json:
         print_json({"scores": [asdict(s) for s in scores]})
     else:

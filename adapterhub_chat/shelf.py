@@ -16,7 +16,7 @@ from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
 from adapterhub_chat.trust import Verdict, check_fit, make_probe, probe_problem
-from adapterhub_chat.types import AdapterChoice, Mix, PromptContract, as_mix
+from adapterhub_chat.types import AdapterChoice, Mix, PromptContract, Score, as_mix
 from adapterhub_chat.weights import AdapterWeights
 
 
@@ -105,6 +105,14 @@ class Shelf:
         self._stored[stored.name] = stored
         assert stored.manifest is not None
         return stored.manifest
+
+    def record(self, scores: Sequence[Score]) -> None:
+        """Write scores into the manifests and cards of the pool members that they belong to."""
+        for name in dict.fromkeys(score.adapter for score in scores):
+            stored = self._stored.get(name)
+            if stored and stored.manifest and stored.path == self.pool.root / name:
+                own = [score for score in scores if score.adapter == name]
+                self.describe(name, stored.manifest.with_scores(own))
 
     def describe(self, name: str, manifest: Manifest) -> None:
         """Replace the manifest of a loaded pool member, on disk and here."""

@@ -80,22 +80,22 @@ def other_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def backbone(pico_folder):
     return load_backbone(str(pico_folder), dtype="fp32", device="cpu")
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(backbone):
     return AdapterModel(backbone)
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub(pico_folder, tmp_path):
     return AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_weights(model):
     """make_weights(rank=4, seed=1, alpha=8, only=("q_proj",)) -> random AdapterWeights that matter."""
 

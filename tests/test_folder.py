@@ -20,8 +20,9 @@ from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import AdapterWeights
 
 IDS = torch.tensor([[5, 9, 60, 31, 7, 120], [8, 8, 99, 3, 200, 41]])
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
-"""fp32, logits of size about 10: the same numbers, multiplied in another order."""
+TOLERANCE = {"atol": 1e-4, "rtol": 0}
+"""fp32, logits of size about 10 (so 1e-5 of them): the same numbers, multiplied in another order."""
+EFFECT = 10 * TOLERANCE["atol"]
 ONCE_PER_TEST = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
@@ -105,7 +106,7 @@ def assert_peft_agrees(folder, model, weights, pico_folder):
     model.load("ours", weights)
     ours = our_logits(model, "ours")
     torch.testing.assert_close(ours, logits_of(theirs), **TOLERANCE)
-    assert (ours - logits_of(model.backbone.model)).abs().max() > 0.1
+    assert (ours - logits_of(model.backbone.model)).abs().max() > EFFECT
 
 
 def joined(*parts):
@@ -154,7 +155,7 @@ def test_peft_agrees_on_any_choice_of_modules_ranks_and_alphas(
     parts = []
     for module in modules:
         rank, alpha = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([1.0, 8.0, 12.5]))
-        whole = make_weights(rank=rank, alpha=alpha, rslora=rslora, size=1.0)
+        whole = make_weights(rank=rank, alpha=alpha, rslora=rslora)
         parts.append(AdapterWeights({module: whole.factors[module]}, {module: alpha}, rslora))
     weights = joined(*parts)
     assert_peft_agrees(write(tmp_path / "adapter", model, weights), model, weights, pico_folder)
@@ -261,7 +262,7 @@ def test_we_read_pefts_folder_and_agree(kind, tmp_path, hub, pico_folder):
         name = hub.load(tmp_path / "theirs")
     ours = our_logits(hub.model, name)
     torch.testing.assert_close(ours, logits_of(theirs), **TOLERANCE)
-    assert (ours - logits_of(hub.backbone.model)).abs().max() > 0.1
+    assert (ours - logits_of(hub.backbone.model)).abs().max() > EFFECT
 
 
 def test_pefts_own_random_start_agrees_too(tmp_path, hub, pico_folder):
