@@ -112,9 +112,10 @@ def generate(
     live = sorted(rows, key=lambda row: str(row.request.mix))  # rows of one adapter side by side
     if live:
         state = _State(model, live)
-    while live:
-        with model.mixing([row.request.mix for row in live]):
-            live = _decode(state, live, on_text)
+    with model.holding([request.mix for request in requests]) as among:
+        while live:
+            with among([row.index for row in live]):
+                live = _decode(state, live, on_text)
     return [row.text for row in rows]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -26,6 +26,8 @@ RANK_STEP = 8
 
 KEEP_STEP = 64
 """The number of positions that reach the head is rounded up to a multiple of this."""
+
+Among = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 _KEEP: ContextVar[Tensor | None] = ContextVar("adapterhub_keep", default=None)
 
@@ -110,6 +112,16 @@ class AdapterModel:
 
         Raises UnknownNameError for an adapter that is not loaded.
         """
+        with self.holding(mixes) as among, among(range(len(mixes))):
+            yield
+
+    @contextmanager
+    def holding(self, mixes: Sequence[Mix]) -> Iterator[Among]:
+        """Keep the adapters of `mixes` as they are now, whatever is loaded or unloaded meanwhile.
+
+        Gives `among(rows)`: a block in which the calling thread's forwards have these rows of `mixes`,
+        in this order. Raises UnknownNameError for an adapter that is not loaded.
+        """
         with self._lock:
             self._require(dict.fromkeys(name for mix in mixes for name in mix.names))
             table = self._table
@@ -117,14 +129,19 @@ class AdapterModel:
             for row, mix in enumerate(mixes):
                 for name, weight in mix.weights:
                     matrix[row, table.slot_of[name]] += weight
-            plan = Plan(table.bank, matrix)
-            table.in_use.update(plan.slots)
+            held = Counter((matrix != 0).any(0).nonzero().flatten().tolist())
+            table.in_use.update(held)
+
+        def among(rows: Sequence[int]) -> AbstractContextManager[None]:
+            plan = Plan(table.bank, matrix[list(rows)])
+            return activate(plan if plan.slots else None)
+
         try:
-            with activate(plan if plan.slots else None):
-                yield
+            yield among
         finally:
             with self._lock:
-                table.in_use -= Counter(plan.slots)
+                table.in_use.subtract(held)
+                table.in_use += Counter()  # drop what nobody uses any more
 
     def answer_logits(self, batch: Batch) -> Tensor:
         """Return logits (P, V) at the batch's predicting positions alone, under the active mix.

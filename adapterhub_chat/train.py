@@ -266,7 +266,7 @@ class _Run:
         """Measure the mean validation loss of each learner that is due; keep its weights when best."""
         for learner in due:
             loss = self._held_out_loss(learner)
-            better = loss < learner.best_loss or math.isnan(loss)
+            better = loss < learner.best_loss or not learner.job.validation
             learner.misses = 0 if better else learner.misses + 1
             if better:
                 self._keep(learner, loss)

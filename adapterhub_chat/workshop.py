@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.errors import DataError, UsageError
+from adapterhub_chat.errors import AdapterError, DataError, UsageError
 from adapterhub_chat.evaluate import evaluate
 from adapterhub_chat.jobs import make_job, sample
 from adapterhub_chat.manifest import Manifest, manifest_of
@@ -84,7 +84,10 @@ def make_adapters(
                 continue
             beside = [other for other in tasks if other != name] if how == "joint" else []
             draft = manifest_of(tasks[name], backbone, jobs[name], trained, how=how, beside=beside)
-            manifests[name] = shelf.keep(trained.weights.to(save_dtype), draft)
+            try:
+                manifests[name] = shelf.keep(trained.weights.to(save_dtype), draft)
+            except AdapterError as error:  # the others are not lost with it
+                _warn(f"adapter {name!r} is not saved: {error}")
     if interrupted and not manifests:
         raise KeyboardInterrupt
     if interrupted:

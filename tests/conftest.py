@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -18,6 +19,9 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Splits, Task
 from adapterhub_chat.types import Example, PromptContract
 from adapterhub_chat.weights import initial_weights
+
+settings.register_profile("house", deadline=None)  # a busy machine is no failure
+settings.load_profile("house")
 
 VOCABULARY = 300
 CHAT_TEMPLATE = (

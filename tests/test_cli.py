@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from adapterhub_chat.task import load_task
 from adapterhub_chat.types import SPLITS
 
 QUICK = ("--max-steps", 2, "--rows-per-step", 1, "--row-length", 128, "--learning-rate", 0.02)
+PATIENCE = 300
+"""Seconds that a process may take on a busy machine."""
 TOYS = {"sentiment": toy_task, "qa": toy_answers, "generation": toy_talk}
 
 
@@ -642,28 +645,35 @@ def test_messages_keep_brackets_and_backslashes_and_stay_on_their_line(run, here
 # ---- real processes ------------------------------------------------------------------------------
 
 
-def command(*args, **options):
+@contextmanager
+def process(*args):
+    """`python -m adapterhub_chat ARGS` as a process of its own, ended with the block."""
     root = Path(__file__).parent.parent
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-m", "adapterhub_chat", *map(str, args)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": paths},
-        **options,
     )
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
 
 
 def test_a_real_process_answers_and_fails_as_promised(here, pico_folder):
     base = ("--backbone", pico_folder, "--dtype", "fp32", "--device", "cpu")
-    good = command("predict", "--adapter", "sentiment", *base)
-    bad = command("eval", "--adapter", "nobody", "--json", *base)
-    out, err = good.communicate('{"text": "good film"}\n{"text": "bad film"}\n', timeout=120)
+    asked = '{"text": "good film"}\n{"text": "bad film"}\n'
+    with process("predict", "--adapter", "sentiment", *base) as good:
+        out, err = good.communicate(asked, timeout=PATIENCE)
     assert (good.returncode, err) == (0, "")
     assert [json.loads(line)["adapter"] for line in out.splitlines()] == ["sentiment"] * 2
-    out, err = bad.communicate(timeout=120)
+    with process("eval", "--adapter", "nobody", "--json", *base) as bad:
+        out, err = bad.communicate(timeout=PATIENCE)
     assert (bad.returncode, out) == (2, "")
     assert err.startswith("error: unknown adapter 'nobody'; known: generation, qa, sentiment.")
     assert len(err.splitlines()) == 1
@@ -672,23 +682,20 @@ def test_a_real_process_answers_and_fails_as_promised(here, pico_folder):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_a_real_ctrl_c_keeps_the_best_and_says_so(here, pico_folder):
     log = here / "log" / "metrics.jsonl"
-    process = command(
+    with process(
         *("train", "sentiment", "--name", "mine", "--run-dir", "log", "--pool", "adapters"),
         *("--epochs", 1e6, "--max-steps", 10**6, "--eval-every", 3, "--patience", 0),
         *("--eval-examples", 4, "--rows-per-step", 1, "--row-length", 128),
         *("--backbone", pico_folder, "--dtype", "fp32", "--device", "cpu"),
-    )
-    try:
-        patience = time.monotonic() + 120
+    ) as training:
+        until = time.monotonic() + PATIENCE
         while not (log.exists() and "validation" in log.read_text()):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < patience
+            assert training.poll() is None, training.communicate()
+            assert time.monotonic() < until
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
+        training.send_signal(signal.SIGINT)
+        _, err = training.communicate(timeout=PATIENCE)
+    assert training.returncode == 130
     assert "interrupted: the best so far of mine is saved, not measured" in " ".join(err.split())
     assert "Traceback" not in err
     made = manifest("mine")
@@ -697,4 +704,4 @@ def test_a_real_ctrl_c_keeps_the_best_and_says_so(here, pico_folder):
     assert made["scores"] == []
     hub = AdapterHub(str(pico_folder), here / "adapters", dtype="fp32", device="cpu")
     assert hub.verify("mine").status == "exact"
-    assert [p for p in (here / "adapters").iterdir() if p.name.startswith(".tmp")] == []
+    assert not list((here / "adapters").glob(".tmp*"))
