@@ -509,6 +509,20 @@ def test_evaluate_measures_what_it_is_asked_to(hub):
     assert all(s.backbone_value == found[3 * (i // 3) + 1].value for i, s in enumerate(found))
 
 
+def test_scores_are_kept_by_the_pool_members_that_they_belong_to(hub, tmp_path):
+    shutil.copytree(hub.pool.root / "talk", tmp_path / "mine")
+    hub.load(tmp_path / "mine")
+    before = {name: hub.pool.manifest(name) for name in hub.pool.names()}
+    other = toy_task("other", flip=True)
+    found = hub.evaluate(["toy", "mine", None, {"toy": 0.5}], [other], limit=6, save=True)
+    assert hub.pool.manifest("toy").scores == (*before["toy"].scores, found[0])
+    assert hub.pool.names() == list(before)
+    assert all(hub.pool.manifest(name) == before[name] for name in ("talk", "answers"))
+    assert hub.verify("toy").ok
+    again = hub.evaluate(["toy"], [other], limit=6, save=True)
+    assert hub.pool.manifest("toy").scores == (*before["toy"].scores, *again)
+
+
 def test_an_empty_pool_has_nothing_to_evaluate(pico_folder, tmp_path):
     hub = AdapterHub(str(pico_folder), tmp_path / "new", dtype="fp32", device="cpu")
     with pytest.raises(UsageError, match="nothing to evaluate: name adapters, or train some into"):
