@@ -23,6 +23,7 @@ from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
 from adapterhub_chat.train import Event, train
 from adapterhub_chat.types import Mix, Score, as_mix
+from adapterhub_chat.weights import AdapterWeights
 
 How = Literal["joint", "sequence"]
 
@@ -84,10 +85,7 @@ def make_adapters(
                 continue
             beside = [other for other in tasks if other != name] if how == "joint" else []
             draft = manifest_of(tasks[name], backbone, jobs[name], trained, how=how, beside=beside)
-            try:
-                manifests[name] = shelf.keep(trained.weights.to(save_dtype), draft)
-            except AdapterError as error:  # the others are not lost with it
-                _warn(f"adapter {name!r} is not saved: {error}")
+            manifests |= _kept(shelf, trained.weights.to(save_dtype), draft)
     if interrupted and not manifests:
         raise KeyboardInterrupt
     if interrupted:
@@ -95,6 +93,15 @@ def make_adapters(
     elif test_examples:
         return _measured(shelf, tasks, manifests, test_examples, listeners)
     return manifests
+
+
+def _kept(shelf: Shelf, weights: AdapterWeights, draft: Manifest) -> dict[str, Manifest]:
+    """Save one adapter; where that fails, warn, so that the others of the run are not lost."""
+    try:
+        return {draft.name: shelf.keep(weights, draft)}
+    except AdapterError as error:
+        _warn(f"adapter {draft.name!r} is not saved: {error}")
+        return {}
 
 
 def _measured(
