@@ -18,7 +18,7 @@ from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.generate import Request, Sampling
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
-from adapterhub_chat.inputs import conversation, listed, unanswered
+from adapterhub_chat.inputs import conversation, listed, text, unanswered
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored
@@ -353,7 +353,7 @@ class AdapterHub:
         adapters: Sequence[AdapterChoice] | None,
         sampling: Sampling,
     ) -> list[Request]:
-        texts = listed(prompts, "prompts")
+        texts = [text(p, f"prompt {i}") for i, p in enumerate(listed(prompts, "prompts"))]
         mixes = self._mixes(adapters, len(texts))
         ids = self.backbone.tokenizer(texts).input_ids if texts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]

@@ -44,6 +44,8 @@ class Sampling:
             found.append(f"temperature={self.temperature} must be a number from 0 on")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            found.append(f"seed={self.seed} must fit into 64 bits")
         if "" in self.stop:
             found.append("stop must not hold an empty text: it would end every answer at once")
         if found:

@@ -21,6 +21,17 @@ def listed(values: Any, what: str) -> list[Any]:
     return list(values)
 
 
+def text(value: Any, what: str) -> str:
+    """Return `value` when it is a text that a tokenizer can read."""
+    if not isinstance(value, str):
+        raise UsageError(f"{what} must be a text, not {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is not valid Unicode: {error}") from error
+    return value
+
+
 def conversation(turns: Sequence[Turn], contract: PromptContract | None) -> list[Message]:
     """Return the messages as an adapter with this contract was taught to see them.
 
@@ -39,7 +50,9 @@ def conversation(turns: Sequence[Turn], contract: PromptContract | None) -> list
 def _message(turn: Any) -> Message:
     if not isinstance(turn, Message | Mapping):
         raise UsageError(f"a message must be a Message or a mapping, not {turn!r}")
-    return as_message(turn)
+    message = as_message(turn)
+    text(message.content, "a message")
+    return message
 
 
 def unanswered(contract: PromptContract, inputs: Sequence[Any]) -> list[Example]:
@@ -65,7 +78,7 @@ def _example(template: str, given: Any, number: int) -> Example:
         raise DataError(f"input {number} is neither a text nor fields by name: {given!r}")
     fields = fields_of(template, given, number)
     try:
-        render_prompt(template, fields).encode()
-    except (DataError, UnicodeEncodeError) as error:
+        text(render_prompt(template, fields), "the prompt")
+    except UsageError as error:
         raise DataError(f"input {number}: {error}") from error
     return Example(fields, "")

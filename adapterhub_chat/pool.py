@@ -131,9 +131,8 @@ class Pool:
         """Remove an adapter."""
         source = self.path(name)
         with self._alone(f"deleting {name!r}"):
-            gone = (
-                self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
-            )  # no new folder: the disk may be full
+            # renamed, not moved into a new folder: the disk may be full
+            gone = self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
             os.rename(source, gone)
             shutil.rmtree(gone, ignore_errors=True)
 

@@ -282,17 +282,21 @@ def test_others_come_and_go_while_one_generates(hub):
 
 
 def test_an_adapter_that_is_unloaded_while_it_speaks_ends_its_sentence(hub):
-    """The rows of `toy` end first (4 tokens, by its contract); those left go on without its slot."""
+    """The rows of `toy` end first (4 tokens, by its contract); the other one's slot is then another's."""
     conversations = [asked(p) for p in ("good film", "a", "Hello")]
     names = ["toy", "toy", "talk"]
     wanted = hub.chat(conversations, names)
 
-    def unload(row, piece):
+    others = iter(range(100))
+
+    def replace_all(row, piece):
         for name in {"toy", "talk"} & {*hub.model.names}:
             hub.unload(name)
+        if len(hub.model.names) < 2:
+            hub.load("answers", f"other-{next(others)}")
 
-    assert hub.chat(conversations, names, on_text=unload) == wanted
-    assert hub.model.names == ()
+    assert hub.chat(conversations, names, on_text=replace_all) == wanted
+    assert hub.model.names == ("other-0", "other-1")
 
 
 # ---- predict -------------------------------------------------------------------------------------
@@ -399,6 +403,9 @@ def test_predict_tells_of_its_progress(hub):
         (lambda h: h.chat([asked("x")], max_new_tokens=0), "max_new_tokens=0 must be"),
         (lambda h: h.generate("hello"), "prompts must be a list, not one str: 'hello'"),
         (lambda h: h.generate(["a", ""]), "prompt 1 is empty"),
+        (lambda h: h.generate(["a", 3]), "prompt 1 must be a text, not 3"),
+        (lambda h: h.generate(["\ud800"]), "prompt 0 is not valid Unicode"),
+        (lambda h: h.chat([asked("\ud800")]), "a message is not valid Unicode"),
         (lambda h: h.generate(["a"], stop=["\n", ""]), "empty text"),
         (lambda h: h.generate(["a"], top_p=0), r"top_p=0 must lie in \(0, 1\]"),
         (lambda h: h.next_token_logits("hello"), "prompts must be a list"),
@@ -486,6 +493,8 @@ def test_adapters_tell_what_is_stored_and_what_is_loaded(hub, tmp_path):
     assert toy.parameters == hub.model.weights("toy").num_parameters > 1000
     assert [type(s) for s in toy.scores] == [Score]
     assert found["answers"].scores[0].metric == "token_f1"
+    hub.model.load("on trial", hub.model.weights("toy"))  # a slot that is nobody's adapter
+    assert [i.name for i in hub.adapters()] == list(found)
 
 
 def test_a_damaged_adapter_does_not_hide_the_others(hub):

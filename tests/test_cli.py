@@ -21,6 +21,8 @@ from conftest import toy_answers, toy_talk, toy_task
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.cli import app, main
 from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.errors import PoolError
+from adapterhub_chat.lines import sink
 from adapterhub_chat.task import load_task
 from adapterhub_chat.types import SPLITS
 
@@ -242,6 +244,15 @@ def test_every_setting_is_a_flag_that_reaches_the_run(run, name):
     assert settings == TrainConfig(**asked).model_dump()
 
 
+def test_bars_are_drawn_without_validation_too(run):
+    done = run("train", "sentiment", "--eval-examples", 0, "--test-examples", 2, *QUICK)
+    assert done.code == 0, done.err
+    assert "train sentiment" in done.err
+    assert "finished, best validation unknown" in " ".join(done.err.split())
+    assert "answer sentiment" in done.err
+    assert manifest("sentiment")["training"]["validation_loss"] is None
+
+
 def test_a_switch_can_be_turned_off_again(run, here):
     Path("run.toml").write_text('[settings]\nrslora = true\n[adapters.a]\ntask = "qa"')
     args = ("--config", "run.toml", "--no-rslora", "--test-examples", 0, "--json", *QUICK)
@@ -429,6 +440,18 @@ def test_predict_on_a_full_disk_and_to_a_device(run):
     )
     assert not Path(os.devnull).is_file()
     assert not Path(f"{os.devnull}.part").exists()
+
+
+def test_an_output_that_is_not_finished_leaves_nothing(tmp_path):
+    def fail(error):
+        with sink(str(tmp_path / "out")) as file:
+            file.write("half")
+            raise error
+
+    for error in (PoolError("an OSError too, but not the output's"), KeyboardInterrupt()):
+        with pytest.raises(type(error), match=f"^{error}$"):
+            fail(error)
+        assert not list(tmp_path.iterdir())
 
 
 # ---- list, show, verify --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from adapterhub_chat.evaluate import (
     sequence_losses,
 )
 from adapterhub_chat.generate import Request, generate
-from adapterhub_chat.metrics import distinct_n, exact_match, token_f1
+from adapterhub_chat.metrics import distinct_n, exact_match, label_rows, token_f1
 from adapterhub_chat.task import Splits, Task, mixture
 from adapterhub_chat.template import encode_examples
 from adapterhub_chat.types import Example, Mix, PromptContract, as_mix
@@ -169,19 +169,21 @@ def test_packing_changes_no_loss(loaded):
 
 def test_a_mixture_judges_each_example_by_its_own_labels_and_rules(loaded):
     one = toy_task("one")
-    words = {"good": "user", "bad": "assistant"}
+    words = {"good": "negative", "bad": "positive"}  # the other way round
     two = toy_task("two")
     two = replace(two, contract=replace(two.contract, template="{text}?", labels=words))
     both = mixture("both", [one, two])
     examples = both.split("test")
     assert {e.contract.template for e in examples} == {"Review: {text}", "{text}?"}
-    hits = []
+    guesses, foreign = [], []
     for example in examples:
-        task = one if example.contract == one.contract else two
-        (guess,) = guesses_by_hand(loaded, A, task, [example])
-        hits.append(guess == example.answer)
-    found = score("x", both, judge(loaded, both, examples, A), None)
-    assert found.value == pytest.approx(sum(hits) / len(hits))
+        own, other = (one, two) if example.contract == one.contract else (two, one)
+        guesses += guesses_by_hand(loaded, A, own, [example])
+        wrong = replace(own, contract=replace(own.contract, labels=other.contract.labels))
+        foreign += guesses_by_hand(loaded, A, wrong, [example])
+    assert guesses != foreign, "both label sets guess alike: prove nothing"
+    wanted = label_rows([e.answer for e in examples], guesses)
+    assert judge(loaded, both, examples, A).rows.tolist() == wanted.tolist()
 
     short = toy_answers("short")
     long = replace(short, contract=replace(short.contract, max_new_tokens=40, stop=("user",)))

@@ -11,7 +11,7 @@ from conftest import VOCABULARY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from adapterhub_chat.backbone import load_backbone
@@ -109,6 +109,21 @@ def test_greedy_rows_of_one_batch_equal_transformers_row_by_row(model, reference
         wanted = [greedy(reference, p, 24, tokenizer, ignore_eos=ignore_eos) for p in PROMPTS]
         assert texts == wanted
         assert len(set(texts)) == len(texts)
+
+
+def test_a_backbone_that_counts_positions_is_asked_at_the_right_ones(model, tmp_path):
+    """GPT-2 learns a vector per position, so rows padded on the left must not be counted from the pad."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, eos_token_id=2, **shape)
+    plain = GPT2LMHeadModel(config).eval()
+    plain.save_pretrained(tmp_path)
+    model.backbone.tokenizer.save_pretrained(tmp_path)
+    gpt2 = AdapterModel(load_backbone(str(tmp_path), dtype="fp32", device="cpu"))
+    tokenizer, rules = gpt2.backbone.tokenizer, Sampling(max_new_tokens=12)
+    texts = generate(gpt2, [Request(p, sampling=rules) for p in PROMPTS])
+    assert texts == [greedy(plain, p, 12, tokenizer) for p in PROMPTS]
+    assert len(set(texts)) > 3
 
 
 def test_rows_with_adapters_equal_peft_merged_models(loaded, pico_folder, reference):
@@ -326,6 +341,7 @@ def test_a_nucleus_of_next_to_nothing_is_greedy(model):
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"top_p": float("nan")}, "top_p=nan"),
         ({"stop": ("\n", "")}, "empty text"),
+        ({"seed": 2**63}, "must fit into 64 bits"),
         ({"max_new_tokens": -3, "top_p": 2}, "max_new_tokens=-3 must be at least 1; top_p=2"),
     ],
 )
