@@ -14,7 +14,8 @@ from torch import Tensor
 
 from adapterhub_chat import evaluate as judging
 from adapterhub_chat.backbone import Quantize, load_backbone
-from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.config import RunOptions, read_settings
+from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
 from adapterhub_chat.generate import Request, Sampling
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
@@ -36,8 +37,8 @@ from adapterhub_chat.types import (
 )
 from adapterhub_chat.workshop import (
     SILENT,
-    How,
     Listeners,
+    Order,
     configs_of,
     judge_task,
     make_adapters,
@@ -235,23 +236,26 @@ class AdapterHub:
     def train(
         self,
         tasks: Sequence[str | Path | Task],
-        how: How = "joint",
+        how: str = "joint",
         *,
         names: Sequence[str] | None = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
-        test_examples: int = 200,
+        sweep: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
         save_dtype: torch.dtype = torch.float32,
         run_dir: str | Path | None = None,
+        resume: bool = False,
         listeners: Listeners = SILENT,
         **shared: Any,
     ) -> dict[str, Manifest]:
         """Train one adapter per task, save each to the pool and load it; return the manifests.
 
-        `how` is "joint" (all in every batch) or "sequence" (one after another). `shared` are
-        TrainConfig fields for all adapters, `settings[name]` those of one. Each adapter is measured on
-        `test_examples` of its task's test split beside the backbone (0: not measured). Ctrl-C keeps
-        what was best so far, unmeasured, and warns. An adapter that has learnt nothing (interrupted or
-        diverged at once) is not saved and not in the answer.
+        `how` is "joint" (all in every batch), "shared" (joint, with one more adapter that acts on all
+        rows) or "sequence" (one after another). `shared` are fields of RunOptions, and of TrainConfig
+        for all adapters; `settings[name]` are those of one, `sweep[name]` lists values to try. Each
+        adapter is measured on `test_examples` of its task's test split beside the backbone (0: not
+        measured). With a `run_dir` the run is logged and its state saved there, and `resume` goes on
+        from it. Ctrl-C keeps what was best so far, unmeasured, and warns. An adapter that has learnt
+        nothing (interrupted or diverged at once) is not saved and not in the answer.
         """
         loaded = [_task(task) for task in listed(tasks, "tasks")]
         titles = [task.name for task in loaded] if names is None else list(names)
@@ -259,17 +263,18 @@ class AdapterHub:
             raise UsageError(f"{len(loaded)} tasks but {len(titles)} names: give one name per task")
         if len(set(titles)) < len(titles):
             raise UsageError(f"adapter names must differ: {', '.join(titles)}")
-        by_name = dict(zip(titles, loaded, strict=True))
-        return make_adapters(
-            self._shelf,
-            by_name,
-            configs_of(titles, shared, settings or {}),
-            how,
-            test_examples=test_examples,
+        run = {key: value for key, value in shared.items() if key in RunOptions.model_fields}
+        common = {key: value for key, value in shared.items() if key not in run}
+        order = Order(
+            tasks=dict(zip(titles, loaded, strict=True)),
+            configs=configs_of(titles, common, settings or {}),
+            options=read_settings(RunOptions, {"how": how, **run}, "the run"),
+            sweeps=sweep or {},
             save_dtype=save_dtype,
             run_dir=None if run_dir is None else Path(run_dir),
-            listeners=listeners,
+            resume=resume,
         )
+        return make_adapters(self._shelf, order, listeners)
 
     def evaluate(
         self,
@@ -300,7 +305,7 @@ class AdapterHub:
         scores = [
             score
             for task, group in pairs
-            for score in judge_task(self._shelf, task, group, limit, listeners)
+            for score in judge_task(self.model, task, group, limit, listeners)
         ]
         if save:
             self._shelf.record(scores)
@@ -336,7 +341,7 @@ class AdapterHub:
                 )
             for task in trained_on:
                 groups.setdefault(task, []).append((name, mix))
-        return [(load_task(task), group) for task, group in groups.items()]
+        return [(_trained_task(task, group[0][0]), group) for task, group in groups.items()]
 
     def _mixes(self, adapters: Sequence[AdapterChoice] | None, rows: int) -> list[Mix]:
         """Return one mix a row; without `adapters`, the thread's default for all."""
@@ -361,6 +366,17 @@ class AdapterHub:
 
 def _task(task: str | Path | Task) -> Task:
     return load_task(task) if isinstance(task, str | Path) else task
+
+
+def _trained_task(name: str, adapter: str) -> Task:
+    """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
+    try:
+        return load_task(name)
+    except UnknownNameError as error:
+        raise UsageError(
+            f"adapter {adapter!r} was trained on the task {name!r}, whose file is not here; give its "
+            f"path: --task path/to/{name}.toml, in Python evaluate(tasks=[...])"
+        ) from error
 
 
 __all__ = ["AdapterHub", "AdapterInfo", "Prediction", "Verdict"]

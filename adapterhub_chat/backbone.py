@@ -21,9 +21,10 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from adapterhub_chat import assets
+from adapterhub_chat.attention import packed_attention
 from adapterhub_chat.errors import UnknownNameError, UsageError
 from adapterhub_chat.types import Fingerprint
 
@@ -44,6 +45,9 @@ ARCHITECTURE_KEYS = (
 """Settings that decide what the weights mean; all others may differ between transformers versions."""
 PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好\uff0c世界 ε→∞ 🙂 don't"
 
+PACKED = "adapterhub_packed"
+"""Name under which transformers knows `_attention`."""
+
 log = logging.getLogger("adapterhub_chat")
 
 
@@ -60,9 +64,24 @@ class Backbone:
     fingerprint: Fingerprint
 
     @property
+    def precision(self) -> str:
+        """What the linear layers compute in: `nf4`, `int8`, `bfloat16`, ..."""
+        return self.quantize or str(self.dtype).removeprefix("torch.")
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that transformers can re-compute in the backward pass."""
+        kind = transformers.modeling_layers.GradientCheckpointingLayer
+        return [module for module in self.model.modules() if isinstance(module, kind)]
+
+    @property
     def end_of_turn(self) -> int:
         """Token id that ends an answer."""
         return int(self.tokenizer.eos_token_id)
+
+    def new_cache(self) -> Any:
+        """Return an empty key-value cache, transformers' own, that grows with what is decoded."""
+        return transformers.DynamicCache(config=self.model.config)
 
 
 def load_backbone(
@@ -94,11 +113,41 @@ def load_backbone(
         model.to(where)
     else:
         _keep_gradients_through_4bit(model)
+    if where.type == "cpu" and getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(PACKED)
     model.requires_grad_(False).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     fingerprint = fingerprint_of(model, tokenizer, quantize, kind)
     return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend by `packed_attention` where a gradient goes through packed rows, else as "sdpa" does."""
+    packed = attention_mask is not None and attention_mask.is_floating_point() and not dropout
+    unusual = any(options.get(name) is not None for name in ("softcap", "s_aux"))
+    if packed and torch.is_grad_enabled() and not unusual:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        assert attention_mask is not None
+        return packed_attention(query, key, value, attention_mask, scale), None
+    plain = transformers.AttentionInterface()["sdpa"]
+    out: tuple[Tensor, None] = plain(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )
+    return out
+
+
+transformers.AttentionInterface.register(PACKED, _attention)
+transformers.AttentionMaskInterface.register(PACKED, transformers.AttentionMaskInterface()["sdpa"])
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -40,13 +40,14 @@ def _scores(manifest: Manifest) -> str:
         return "## Scores\n\nNot measured.\n"
     lines = [
         "## Scores\n",
-        "| task | metric | adapter | 95 % interval | backbone | items |",
-        "|---|---|---|---|---|---|",
+        "| task | metric | adapter | 95 % interval | backbone | items | precision |",
+        "|---|---|---|---|---|---|---|",
     ]
     for s in manifest.scores:
         beside = "" if s.backbone_value is None else f"{s.backbone_value:.3f}"
         lines.append(
-            f"| {s.task} | {s.metric} | {s.value:.3f} | {s.low:.3f} to {s.high:.3f} | {beside} | {s.n} |"
+            f"| {s.task} | {s.metric} | {s.value:.3f} | {s.low:.3f} to {s.high:.3f} | {beside} | {s.n} "
+            f"| {s.precision} |"
         )
     lines.append("\nMeasured on the test split; both columns on the same items.\n")
     return "\n".join(lines)
@@ -84,6 +85,7 @@ def _training(manifest: Manifest) -> str:
         ("seconds", f"{t.seconds:.0f}"),
         ("stopped", t.stopped),
         ("note", t.note),
+        *((f"gradient cosine {pair}", f"{c:.3f}") for pair, c in sorted(t.conflict.items())),
         *sorted(t.settings.items()),
     ):
         if value not in ("", None):

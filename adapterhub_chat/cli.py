@@ -15,7 +15,7 @@ import typer
 from adapterhub_chat.api import AdapterHub
 from adapterhub_chat.card import render_card
 from adapterhub_chat.chat import ChatSession
-from adapterhub_chat.config import RunConfig, read_run
+from adapterhub_chat.config import RunConfig, read_run, read_sweep
 from adapterhub_chat.demo import run_demo
 from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
 from adapterhub_chat.kernels_bench import bench_kernels
@@ -31,6 +31,7 @@ from adapterhub_chat.options import (
     QuantizeOption,
     with_settings,
 )
+from adapterhub_chat.orders import Finished, carry_out, resumed
 from adapterhub_chat.pool import Pool
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.terminal import (
@@ -38,11 +39,13 @@ from adapterhub_chat.terminal import (
     err,
     number,
     print_json,
+    print_ledger,
     print_scores,
     print_table,
     tell,
     tell_warnings_and_logs,
 )
+from adapterhub_chat.train import first_process
 from adapterhub_chat.types import BACKBONE
 
 app = typer.Typer(
@@ -107,68 +110,78 @@ def train(
     tasks: Annotated[
         list[str] | None, typer.Argument(help="Names from tasks/, or paths of .py or .toml files.")
     ] = None,
-    how: Annotated[
-        str | None, typer.Option(help="joint or sequence.", show_default="joint")
-    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML of a run: [settings] and [adapters.NAME] tables.")
     ] = None,
     name: Annotated[
         list[str] | None, typer.Option(help="Adapter names, one per task (repeat the option).")
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Values to try, the best is kept: rank=4,8 (repeat the option)."),
+    ] = None,
     backbone: Annotated[str | None, typer.Option(show_default="smollm2-135m")] = None,
     pool: Annotated[Path | None, typer.Option(show_default="adapters")] = None,
     quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
-    test_examples: Annotated[
-        int | None, typer.Option(min=0, help="Test items measured per task.", show_default="200")
-    ] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run log.", show_default="runs/<time>")
+        Path | None, typer.Option(help="Folder of log and state.", show_default="runs/<time>")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --run-dir, as it was ordered.")
+    ] = False,
     as_json: JsonOption = False,
     *,
+    run_options: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> None:
     """Train one adapter per task, jointly or one after another; save and measure them."""
-    say = Say(quiet=as_json)
+    say = Say(quiet=as_json or not first_process())
     flags = {
-        "how": how,
+        **run_options,
         "backbone": backbone,
         "pool": str(pool) if pool else None,
         "quantize": quantize,
         "dtype": dtype,
         "device": device,
-        "test_examples": test_examples,
     }
-    run = read_run(config, tasks or [], name or [], flags, settings)
-    hub = _hub(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device, say)
+    if resume and not (tasks or config):
+        run = resumed(run_dir)
+    else:
+        run = read_run(config, tasks or [], name or [], flags, settings, read_sweep(sweep or []))
     folder = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    with Bars(err, show=not as_json) as bars:
-        manifests = hub.train(
-            [entry["task"] for entry in run.adapters.values()],
-            how=run.how,
-            names=list(run.adapters),
-            settings={
-                n: {k: v for k, v in e.items() if k != "task"} for n, e in run.adapters.items()
-            },
-            test_examples=run.test_examples,
-            run_dir=folder,
-            listeners=bars.listeners,
-            **run.settings,
-        )
+    hub = _hub(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device, say)
+    with Bars(err, show=not say.quiet) as bars:
+        done = carry_out(hub, run, folder, resume=resume, listeners=bars.listeners)
+    if first_process():
+        _tell_trained(run, folder, done, say, as_json=as_json)
+        raise typer.Exit(_training_code(run, done.manifests))
+
+
+def _tell_trained(
+    run: RunConfig, folder: Path, done: Finished, say: Say, *, as_json: bool
+) -> None:
     if as_json:
-        print_json({n: m.model_dump(mode="json") for n, m in manifests.items()})
-        raise typer.Exit(_training_code(run, manifests))
-    for title, manifest in manifests.items():
+        print_json({n: m.model_dump(mode="json") for n, m in done.manifests.items()})
+        return
+    for title, manifest in done.manifests.items():
         t = manifest.training
         say(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {run.pool}")
     say(f"run log: {folder / 'metrics.jsonl'}")
-    scores = [s for m in manifests.values() for s in m.scores]
-    if scores:
+    if done.sweep:
+        rows = [(c.adapter, *map(str, c.settings.values()), number(c.validation_loss), "kept" * c.kept)
+                for c in done.sweep]
+        columns = ("adapter", *done.sweep[0].settings, "validation loss", "")
+        print_table("Settings tried, by validation loss", columns, rows)
+    if scores := [s for m in done.manifests.values() for s in m.scores]:
         print_scores("Test split, beside the backbone", scores)
-    raise typer.Exit(_training_code(run, manifests))
+    for manifest in done.manifests.values():
+        if pairs := manifest.training.conflict:
+            rows = [(pair.replace("|", " and "), number(c)) for pair, c in pairs.items()]
+            print_table("Agreement of gradients on the shared adapter", ("tasks", "cosine"), rows)
+    if done.ledger is not None:
+        print_ledger(done.ledger)
 
 
 def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:

@@ -29,8 +29,11 @@ class TrainConfig(BaseModel):
         "all-linear",
         description="Layers that get an update: all-linear, or last names such as q_proj,v_proj.",
     )
+    layers: str = Field(
+        "all", description="Blocks that get an update: all, or a slice by number such as 20:30 or -8:."
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    schedule: Literal["cosine", "constant"] = Field(
+    schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
@@ -53,27 +56,62 @@ class TrainConfig(BaseModel):
         3, ge=0, description="Validations without improvement before it stops; 0 never stops early."
     )
     train_examples: int = Field(0, ge=0, description="Training examples used; 0 takes all.")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Of a shared adapter: tasks are drawn by size ** (1 / temperature); large is even.",
+    )
+    orthogonal: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the penalty on overlap with the adapter that is grown (O-LoRA).",
+    )
     seed: int = Field(
         0, ge=0, lt=2**63, description="Seed of the initial weights and of the order of rows."
     )
 
 
-class RunConfig(BaseModel):
+class RunOptions(BaseModel):
+    """How the adapters of one run go together, and what is kept on the way."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    how: Literal["joint", "sequence", "shared"] = Field(
+        "joint",
+        description="joint: all in every batch; sequence: one after another; "
+        "shared: joint, with one more adapter that acts on and learns from everybody's rows.",
+    )
+    test_examples: int = Field(200, ge=0, description="Test items measured per task.")
+    shared_name: str = Field("shared", description="Name of the shared adapter.")
+    grow: bool = Field(
+        False, description="In a sequence: one adapter that grows, instead of a new one for each task."
+    )
+    grown_name: str = Field("grown", description="Name of the adapter that grows.")
+    replay: float = Field(
+        0.0, ge=0, lt=1, description="While growing: share of the examples that earlier tasks give."
+    )
+    save_steps: int = Field(0, ge=0, description="Steps between two saved states; 0: by the clock.")
+    save_minutes: float = Field(
+        2.0, ge=0, description="Minutes between two saved states; 0: by steps alone."
+    )
+    checkpointing: bool = Field(
+        False, description="Keep no activations inside the blocks: less memory, a third more work."
+    )
+
+
+class RunConfig(RunOptions):
     """A training run: which adapters, on what, and how. The TOML of `train --config`.
 
-    `settings` holds TrainConfig fields for all adapters; each table of `adapters` names its `task` and
-    may set TrainConfig fields of its own.
+    `settings` holds TrainConfig fields for all adapters. Each table of `adapters` names its `task` (or
+    `tasks`, mixed) and may set TrainConfig fields of its own; in its table `sweep` a field has a list of
+    values, and the combination that is best on validation is kept.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     backbone: str = Field("smollm2-135m", description="Packaged name, folder, .gguf or Hub id.")
     pool: str = Field("adapters", description="Folder that keeps the adapters.")
     quantize: Literal["nf4", "int8"] | None = Field(None, description="Precision of the backbone.")
     dtype: str | None = Field(None, description="Default: the best that the hardware has.")
     device: str | None = Field(None, description="Default: CUDA when there is one.")
-    how: Literal["joint", "sequence"] = Field("joint", description="All at once, or in turn.")
-    test_examples: int = Field(200, ge=0, description="Test items measured per task.")
     settings: dict[str, Any] = Field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -84,6 +122,7 @@ def read_run(
     names: Sequence[str],
     flags: Mapping[str, Any],
     settings: Mapping[str, Any],
+    sweep: Mapping[str, list[Any]] | None = None,
 ) -> RunConfig:
     """Return the run that a TOML file and the command line describe together; flags win.
 
@@ -102,7 +141,8 @@ def read_run(
         name: {key: own[key] for key in own if key not in settings} if _is_table(own) else own
         for name, own in _table(values, "adapters", found).items()
     }
-    adapters |= {n: {"task": t} for n, t in zip(titles, tasks, strict=False)}
+    tried = {"sweep": dict(sweep)} if sweep else {}
+    adapters |= {n: {"task": t, **tried} for n, t in zip(titles, tasks, strict=False)}
     values["adapters"] = adapters
     values["settings"] = {**_table(values, "settings", found), **settings}
     run = None
@@ -112,15 +152,58 @@ def read_run(
         found += explain(error, RunConfig)
     found += _setting_misfits("settings", values["settings"])
     for name, table in adapters.items():
-        own = dict(table) if _is_table(table) else {}
-        if not isinstance(own.pop("task", None), str):
-            found.append(f'adapters.{name} needs a task, as in task = "qa"')
-        found += _setting_misfits(f"adapters.{name}", own)
+        found += _adapter_misfits(f"adapters.{name}", dict(table) if _is_table(table) else {})
     if not adapters:
         found.append("nothing to train: name tasks, or write [adapters.NAME] tables")
     if found or run is None:
         raise ConfigError(str(path) if path else "the command line", found)
     return run
+
+
+def _adapter_misfits(where: str, own: dict[str, Any]) -> list[str]:
+    """Return what is wrong in the table of one adapter: its task or tasks, its sweep, its settings."""
+    found = []
+    one, several, sweep = own.pop("task", None), own.pop("tasks", None), own.pop("sweep", {})
+    if several is None and not isinstance(one, str):
+        found.append(f'{where} needs a task, as in task = "qa"')
+    elif several is not None and (one is not None or not _is_list(several, str)):
+        found.append(f'{where} needs one task, or tasks = ["a", "b"] alone')
+    if not _is_table(sweep) or not all(_is_list(values) for values in sweep.values()):
+        found.append(f"{where}.sweep needs a list of values for each setting, as in rank = [4, 8]")
+        sweep = {}
+    for key, values in sweep.items():
+        misfits = [m for value in values for m in _setting_misfits(f"{where}.sweep", {key: value})]
+        found += dict.fromkeys(misfits)
+    return found + _setting_misfits(where, own)
+
+
+def _is_list(value: Any, kind: type = object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, kind) for v in value)
+
+
+def read_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the lists that texts such as `rank=4,8` mean; raise ConfigError naming every misfit."""
+    sweep: dict[str, list[Any]] = {}
+    found = []
+    for text in texts:
+        key, sign, values = text.partition("=")
+        if not sign or not values:
+            found.append(f"{text!r} is no sweep; write a setting and its values: rank=4,8")
+            continue
+        sweep[key] = [_number(value) for value in values.split(",")]
+        found += [m for v in sweep[key] for m in _setting_misfits("--sweep", {key: v})]
+    if found:
+        raise ConfigError("the command line", found)
+    return sweep
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)
 
 
 def read_settings(model: type[Model], values: Mapping[str, Any], source: str) -> Model:

@@ -226,5 +226,6 @@ def evaluate(
         backbone = judge(model, task, examples, Mix(), told)
         for name, mix in adapters:
             judged = backbone if mix == Mix() else judge(model, task, examples, mix, told)
-            scores.append(score(name, task, judged, backbone))
+            found = score(name, task, judged, backbone)
+            scores.append(replace(found, precision=model.backbone.precision))
     return scores

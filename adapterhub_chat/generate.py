@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model import AdapterModel, keeping
@@ -163,7 +162,7 @@ class _State:
         lengths = torch.tensor([len(p) for p in prompts])
         self.ids = torch.tensor(padded, device=device)
         self.mask = (torch.arange(width)[None] >= width - lengths[:, None]).long().to(device)
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = model.backbone.new_cache()
 
     @torch.inference_mode()
     def forward(self) -> Tensor:

@@ -13,16 +13,22 @@ from adapterhub_chat.errors import DataError
 from adapterhub_chat.task import Task
 from adapterhub_chat.template import Encoded, encode_examples
 from adapterhub_chat.types import Example
+from adapterhub_chat.weights import AdapterWeights
 
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to train: its examples and its own settings."""
+    """One adapter to train: its examples, its own settings, and who else acts on its rows."""
 
     name: str
     train: Sequence[Encoded]
+    """Empty only for an adapter that other jobs share."""
     validation: Sequence[Encoded]
     config: TrainConfig
+    shared: str = ""
+    """Name of the job (without examples) whose adapter acts on these rows, too, and learns from them."""
+    under: AdapterWeights | None = None
+    """A frozen adapter that acts on these rows, too."""
 
 
 def make_job(tokenizer: Any, name: str, task: Task, config: TrainConfig) -> Job:

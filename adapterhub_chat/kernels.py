@@ -1,8 +1,9 @@
 """Three ways to compute `sum_s M[n, s] * B_s A_s x_n`; `choose` picks one per batch by a measured rule.
 
-Each form has two halves: `shrink` (x, A) -> h and `expand` (h, B) -> y, so that linears which share an
-input share one shrink. Legend: N rows with at least one adapter, T tokens of a row, G slots in use,
-R rank bucket, K = J*R the ranks of a site's members side by side. Nothing here knows of modules or names.
+Each form has two halves: `shrink` (x, A) -> h and `add` (y, h, B) -> y + B h, so that linears which share
+an input share one shrink, and nothing is written beside y where one product can accumulate into it.
+Legend: N rows with at least one adapter, T tokens of a row, G slots in use, R rank bucket, K = J*R the
+ranks of a site's members side by side. Nothing here knows of modules or names.
 `adapterhub-chat bench kernels` prints the measurements behind the rule (docs/performance.md).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class Form(Protocol):
         """Map x (N, T, in) and a (G, K, in) to h (..., K), in the form's own layout."""
         ...
 
-    def expand(self, h: Tensor, b: Tensor) -> Tensor:
-        """Map h (..., R) and b (G, out, R) to y (N, T, out)."""
+    def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        """Return y (N, T, out) plus what h (..., R) and b (G, out, R) give; y may be overwritten."""
         ...
 
 
@@ -56,10 +57,35 @@ class Batched:
         scaled: Tensor = h.unflatten(1, (self.places, -1)) * self.weight.to(h.dtype)
         return scaled.flatten(1, 2)
 
-    def expand(self, h: Tensor, b: Tensor) -> Tensor:
-        """Return y (N, T, out)."""
-        y = torch.bmm(h, b.mT).reshape(self.groups * self.places, -1, b.shape[1])
-        return y if self.scatter is None else y.index_select(0, self.scatter)
+    def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        """Return y (N, T, out) + B h: in place, by one product, where the rows lie as the groups do."""
+        if self.scatter is None and y.is_contiguous() and not y._is_view():
+            added: Tensor = _AddProducts.apply(y, h, b)
+            return added
+        delta = torch.bmm(h, b.mT).reshape(self.groups * self.places, -1, b.shape[1])
+        delta = delta if self.scatter is None else delta.index_select(0, self.scatter)
+        return y + delta.view(y.shape)
+
+
+class _AddProducts(torch.autograd.Function):
+    """y += h B^T, group by group, in place: one pass over y, where an addition makes three."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        """Overwrite y (N, T, out) with y + h (G, M, R) b (G, out, R)^T."""
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(h, b)
+        y.view(len(b), -1, b.shape[1]).baddbmm_(h, b.mT)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients of y, h and b."""
+        (dy,) = gradients
+        h, b = ctx.saved_tensors
+        d = dy.reshape(len(b), -1, b.shape[1])
+        _, needs_h, needs_b = ctx.needs_input_grad
+        return dy, torch.bmm(d, b) if needs_h else None, torch.bmm(d.mT, h) if needs_b else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +104,9 @@ class Ragged:
         h = self._product(x.index_select(0, self.order), a)
         return h if self.weight is None else h * self.weight.to(h.dtype)
 
-    def expand(self, h: Tensor, b: Tensor) -> Tensor:
-        """Return y (N, T, out)."""
-        return self._product(h, b).index_select(0, self.inverse)
+    def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        """Return y (N, T, out) + B h."""
+        return y + self._product(h, b).index_select(0, self.inverse).view(y.shape)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
         rows, tokens, _ = x.shape
@@ -116,10 +142,24 @@ class Dense:
         weighted: Tensor = h.unflatten(-1, (groups, k)) * self.weight.to(x.dtype)
         return weighted
 
-    def expand(self, h: Tensor, b: Tensor) -> Tensor:
-        """Return y (N, T, out)."""
+    def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        """Return y (N, T, out) + B h."""
         stacked = b.transpose(1, 2).reshape(-1, b.shape[1])
-        return h.flatten(2) @ stacked
+        return y + (h.flatten(2) @ stacked).view(y.shape)
+
+
+def terms(mix: Tensor) -> list[Tensor]:
+    """Return matrices that sum up to `mix` (N, S), each of which one form computes without waste.
+
+    Rows that all mix the same few slots stay together (dense work is then no waste); where rows mix
+    fewer slots than the batch has, as in {shared: 1, task: 1}, each term holds one slot of every row.
+    """
+    used = mix != 0
+    widest, in_use = int(used.sum(1).max()) if len(mix) else 0, int(used.any(0).sum())
+    if widest <= 1 or widest == in_use:
+        return [mix] if widest else []
+    place = used.cumsum(1) * used  # 1 for a row's first slot in use, 2 for its second, ...
+    return [mix * (place == n) for n in range(1, widest + 1)]
 
 
 def choose(weights: Tensor, device: torch.device | str = "cpu") -> Form:

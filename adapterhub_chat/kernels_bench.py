@@ -74,7 +74,7 @@ def _case(
     }
     calls: dict[str, Callable[[], torch.Tensor]] = {"linear": lambda: x @ w.T}
     for name, form in forms.items():
-        calls[name] = lambda form=form: form.expand(form.shrink(x, a), b)  # type: ignore[misc]
+        calls[name] = lambda form=form: form.add(torch.zeros(rows, 1, WIDTH, dtype=dtype, device=device), form.shrink(x, a), b)  # type: ignore[misc]
     gradient = normal(rows, 1, WIDTH)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 2):

@@ -11,7 +11,7 @@ N rows, T tokens of a row, G groups (distinct slots in use).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adapterhub_chat.kernels import choose
+from adapterhub_chat.kernels import Form, choose, terms
 from adapterhub_chat.weights import AdapterWeights
 
 SHARED_INPUT = (
@@ -74,10 +74,10 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
 class Bank:
     """A fixed number of slots for adapters: loading one copies numbers, shapes never change.
 
-    Per site one `A` of (S, J*R, in), per member one `B` of (S, out, R). A slot holds zeros where its
-    adapter has no weights or a smaller rank; zeros stay zeros in training, since each factor's gradient
-    is a multiple of the other. With `trainable`, A and B are leaves whose gradients are allocated once,
-    B is kept unscaled and the scale applied in the forward, as in PEFT; else the scale is folded into B.
+    Per site one `A` of (S, J*R, in), per member one `B` of (S, out, R), with the scale folded into B. A
+    slot holds zeros where its adapter has no weights or a smaller rank. With `trainable`, A and B are
+    leaves that collect gradients; the numbers that an optimizer moves are kept elsewhere, in fp32, and
+    come in through `places` (FlatWeights).
     """
 
     def __init__(
@@ -97,10 +97,7 @@ class Bank:
         self.home = {m: (s.name, j) for s in sites for j, m in enumerate(s.members)}
 
         def zeros(*shape: int) -> Tensor:
-            tensor = torch.zeros(*shape, dtype=dtype, device=device, requires_grad=trainable)
-            if trainable:
-                tensor.grad = torch.zeros_like(tensor, requires_grad=False)
-            return tensor
+            return torch.zeros(*shape, dtype=dtype, device=device, requires_grad=trainable)
 
         self.A = {s.name: zeros(slots, len(s.members) * rank, s.in_features) for s in sites}
         self.B = {
@@ -108,33 +105,15 @@ class Bank:
             for s in sites
             for m, out in zip(s.members, s.out_features, strict=True)
         }
-        self.scale = {m: torch.ones(slots, 1, 1, device=device) for m in self.B}
 
     @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:
         """Put an adapter into a slot; the slot's former content is gone."""
         self.clear(slot)
-        for module, (a, b) in weights.factors.items():
-            site, j = self.home[module]
-            rank, scale = a.shape[0], weights.scale(module)
-            self.A[site][slot, j * self.rank : j * self.rank + rank].copy_(a)
-            if self.trainable:
-                self.scale[module][slot] = scale
-                self.B[module][slot, :, :rank].copy_(b)
-            else:
-                self.B[module][slot, :, :rank].copy_(b.float() * scale)
-
-    @torch.no_grad()
-    def read(self, slot: int, like: AdapterWeights) -> AdapterWeights:
-        """Return a copy of a trainable slot as fp32 weights with the modules and ranks of `like`."""
-        factors = {}
-        for module, (a, _) in like.factors.items():
-            site, j = self.home[module]
-            rank = a.shape[0]
-            first = self.A[site][slot, j * self.rank : j * self.rank + rank]
-            second = self.B[module][slot, :, :rank]
-            factors[module] = (first.float().cpu().clone(), second.float().cpu().clone())
-        return like.with_factors(factors)
+        places = self.places(slot, {m: weights.rank(m) for m in weights.factors})
+        for (module, (a, b)), at in zip(weights.factors.items(), places, strict=True):
+            at[0].copy_(a)
+            at[1].copy_(b.float() * weights.scale(module))
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
@@ -142,25 +121,48 @@ class Bank:
         for tensor in (*self.A.values(), *self.B.values()):
             tensor[slot].zero_()
 
-    def parameters(self, slot: int) -> list[nn.Parameter]:
-        """Return a slot's share of every A and B as parameters: views, gradients included."""
-        shares = []
-        for tensor in (*self.A.values(), *self.B.values()):
-            share = nn.Parameter(tensor.detach()[slot])
-            if tensor.grad is not None:
-                share.grad = tensor.grad[slot]
-            shares.append(share)
-        return shares
+    @torch.no_grad()
+    def places(
+        self, slot: int, ranks: Mapping[str, int], *, gradients: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return where a slot keeps A (r, in) and B (out, r) of each module, or their gradients.
 
-    def zero_grad(self) -> None:
-        """Zero all gradients in place: the slots' shares keep pointing at them."""
+        A gradient that no forward asked for is None in the bank; it is made as zeros.
+        """
+        found = []
+        for module, rank in ranks.items():
+            site, j = self.home[module]
+            first, second = self.A[site], self.B[module]
+            if gradients:
+                first, second = _gradient(first), _gradient(second)
+            start = j * self.rank
+            found.append((first[slot, start : start + rank], second[slot, :, :rank]))
+        return found
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients."""
         for tensor in (*self.A.values(), *self.B.values()):
-            if tensor.grad is not None:
-                tensor.grad.zero_()
+            tensor.grad = None
 
     def nbytes(self) -> int:
         """Return the bytes that the factors take."""
         return sum(t.nbytes for t in (*self.A.values(), *self.B.values()))
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    if tensor.grad is None:
+        tensor.grad = torch.zeros_like(tensor)
+    return tensor.grad
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """A part of a mix that one form computes."""
+
+    form: Form
+    slots: Sequence[int]
+    rows: Tensor | None
+    """The rows that take part; None is all of them."""
 
 
 class Plan:
@@ -173,60 +175,77 @@ class Plan:
     def __init__(self, bank: Bank, mix: Tensor) -> None:
         """Analyse `mix` (N, S), a CPU tensor of weights."""
         self.bank, self.num_rows = bank, len(mix)
-        used = mix != 0
-        rows = used.any(1).nonzero().flatten()
-        self.slots: list[int] = used.any(0).nonzero().flatten().tolist()
-        self.rows = None if len(rows) == len(mix) else rows.to(bank.device)
-        self.form = choose(mix[rows][:, self.slots], bank.device) if self.slots else None
-        self._all_slots = self.slots == list(range(bank.slots))
-        self._shrunk: dict[str, tuple[Tensor, Tensor]] = {}
-        self._factors: dict[str, tuple[Tensor, ...]] = {}
+        self._terms = [self._term(part) for part in terms(mix)]
+        self._shrunk: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        self._factors: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has an adapter."""
+        return not self._terms
 
     def add(self, site: Site, member: int, x: Tensor, y: Tensor) -> Tensor:
-        """Return y plus the mixed low-rank product of x; the rows are the first dimension of both."""
-        if self.form is None or site.name not in self.bank.A:
+        """Return y plus the mixed low-rank product of x; the rows are the first dimension of both.
+
+        `y` may be overwritten.
+        """
+        if self.empty or site.name not in self.bank.A:
             return y
-        a, *b = self._site_factors(site, x.dtype)
-        h = self._shrink(site, member, x, a)
         rank = self.bank.rank
-        delta = self.form.expand(h[..., member * rank : (member + 1) * rank], b[member])
-        if self.rows is None:
-            return y + delta.reshape(y.shape).to(y.dtype)
-        flat = y.reshape(self.num_rows, -1)
-        delta = delta.reshape(len(self.rows), -1).to(y.dtype)
-        return flat.index_add(0, self.rows, delta).reshape(y.shape)
+        shrunk = self._shrink(site, member, x)
+        for n, (term, h) in enumerate(zip(self._terms, shrunk, strict=True)):
+            own = h[..., member * rank : (member + 1) * rank].to(y.dtype)
+            b = self._site_factors(site, n, x.dtype)[1 + member].to(y.dtype)
+            if term.rows is None:
+                y = term.form.add(y, own, b)
+                continue
+            rows = y.reshape(self.num_rows, -1, y.shape[-1])
+            added = term.form.add(rows.index_select(0, term.rows), own, b)
+            y = rows.index_copy(0, term.rows, added).view(y.shape)
+        return y
 
     def release(self) -> None:
         """Forget the last forward's intermediate tensors."""
         self._shrunk.clear()
 
-    def _shrink(self, site: Site, member: int, x: Tensor, a: Tensor) -> Tensor:
-        """Return h for x: the site's first member computes it, the last one lets it go."""
+    def _term(self, mix: Tensor) -> _Term:
+        used, device = mix != 0, self.bank.device
+        rows = used.any(1).nonzero().flatten()
+        slots = used.any(0).nonzero().flatten().tolist()
+        form = choose(mix[rows][:, slots], device)
+        return _Term(form, slots, None if len(rows) == len(mix) else rows.to(device))
+
+    def _shrink(self, site: Site, member: int, x: Tensor) -> list[Tensor]:
+        """Return each term's h for x: the site's first member computes it, the last one lets it go."""
         kept = self._shrunk.pop(site.name, None)
         if kept is None or kept[0] is not x:
             rows = x.reshape(self.num_rows, -1, x.shape[-1])
-            rows = rows if self.rows is None else rows.index_select(0, self.rows)
-            assert self.form is not None
-            kept = (x, self.form.shrink(rows, a))
+            shrunk = []
+            for n, term in enumerate(self._terms):
+                own = rows if term.rows is None else rows.index_select(0, term.rows)
+                shrunk.append(term.form.shrink(own, self._site_factors(site, n, x.dtype)[0]))
+            kept = (x, shrunk)
         if member + 1 < len(site.members):
             self._shrunk[site.name] = kept
         return kept[1]
 
-    def _site_factors(self, site: Site, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return A (G, J*R, in) and each member's B (G, out, R) of the slots in use, scaled."""
-        if (cached := self._factors.get(site.name)) is not None:
+    def _site_factors(self, site: Site, term: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return A (G, J*R, in) and each member's B (G, out, R) of the slots that a term uses."""
+        key = (site.name, term)
+        if (cached := self._factors.get(key)) is not None:
             return cached
-        bank = self.bank
+        bank, slots = self.bank, self._terms[term].slots
+        whole = slots == list(range(bank.slots))
+        first, last = slots[0], slots[-1] + 1
+        adjoining = slots == list(range(first, last))
 
         def pick(tensor: Tensor) -> Tensor:
-            return tensor if self._all_slots else tensor[self.slots]
+            if whole:
+                return tensor.to(dtype)
+            return (tensor[first:last] if adjoining else tensor[slots]).to(dtype)
 
-        first = pick(bank.A[site.name]).to(dtype)
-        if bank.trainable:  # changes every step, and its graph with it: never kept
-            scaled = (pick(bank.B[m]) * pick(bank.scale[m]) for m in site.members)
-            return (first, *(b.to(dtype) for b in scaled))
-        factors = (first, *(pick(bank.B[m]).to(dtype) for m in site.members))
-        self._factors[site.name] = factors
+        factors = (pick(bank.A[site.name]), *(pick(bank.B[m]) for m in site.members))
+        self._factors[key] = factors
         return factors
 
 
@@ -243,6 +262,11 @@ def activate(plan: Plan | None) -> Iterator[None]:
         _ACTIVE.reset(token)
         if plan is not None:
             plan.release()
+
+
+def active() -> Plan | None:
+    """Return the plan that the calling thread's forwards follow now."""
+    return _ACTIVE.get()
 
 
 @dataclass(frozen=True, slots=True)

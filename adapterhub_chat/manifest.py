@@ -18,10 +18,11 @@ from adapterhub_chat.config import explain
 from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.task import Task
-from adapterhub_chat.train import Trained
+from adapterhub_chat.learner import Trained
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
 FILE = "adapterhub.json"
+How = Literal["joint", "sequence", "shared", "merge", "transfer", "foreign"]
 
 
 class Training(BaseModel):
@@ -29,7 +30,7 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    how: Literal["joint", "sequence", "merge", "transfer", "foreign"] = "joint"
+    how: How = "joint"
     tasks: tuple[str, ...] = ()
     data_sha256: tuple[str, ...] = ()
     beside: tuple[str, ...] = Field(default=(), description="Adapters trained in the same run.")
@@ -43,6 +44,10 @@ class Training(BaseModel):
     seconds: float = 0.0
     validation_loss: float | None = None
     stopped: str = ""
+    conflict: dict[str, FiniteFloat] = Field(
+        default_factory=dict,
+        description="Of a shared adapter: mean cosine of two tasks' gradients on it.",
+    )
     note: str = ""
 
 
@@ -107,27 +112,32 @@ class Manifest(BaseModel):
         return next((s for s in self.scores if s.task == task), None)
 
     def with_scores(self, scores: Sequence[Score]) -> Manifest:
-        """Return the manifest with these scores, replacing older ones on the same task."""
-        tasks = {s.task for s in scores}
-        kept = tuple(s for s in self.scores if s.task not in tasks)
+        """Return the manifest with these scores, replacing older ones of the same task and precision."""
+        new = {(s.task, s.precision) for s in scores}
+        kept = tuple(s for s in self.scores if (s.task, s.precision or scores[0].precision) not in new)
         return self.model_copy(update={"scores": (*kept, *scores)})
 
 
 def manifest_of(
-    task: Task,
+    tasks: Sequence[Task],
     backbone: Backbone,
     job: Job,
     trained: Trained,
     *,
-    how: Literal["joint", "sequence"],
+    how: How,
     beside: Sequence[str] = (),
+    note: str = "",
 ) -> Manifest:
-    """Return the manifest of a freshly trained adapter: not measured yet, and without its probe."""
+    """Return the manifest of a freshly trained adapter: not measured yet, and without its probe.
+
+    It is prompted by the last of its tasks.
+    """
+    task = tasks[-1]
     return Manifest(
         name=job.name,
-        about=task.about,
-        language=task.language,
-        licence=task.licence,
+        about="; ".join(dict.fromkeys(t.about for t in tasks if t.about)),
+        language=", ".join(dict.fromkeys(t.language for t in tasks)),
+        licence=", ".join(dict.fromkeys(t.licence for t in tasks)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         backbone=backbone.name,
         fingerprint=backbone.fingerprint,
@@ -135,8 +145,8 @@ def manifest_of(
         metric=task.metric,
         training=Training(
             how=how,
-            tasks=(task.name,),
-            data_sha256=(task.data_hash(),),
+            tasks=tuple(t.name for t in tasks),
+            data_sha256=tuple(t.data_hash() for t in tasks),
             beside=tuple(beside),
             settings=job.config.model_dump(),
             steps=trained.steps,
@@ -145,6 +155,8 @@ def manifest_of(
             seconds=round(trained.seconds, 1),
             validation_loss=trained.best_loss if math.isfinite(trained.best_loss) else None,
             stopped=trained.stopped,
+            conflict=dict(trained.conflict),
+            note=note,
         ),
     )
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.batches import Batch
 from adapterhub_chat.errors import AdapterError, UnknownNameError
 from adapterhub_chat.errors import join_misfits as joined
-from adapterhub_chat.lora import Bank, Plan, Site, activate, attach, find_sites
+from adapterhub_chat.lora import Bank, Plan, Site, activate, active, attach, find_sites
 from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.weights import AdapterWeights, misfits
 
@@ -134,7 +136,7 @@ class AdapterModel:
 
         def among(rows: Sequence[int]) -> AbstractContextManager[None]:
             plan = Plan(table.bank, matrix[list(rows)])
-            return activate(plan if plan.slots else None)
+            return activate(None if plan.empty else plan)
 
         try:
             yield among
@@ -153,12 +155,37 @@ class AdapterModel:
         with keeping(functional.pad(batch.keep, (0, spare))):
             out = self.backbone.model(
                 input_ids=batch.ids,
-                attention_mask=batch.mask(self.backbone.dtype),
+                attention_mask=self._mask(batch),
                 position_ids=batch.positions,
                 use_cache=False,
             )
         logits: Tensor = out.logits
         return logits[: len(batch.keep)]
+
+    @contextmanager
+    def checkpointing(self, on: bool = True) -> Iterator[None]:
+        """Keep no activations inside the backbone's blocks: the backward pass computes them again.
+
+        Training then needs memory for one block at a time, and a third more work (arXiv 1604.06174).
+        """
+        blocks: list[Any] = list(self.backbone.blocks) if on else []
+        for block in blocks:
+            block.gradient_checkpointing = block.training = True
+            block._gradient_checkpointing_func = _recomputed
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.gradient_checkpointing = block.training = False
+                del block._gradient_checkpointing_func
+
+    def _mask(self, batch: Batch) -> Tensor:
+        """Return the batch's mask; for the CPU's training attention, once for every head."""
+        mask = batch.mask(self.backbone.dtype)
+        if not torch.is_grad_enabled() or mask.device.type != "cpu":
+            return mask
+        heads = getattr(self.backbone.model.config, "num_attention_heads", 1)
+        return mask.expand(-1, heads, -1, -1).contiguous()
 
     def new_bank(
         self,
@@ -201,6 +228,18 @@ class AdapterModel:
             if name not in self._weights:
                 cure = "Load it first with hub.load(name)."
                 raise UnknownNameError("adapter", name, [*self._weights, BACKBONE], cure)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run a block without keeping its activations; it is run again under the same plan."""
+    plan = active()
+    return checkpoint(
+        function,
+        *arguments,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), activate(plan)),
+        **options,
+    )
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.config import RunOptions, TrainConfig
 
 BackboneOption = Annotated[
     str, typer.Option(help="Packaged name, local folder, .gguf file or Hub id.")
@@ -29,35 +31,41 @@ LimitOption = Annotated[int, typer.Option(min=0, help="Test items per task; 0 ta
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option per TrainConfig field; those that were set arrive as `settings`."""
+    """Give a command an option for every field of RunOptions and TrainConfig.
+
+    Those that were set arrive as `run_options` and `settings`.
+    """
+    panels: dict[str, type[BaseModel]] = {
+        "run_options": RunOptions,
+        "settings": TrainConfig,
+    }
     options = {
-        name: inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                _option_type(field.annotation) | None,
-                typer.Option(
-                    help=field.description,
-                    rich_help_panel="Training settings",
-                    show_default=str(field.default),
-                ),
-            ],
-        )
-        for name, field in TrainConfig.model_fields.items()
+        name: _option(name, field, "Training settings" if to == "settings" else "The run")
+        for to, model in panels.items()
+        for name, field in model.model_fields.items()
     }
 
     def run(**given: Any) -> None:
-        settings = {n: v for n in options if (v := given.pop(n)) is not None}
-        command(**given, settings=settings)
+        chosen = {
+            to: {n: v for n in model.model_fields if (v := given.pop(n)) is not None}
+            for to, model in panels.items()
+        }
+        command(**given, **chosen)
 
     own = inspect.signature(command, eval_str=True).parameters
-    kept = [p for name, p in own.items() if name != "settings"]
+    kept = [p for name, p in own.items() if name not in panels]
     run.__signature__ = inspect.Signature([*kept, *options.values()])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in (*kept, *options.values())}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
 
 
-def _option_type(annotation: Any) -> Any:
-    return annotation if annotation in (int, float, bool, str) else str
+def _option(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+    kind = field.annotation if field.annotation in (int, float, bool, str) else str
+    shown = typer.Option(
+        help=field.description, rich_help_panel=panel, show_default=str(field.default)
+    )
+    annotation = Annotated[kind | None, shown]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )

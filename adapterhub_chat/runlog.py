@@ -16,6 +16,17 @@ from adapterhub_chat.errors import PoolError
 from adapterhub_chat.train import Event
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON in one step; on a full disk warn, and leave the old file."""
+    scratch = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
+
+
 class RunLog:
     """Writes events into a folder, which the first one makes; call it with each."""
 

@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from adapterhub_chat.sequence import Ledger
 from adapterhub_chat.types import Score
 
 out = Console()
@@ -68,6 +69,17 @@ def _score_row(s: Score) -> tuple[str, ...]:
     interval = f"{number(s.low)} to {number(s.high)}"
     beside = number(s.backbone_value)
     return s.adapter, s.task, s.metric, number(s.value), interval, beside, str(s.n)
+
+
+def print_ledger(ledger: Ledger) -> None:
+    """Print the score on each task after each stage of a sequence, and what was forgotten."""
+    rows = [("backbone", *map(number, ledger.start))]
+    for n, row in enumerate(ledger.matrix):
+        rows.append((f"after {ledger.tasks[n]}", *map(number, row)))
+    heads = [f"{t} ({m})" for t, m in zip(ledger.tasks, ledger.metrics, strict=True)]
+    print_table("Scores after each stage", ("stage", *heads), rows)
+    backward, forward = number(ledger.backward_transfer), number(ledger.forward_transfer)
+    out.print(f"backward transfer {backward} (below 0: forgotten), forward transfer {forward}")
 
 
 def number(value: float | None) -> str:

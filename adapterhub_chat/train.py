@@ -2,30 +2,33 @@
 
 Joint training is exactly training each alone: an adapter's rows, loss, gradient norm, clipping, schedule
 and optimizer state depend on nothing but its own job, and the equation gives its factors a gradient from
-its own rows only. Nothing is written to disk here; `on_event` hears of every step.
+its own rows only. With several processes each takes a share of every adapter's rows, and gradients are
+added up. Nothing is written to disk here; `on_event` and `on_state` hear of every step.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from adapterhub_chat.batches import epochs, in_order, pack
-from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.batches import Batch, in_order, pack
 from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.jobs import Job
+from adapterhub_chat.learner import Family, Learner, Part, Trained
 from adapterhub_chat.lora import Plan, activate
 from adapterhub_chat.losses import sum_by_owner, token_losses
 from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.template import Encoded
-from adapterhub_chat.weights import AdapterWeights, initial_weights
+from adapterhub_chat.weights import initial_weights
 
 VALIDATION_ROWS = 4
 """Packed rows of a validation batch."""
@@ -45,50 +48,98 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A finished adapter: the weights that were best on validation, and how they came about."""
+class RunState:
+    """All that a run needs to go on as if it had never ended."""
 
-    weights: AdapterWeights
-    steps: int
-    best_step: int
-    best_loss: float
-    tokens: int
-    seconds: float
-    stopped: str
-    """`finished`, `early` (validation stopped improving), `interrupted` (Ctrl-C), or `diverged` (the
-    loss was no longer a number; with `best_step` 0 nothing was learnt before)."""
+    identity: str
+    """Of the backbone, the jobs' settings and their examples."""
+    elapsed: float
+    """Seconds trained so far."""
+    numbers: Mapping[str, Any]
+    """Each family's counters, by the name of its first adapter."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """`adapter/tensor` -> numbers."""
+
+
+OnState = Callable[[Callable[[], RunState]], None]
+"""Hears of every step; the function that it is given makes the state, if it wants one."""
 
 
 def train(
-    model: AdapterModel, jobs: Sequence[Job], *, on_event: Callable[[Event], None] = lambda _: None
+    model: AdapterModel,
+    jobs: Sequence[Job],
+    *,
+    on_event: Callable[[Event], None] = lambda _: None,
+    on_state: OnState = lambda _: None,
+    resume: RunState | None = None,
 ) -> dict[str, Trained]:
     """Train every job's adapter in one run and return them by name.
 
-    Ctrl-C ends the run early: what was best until then is returned, marked `interrupted`. Raises
-    UsageError when the jobs cannot share a batch, DataError when one has nothing to learn from.
+    `resume` goes on from a state that `on_state` was given. Ctrl-C ends the run early: what was best
+    until then is returned, marked `interrupted`. Raises UsageError when the jobs cannot share a batch
+    or the state is another run's, DataError when a job has nothing to learn from.
     """
-    _check(jobs)
-    run = _Run(model, jobs, on_event)
+    run = Run(model, jobs, on_event)
+    if resume is not None:
+        run.restore(resume)
     try:
-        while any(learner.stopped == "" for learner in run.learners):
+        while any(not family.now.stopped for family in run.families):
             run.step()
+            on_state(run.state)
     except KeyboardInterrupt:
         run.interrupt()
-    return {learner.job.name: learner.result() for learner in run.learners}
+    return {job.name: run.results()[job.name] for job in jobs}
 
 
-def targeted(shapes: Mapping[str, tuple[int, int]], targets: str) -> dict[str, tuple[int, int]]:
-    """Return the modules that `targets` names: `all-linear`, or last names such as `q_proj,v_proj`."""
-    if targets == "all-linear":
-        return dict(shapes)
+def first_process() -> bool:
+    """Return whether this is the first of the run's processes: the one that writes."""
+    return bool(PartialState().is_main_process)
+
+
+def targeted(
+    shapes: Mapping[str, tuple[int, int]], targets: str, layers: str = "all"
+) -> dict[str, tuple[int, int]]:
+    """Return the modules that the settings name.
+
+    `targets` is `all-linear`, or last names such as `q_proj,v_proj`; `layers` is `all`, or a slice of
+    block numbers such as `20:30` or `-8:`. Raises UsageError, naming what is allowed.
+    """
     wanted = [t.strip() for t in targets.split(",") if t.strip()]
     known = {module.rpartition(".")[2] for module in shapes}
-    if unknown := [t for t in wanted if t not in known]:
+    if targets != "all-linear" and (unknown := [t for t in wanted if t not in known]):
         raise UsageError(
             f"targets: the backbone has no linear layer named {', '.join(unknown)}; "
             f"allowed are all-linear, {', '.join(sorted(known))}"
         )
-    return {m: shape for m, shape in shapes.items() if m.rpartition(".")[2] in wanted}
+    blocks = _blocks(shapes, layers)
+    return {
+        module: shape
+        for module, shape in shapes.items()
+        if (targets == "all-linear" or module.rpartition(".")[2] in wanted)
+        and (blocks is None or _block(module) in blocks)
+    }
+
+
+def _blocks(shapes: Mapping[str, tuple[int, int]], layers: str) -> set[int] | None:
+    if layers == "all":
+        return None
+    numbers = sorted({n for module in shapes if (n := _block(module)) is not None})
+    try:
+        first, last = (int(part) if part.strip() else None for part in layers.split(":"))
+    except ValueError:
+        first, last = 0, 0
+    chosen = set(numbers[first:last])
+    if not chosen:
+        count = len(numbers)
+        raise UsageError(
+            f"layers={layers!r} names no block; allowed are all, or a slice of the {count} blocks, "
+            f"such as 0:{count // 2} or -{max(1, count // 2)}:"
+        )
+    return chosen
+
+
+def _block(module: str) -> int | None:
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
 def _check(jobs: Sequence[Job]) -> None:
@@ -98,235 +149,242 @@ def _check(jobs: Sequence[Job]) -> None:
         raise UsageError("two adapters of one run have the same name; names must differ")
     if len({job.config.row_length for job in jobs}) > 1:
         raise UsageError("adapters trained in one run need one row_length: they share a batch")
+    shared = {job.shared for job in jobs if job.shared}
+    if missing := shared - {job.name for job in jobs}:
+        raise UsageError(f"no job trains the shared adapter {', '.join(sorted(missing))}")
     for job in jobs:
-        if not job.train:
+        if not job.train and job.name not in shared:
             raise DataError(f"adapter {job.name!r} has no training examples")
 
 
-def total_steps(job: Job) -> int:
-    """Return how many steps `epochs` or `max_steps` allow, whichever ends first."""
-    tokens = sum(example.num_inputs for example in job.train)
-    per_epoch = tokens / (job.config.rows_per_step * job.config.row_length)
-    steps = max(1, math.ceil(per_epoch * job.config.epochs))
-    limit: int = job.config.max_steps
-    return min(steps, limit) if limit else steps
-
-
-@dataclass
-class _Learner:
-    """One adapter's own state in the run: stream of rows, optimizer, schedule, best weights."""
-
-    job: Job
-    slot: int
-    initial: AdapterWeights
-    parameters: list[torch.nn.Parameter]
-    stream: Iterator[list[list[Encoded]]]
-    optimizer: torch.optim.Optimizer
-    total: int
-    best: AdapterWeights
-    step: int = 0
-    best_step: int = 0
-    best_loss: float = math.inf
-    misses: int = 0
-    tokens: int = 0
-    over: bool = False
-    stopped: str = ""
-    started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-
-    @property
-    def progress(self) -> float:
-        """The share of the run that is over, by steps or by the clock, whichever is further."""
-        limit = self.job.config.max_minutes * 60
-        by_clock = (time.monotonic() - self.started) / limit if limit else 0.0
-        return min(1.0, max(self.step / self.total, by_clock))
-
-    @property
-    def eval_every(self) -> int:
-        """Steps between two validations."""
-        return self.job.config.eval_every or max(1, self.total // 8)
-
-    @property
-    def validation_due(self) -> bool:
-        """Whether the last step calls for a validation: every so many steps, and at the end."""
-        if self.stopped:
-            return False
-        often = bool(self.job.validation) and self.step % self.eval_every == 0
-        return often or self.over
-
-    def apply_gradient(self) -> tuple[float, float]:
-        """Clip, set the learning rate, step; return (gradient norm before clipping, learning rate)."""
-        config = self.job.config
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
-        rate = config.learning_rate * schedule(self.progress, 1 / self.total, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.step += 1
-        return float(norm), rate
-
-    def result(self) -> Trained:
-        return Trained(
-            weights=self.best,
-            steps=self.step,
-            best_step=self.best_step,
-            best_loss=self.best_loss,
-            tokens=self.tokens,
-            seconds=self.seconds or time.monotonic() - self.started,
-            stopped=self.stopped,
-        )
-
-
-def schedule(progress: float, one_step: float, config: TrainConfig) -> float:
-    """Return the share of the peak learning rate: linear warm-up, then cosine to zero or constant.
-
-    `progress` is the share of the run before this step, `one_step` the share of one step.
-    """
-    if progress < config.warmup:
-        return min(1.0, (progress + one_step) / max(config.warmup, one_step))
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
-
-
-class _Run:
-    """All learners, the bank that they train in, and the shared forward and backward."""
+class Run:
+    """All families, the bank that they train in, and the shared forward and backward."""
 
     def __init__(
-        self, model: AdapterModel, jobs: Sequence[Job], on_event: Callable[[Event], None]
+        self,
+        model: AdapterModel,
+        jobs: Sequence[Job],
+        on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
-        self.model, self.on_event = model, on_event
+        """Lay out the bank and start every adapter; nothing is learnt yet."""
+        _check(jobs)
+        self.model, self.jobs, self.on_event = model, jobs, on_event
         self.accelerator = Accelerator(cpu=model.backbone.device.type == "cpu")
-        starts = [
-            initial_weights(
-                targeted(model.shapes, job.config.targets),
+        self.length = jobs[0].config.row_length
+        self.under: dict[str, int] = {}
+        self.families = self._families()
+        self._started, self._now = time.monotonic(), 0.0
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Run one forward and backward over every live family's rows, then each one's own update."""
+        elapsed = self._clock()
+        live = [family for family in self.families if not family.now.stopped]
+        drawn = [family.draw() for family in live]
+        losses = iter(self._backward([part for parts in drawn for part in parts]))
+        for family, parts in zip(live, drawn, strict=True):
+            own = [next(losses) for _ in parts]
+            for name, values in family.learn(parts, own, self._total, elapsed).items():
+                self._tell(family, name, "step", values)
+        self.bank.drop_gradients()
+        for family in live:
+            if family.validation_due:
+                self._validate(family)
+        elapsed = self._clock()
+        for family in live:
+            if family.finish(elapsed):
+                for learner in family.learners:
+                    values = {"loss": family.now.best_loss}
+                    self._tell(family, learner.job.name, "stop", values, family.now.stopped)
+
+    def _backward(self, parts: Sequence[Part]) -> list[float]:
+        """Leave every part's gradient in the bank; return each one's mean loss over its answer tokens.
+
+        With several processes, each sees a share of every part's rows; the losses are everybody's.
+        """
+        count, mine = self.accelerator.num_processes, self.accelerator.process_index
+        rows = [list(part.rows)[mine::count] for part in parts]
+        wanted = [
+            sum(len(c) for row in part.rows for e in row for c in e.continuations) for part in parts
+        ]
+        means = torch.zeros(len(parts), device=self.model.backbone.device)
+        if any(rows):
+            owner = torch.repeat_interleave(
+                torch.arange(len(parts)), torch.tensor([len(own) for own in rows])
+            )
+            batch = pack([row for own in rows for row in own], self.length)
+            mixes = torch.stack([self._mix(part.learner) for part in parts])[owner]
+            weights = torch.tensor([part.weight for part in parts])
+            means = self._means(batch, mixes, owner, torch.tensor(wanted)).to(means)
+            self.accelerator.backward((means * weights.to(means)).sum())
+        return list(self._total(means.detach()).tolist())
+
+    def _means(self, batch: Batch, mixes: Tensor, owner: Tensor, wanted: Tensor) -> Tensor:
+        """Return the sum of each part's losses over all its answer tokens, by their number everywhere."""
+        with activate(Plan(self.bank, mixes)):
+            logits = self.model.answer_logits(batch)
+        losses = token_losses(logits, batch.targets.to(logits.device))
+        belongs = owner[batch.keep // self.length].to(losses.device)
+        sums = sum_by_owner(losses, belongs, len(wanted))
+        return sums / wanted.clamp(min=1).to(losses.device)
+
+    def _mix(self, learner: Learner) -> Tensor:
+        """Return the mix (S,) of a learner's rows: its own slot, and who else acts on them."""
+        mix = torch.zeros(self.bank.slots)
+        mix[learner.slots[0]] = 1.0
+        family = next(f for f in self.families if learner in f.members)
+        if family.shared is not None:
+            mix[family.shared_slot(learner)] = 1.0
+        if learner.job.under is not None:
+            mix[self.under[learner.job.name]] = 1.0
+        return mix
+
+    # -- validation --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self, family: Family) -> None:
+        """Measure the mean validation loss of a family; keep its numbers when it is the best."""
+        losses = {m.job.name: self.held_out_loss(m) for m in family.members}
+        known = [loss for loss in losses.values() if math.isfinite(loss)]
+        mean = sum(known) / len(known) if known else math.nan
+        family.judge(mean)
+        for learner in family.learners:
+            loss = losses.get(learner.job.name, mean)
+            values = {"loss": loss, "best": family.now.best_loss}
+            self._tell(family, learner.job.name, "validation", values)
+
+    @torch.no_grad()
+    def held_out_loss(self, learner: Learner) -> float:
+        """Return the mean loss over the validation answers' tokens, NaN when there are none."""
+        count, mine = self.accelerator.num_processes, self.accelerator.process_index
+        sums = torch.zeros(2, dtype=torch.float64, device=self.model.backbone.device)
+        batches = in_order(learner.job.validation, num_rows=VALIDATION_ROWS, length=self.length)
+        for number, (rows, _) in enumerate(batches):
+            if number % count != mine:
+                continue
+            batch = pack(rows, self.length)
+            mix = self._mix(learner).expand(batch.num_rows, -1)
+            with activate(Plan(self.bank, mix)):
+                logits = self.model.answer_logits(batch)
+            sums[0] += token_losses(logits, batch.targets.to(logits.device)).sum()
+            sums[1] += len(batch.targets)
+        loss, tokens = self._total(sums).tolist()
+        return loss / tokens if tokens else math.nan
+
+    # -- beginning and end -------------------------------------------------------------------------
+
+    def _clock(self) -> float:
+        """Return the seconds trained so far, the first process's clock in all of them."""
+        self._now = time.monotonic() - self._started
+        if any(job.config.max_minutes for job in self.jobs):
+            first = self._now if self.accelerator.process_index == 0 else 0.0
+            self._now = float(self._total(torch.tensor(first, dtype=torch.float64)))
+        return self._now
+
+    def state(self) -> RunState:
+        """Return the run's present state; its tensors are not copies."""
+        learners = [learner for family in self.families for learner in family.learners]
+        return RunState(
+            identity=self.identity,
+            elapsed=self._now,
+            numbers={f.members[0].job.name: f.numbers() for f in self.families},
+            tensors={
+                f"{x.job.name}/{name}": tensor for x in learners for name, tensor in x.tensors().items()
+            },
+        )
+
+    def restore(self, state: RunState) -> None:
+        """Go on from a state; raise UsageError when it belongs to another run."""
+        if state.identity != self.identity:
+            raise UsageError(
+                "the saved state belongs to another run: backbone, adapters, settings and examples "
+                "must be the same to resume; start a new run, or give the settings of the old one"
+            )
+        self._started = time.monotonic() - state.elapsed
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for path, tensor in state.tensors.items():
+            adapter, _, name = path.rpartition("/")
+            tensors.setdefault(adapter, {})[name] = tensor
+        for family in self.families:
+            family.restore(state.numbers[family.members[0].job.name], tensors)
+
+    def interrupt(self) -> None:
+        """Stop all families."""
+        for family in self.families:
+            family.interrupt()
+
+    def results(self) -> dict[str, Trained]:
+        """Return every adapter's result by name."""
+        return {name: done for f in self.families for name, done in f.results().items()}
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _families(self) -> list[Family]:
+        """Lay out the bank (a slot for each task, for what stands under it, and for what it shares)."""
+        shared = {job.shared: [j for j in self.jobs if j.shared == job.shared] for job in self.jobs}
+        starts = {
+            job.name: initial_weights(
+                targeted(self.model.shapes, job.config.targets, job.config.layers),
                 rank=job.config.rank,
                 alpha=job.config.alpha,
                 rslora=job.config.rslora,
                 seed=job.config.seed,
             )
-            for job in jobs
-        ]
-        self.bank = model.new_bank(
-            tuple({m for start in starts for m in start.factors}),
-            slots=len(jobs),
-            rank=max(job.config.rank for job in jobs),
-            dtype=torch.float32,
+            for job in self.jobs
+        }
+        slots = {job.name: [n] for n, job in enumerate(j for j in self.jobs if j.name not in shared)}
+        free = len(slots)
+        for name, members in shared.items():
+            if name:  # one slot beside each task, so that their gradients can be told apart
+                slots[name] = list(range(free, free + len(members)))
+                free += len(members)
+        frozen = [job for job in self.jobs if job.under is not None]
+        all_weights = [*starts.values(), *(job.under for job in frozen if job.under is not None)]
+        self.bank = self.model.new_bank(
+            tuple(dict.fromkeys(m for weights in all_weights for m in weights.factors)),
+            slots=free + len(frozen),
+            rank=max(weights.max_rank for weights in all_weights),
+            dtype=self.model.backbone.dtype,
             trainable=True,
         )
-        self.length = jobs[0].config.row_length
-        self.learners = [
-            self._learner(slot, job, start)
-            for slot, (job, start) in enumerate(zip(jobs, starts, strict=True))
+        for slot, job in enumerate(frozen, free):
+            assert job.under is not None
+            self.bank.write(slot, job.under)
+            self.under[job.name] = slot
+        made = {
+            job.name: Learner(job, starts[job.name], self.bank, slots[job.name]) for job in self.jobs
+        }
+        alone = [Family([made[job.name]]) for job in shared.get("", []) if job.name not in shared]
+        return [
+            *alone,
+            *(Family([made[j.name] for j in m], made[name]) for name, m in shared.items() if name),
         ]
 
-    def step(self) -> None:
-        """Run one forward and backward over every live learner's rows, then each one's own update."""
-        live = [learner for learner in self.learners if not learner.stopped]
-        rows = [next(learner.stream) for learner in live]
-        losses = self._losses(live, rows)
-        self.bank.zero_grad()
-        self.accelerator.backward(torch.stack(losses).sum())
-        for learner, loss, own in zip(live, losses, rows, strict=True):
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                learner.stopped = "diverged"
-                continue  # its rows touch nobody else's gradient
-            norm, rate = learner.apply_gradient()
-            learner.over = learner.progress >= 1
-            learner.tokens += sum(e.num_inputs for row in own for e in row)
-            values = {"loss": value, "gradient_norm": norm, "learning_rate": rate}
-            self._tell(learner, "step", values)
-        losses.clear()  # and with them the graph, before more memory is needed
-        self._validate([x for x in live if x.validation_due])
-        for learner in live:
-            self._finish(learner)
+    def _total(self, tensor: Tensor) -> Tensor:
+        """Return the tensor added up over all processes, in place."""
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
-    def _losses(
-        self, live: Sequence[_Learner], rows: Sequence[list[list[Encoded]]]
-    ) -> list[Tensor]:
-        """Return each learner's mean loss over its own answer tokens."""
-        batch = pack([row for own in rows for row in own], self.length)
-        mix = torch.zeros(batch.num_rows, self.bank.slots)
-        row_learner = torch.repeat_interleave(
-            torch.arange(len(live)), torch.tensor([len(own) for own in rows])
-        )
-        mix[torch.arange(batch.num_rows), torch.tensor([x.slot for x in live])[row_learner]] = 1.0
-        with activate(Plan(self.bank, mix)):
-            logits = self.model.answer_logits(batch)
-        device = self.model.backbone.device
-        losses = token_losses(logits, batch.targets.to(device))
-        owner = row_learner[batch.keep // self.length].to(device)
-        counts = torch.bincount(owner, minlength=len(live))
-        means = sum_by_owner(losses, owner, len(live)) / counts.clamp(min=1)
-        return list(means.unbind())
-
-    @torch.no_grad()
-    def _validate(self, due: Sequence[_Learner]) -> None:
-        """Measure the mean validation loss of each learner that is due; keep its weights when best."""
-        for learner in due:
-            loss = self._held_out_loss(learner)
-            better = loss < learner.best_loss or not learner.job.validation
-            learner.misses = 0 if better else learner.misses + 1
-            if better:
-                self._keep(learner, loss)
-            self._tell(learner, "validation", {"loss": loss, "best": learner.best_loss})
-
-    def _held_out_loss(self, learner: _Learner) -> float:
-        """Return the mean loss over the validation answers' tokens, NaN when there are none."""
-        total, count = 0.0, 0
-        examples = learner.job.validation
-        for rows, _ in in_order(examples, num_rows=VALIDATION_ROWS, length=self.length):
-            batch = pack(rows, self.length)
-            mix = torch.zeros(batch.num_rows, self.bank.slots)
-            mix[:, learner.slot] = 1.0
-            with activate(Plan(self.bank, mix)):
-                logits = self.model.answer_logits(batch)
-            total += float(token_losses(logits, batch.targets.to(logits.device)).sum())
-            count += len(batch.targets)
-        return total / count if count else math.nan
-
-    def _keep(self, learner: _Learner, loss: float) -> None:
-        """Take the learner's present weights as its best."""
-        learner.best_loss, learner.best_step = loss, learner.step
-        learner.best = self.bank.read(learner.slot, learner.initial)
-
-    def interrupt(self) -> None:
-        """Stop all learners; one that was never validated keeps what it has learnt by now."""
-        for learner in self.learners:
-            if not learner.stopped:
-                learner.stopped = "interrupted"
-                if not learner.best_step and learner.step:
-                    self._keep(learner, math.nan)
-
-    def _finish(self, learner: _Learner) -> None:
-        config = learner.job.config
-        if learner.over:
-            learner.stopped = learner.stopped or "finished"
-        elif config.patience and learner.misses >= config.patience:
-            learner.stopped = "early"
-        if learner.stopped:
-            learner.seconds = time.monotonic() - learner.started
-            self._tell(learner, "stop", {"loss": learner.best_loss}, note=learner.stopped)
-
-    def _learner(self, slot: int, job: Job, start: AdapterWeights) -> _Learner:
-        self.bank.write(slot, start)
-        config = job.config
-        parameters = self.bank.parameters(slot)
-        optimizer: Any = torch.optim.AdamW(
-            parameters,
-            lr=config.learning_rate,
-            betas=(0.9, 0.999),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        stream = epochs(
-            job.train, num_rows=config.rows_per_step, length=self.length, seed=config.seed
-        )
-        return _Learner(job, slot, start, parameters, stream, optimizer, total_steps(job), start)
+    @cached_property
+    def identity(self) -> str:
+        """The sha256 of backbone, settings and examples."""
+        digest = hashlib.sha256(repr(self.model.backbone.fingerprint).encode())
+        for job in self.jobs:
+            under = job.under is not None
+            own = [job.name, job.shared, under, job.config.model_dump()]
+            digest.update(json.dumps(own).encode())
+            digest.update(repr([*job.train, "|", *job.validation]).encode())
+        return digest.hexdigest()
 
     def _tell(
-        self, learner: _Learner, kind: str, values: Mapping[str, float], note: str = ""
+        self,
+        family: Family,
+        adapter: str,
+        kind: str,
+        values: Mapping[str, float],
+        note: str = "",
     ) -> None:
         known = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.on_event(Event(learner.job.name, kind, learner.step, learner.total, known, note))
+        self.on_event(Event(adapter, kind, family.now.step, family.total, known, note))

@@ -79,6 +79,8 @@ class Score:
     n: int
     backbone_value: float | None = None
     details: Mapping[str, float] = field(default_factory=dict)
+    precision: str = ""
+    """Of the backbone when it was measured: `bfloat16`, `nf4`, ..."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,27 +5,32 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.errors import AdapterError, DataError, UsageError
+from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.checkpoint import Checkpoints
+from adapterhub_chat.config import RunOptions, TrainConfig, read_settings
+from adapterhub_chat.courses import Candidate, Course, Made
+from adapterhub_chat.errors import AdapterError, ConfigError, DataError, UsageError
 from adapterhub_chat.evaluate import evaluate
 from adapterhub_chat.jobs import make_job, sample
 from adapterhub_chat.manifest import Manifest, manifest_of
+from adapterhub_chat.metrics import METRICS
+from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import check_name
-from adapterhub_chat.runlog import RunLog
-from adapterhub_chat.sequence import train_sequence
+from adapterhub_chat.runlog import RunLog, write_json
+from adapterhub_chat.sequence import Ledger, Memory
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
-from adapterhub_chat.train import Event, train
+from adapterhub_chat.train import Event, first_process
 from adapterhub_chat.types import Mix, Score, as_mix
-from adapterhub_chat.weights import AdapterWeights
 
-How = Literal["joint", "sequence"]
+DATA_SETTINGS = ("row_length", "train_examples", "eval_examples", "rows_per_step")
+"""Settings that all candidates of a sweep share: they see the same rows."""
 
 
 @dataclass(frozen=True)
@@ -34,98 +39,243 @@ class Listeners:
 
     on_event: Callable[[Event], None] = lambda _: None
     on_judged: Callable[[str, int], None] = lambda _what, _n: None
+    on_sweep: Callable[[Sequence[Candidate]], None] = lambda _: None
+    on_ledger: Callable[[Ledger], None] = lambda _: None
 
 
 SILENT = Listeners()
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a run is asked for."""
+
+    tasks: Mapping[str, Task]
+    """Adapter name -> its task."""
+    configs: Mapping[str, TrainConfig]
+    options: RunOptions = RunOptions()
+    sweeps: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    """Adapter name -> setting -> values."""
+    save_dtype: torch.dtype = torch.float32
+    run_dir: Path | None = None
+    """Folder of the log and of the saved states; without it neither is kept."""
+    resume: bool = False
+
+
 def make_adapters(
-    shelf: Shelf,
-    tasks: Mapping[str, Task],
-    configs: Mapping[str, TrainConfig],
-    how: How,
-    *,
-    test_examples: int,
-    save_dtype: torch.dtype = torch.float32,
-    run_dir: Path | None = None,
-    listeners: Listeners = SILENT,
+    shelf: Shelf, order: Order, listeners: Listeners = SILENT
 ) -> dict[str, Manifest]:
-    """Train an adapter for each named task, save it, measure it; return the manifests of what was saved.
+    """Train, save and measure what is ordered; return the manifests of what was saved.
 
     Everything that can be wrong is looked at before the first step: names, data, the pool's folder.
     Ctrl-C in training saves what was best until then, unmeasured, with a warning. What has learnt
-    nothing is not saved; when that is all there is, KeyboardInterrupt goes on its way.
+    nothing is not saved; when that is all there is, KeyboardInterrupt goes on its way. Of several
+    processes only the first one writes, measures and has manifests to return.
     """
-    if how not in get_args(How):
-        raise UsageError(f"how={how!r}: allowed are {', '.join(get_args(How))}")
-    for name in tasks:
-        check_name(name)
-    shelf.pool.check_writable()
-    backbone = shelf.model.backbone
-    jobs = {n: make_job(backbone.tokenizer, n, task, configs[n]) for n, task in tasks.items()}
-    manifests: dict[str, Manifest] = {}
-    interrupted = False
+    _check(shelf, order)
+    tokenizer = shelf.model.backbone.tokenizer
+    jobs = {n: make_job(tokenizer, n, t, order.configs[n]) for n, t in order.tasks.items()}
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(run_dir)) if run_dir is not None else None
-
-        def tell(event: Event) -> None:
-            listeners.on_event(event)
-            if log is not None:
-                log(event)
-
-        each: Any = (
-            train(shelf.model, list(jobs.values()), on_event=tell).items()
-            if how == "joint"
-            else train_sequence(shelf.model, list(jobs.values()), on_event=tell)
+        heard = listeners if first_process() else SILENT
+        if order.run_dir is not None and first_process():
+            heard = _logged(stack.enter_context(RunLog(order.run_dir)), order.run_dir, heard)
+        run = _Run(shelf, order, heard)
+        course = Course(
+            shelf.model,
+            jobs,
+            order.options,
+            order.sweeps,
+            on_event=heard.on_event,
+            on_sweep=heard.on_sweep,
+            memory=run.memory,
         )
-        for name, trained in each:
-            interrupted |= trained.stopped == "interrupted"
-            if not trained.best_step:
-                _warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
+        for made in course.run():
+            run.take(made)
+        return run.finish()
+
+
+class _Run:
+    """What a run has made so far."""
+
+    def __init__(self, shelf: Shelf, order: Order, listeners: Listeners) -> None:
+        self.shelf, self.order, self.listeners = shelf, order, listeners
+        self.manifests: dict[str, Manifest] = {}
+        self.made: dict[str, Made] = {}
+        self.interrupted = False
+        self._states: list[Checkpoints] = []
+        self._matrix: list[tuple[float | None, ...]] = []
+        self._start: dict[str, float] = {}
+
+    def memory(self, stage: str) -> Memory:
+        """Return where a stage of the run keeps its state, and the state to go on from."""
+        order, options = self.order, self.order.options
+        if order.run_dir is None:
+            return Memory()
+        states = Checkpoints(
+            order.run_dir / "state" / stage, steps=options.save_steps, minutes=options.save_minutes
+        )
+        self._states.append(states)
+        found = states.latest() if order.resume else None
+        if first_process():
+            if not order.resume:
+                states.clear()
+            return Memory(states, found)
+        return Memory(resume=found)
+
+    def take(self, made: Made) -> None:
+        """Keep a finished adapter; after a stage of a sequence, look at all tasks so far."""
+        name, trained = made.job.name, made.trained
+        self.interrupted |= trained.stopped == "interrupted"
+        if not first_process():
+            return
+        if not trained.best_step:
+            _warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
+            return
+        draft = manifest_of(
+            [self.order.tasks[task] for task in made.tasks],
+            self.shelf.model.backbone,
+            made.job,
+            trained,
+            how=self.order.options.how,
+            beside=made.beside,
+            note=made.note,
+        )
+        kept = _kept(self.shelf, made, draft, self.order.save_dtype)
+        self.manifests |= kept
+        self.made |= dict.fromkeys(kept, made)
+        if self.order.options.how == "sequence" and kept and not self.interrupted:
+            self._look_back(made)
+
+    def finish(self) -> dict[str, Manifest]:
+        """Measure what was saved, unless the run was interrupted; return the manifests."""
+        if self.interrupted and not self.manifests:
+            raise KeyboardInterrupt
+        if self.interrupted:
+            names = ", ".join(self.manifests)
+            _warn(f"interrupted: the best so far of {names} is saved, not measured")
+            return self.manifests
+        if first_process():
+            for states in self._states:
+                states.clear()
+        if self.order.options.test_examples and first_process():
+            self._measure()
+        return self.manifests
+
+    def _measure(self) -> None:
+        """Score the saved adapters on their tasks' test splits; write the scores into manifests."""
+        limit = self.order.options.test_examples
+        plain = _unquantized(self.shelf.model)
+        try:
+            for name, manifest in self.manifests.items():
+                scores = []
+                for task in (self.order.tasks[t] for t in self.made[name].tasks):
+                    pair = [(name, as_mix(name))]
+                    scores += judge_task(self.shelf.model, task, pair, limit, self.listeners)
+                    if plain is not None:
+                        plain.load(name, self.shelf.model.weights(name))
+                        scores += judge_task(plain, task, pair, limit, self.listeners)
+                self.manifests[name] = manifest.with_scores(scores)
+                self.shelf.describe(name, self.manifests[name])
+        except KeyboardInterrupt:
+            _warn(f"interrupted: {', '.join(self.manifests)} are saved, but not all are measured")
+            raise
+
+    def _look_back(self, made: Made) -> None:
+        """Add a row to the ledger: each task's score now, by the adapter that answers for it."""
+        options, tasks = self.order.options, self.order.tasks
+        if not options.test_examples:
+            return
+        row: list[float | None] = []
+        for name, task in tasks.items():
+            learnt = name if name in self.manifests else None
+            answering = made.job.name if options.grow else learnt
+            if name not in self._start:
+                (bare,) = judge_task(self.shelf.model, task, [("", Mix())], options.test_examples)
+                self._start[name] = bare.value
+            if answering is None:
+                row.append(None)
                 continue
-            beside = [other for other in tasks if other != name] if how == "joint" else []
-            draft = manifest_of(tasks[name], backbone, jobs[name], trained, how=how, beside=beside)
-            manifests |= _kept(shelf, trained.weights.to(save_dtype), draft)
-    if interrupted and not manifests:
-        raise KeyboardInterrupt
-    if interrupted:
-        _warn(f"interrupted: the best so far of {', '.join(manifests)} is saved, not measured")
-    elif test_examples:
-        return _measured(shelf, tasks, manifests, test_examples, listeners)
-    return manifests
+            pair = [(answering, as_mix(answering))]
+            (found,) = judge_task(self.shelf.model, task, pair, options.test_examples)
+            row.append(found.value)
+        self._matrix.append(tuple(row))
+        self.listeners.on_ledger(
+            Ledger(
+                tasks=tuple(tasks),
+                metrics=tuple(task.metric for task in tasks.values()),
+                higher_is_better=tuple(METRICS[t.metric].higher_is_better for t in tasks.values()),
+                start=tuple(self._start[name] for name in tasks),
+                matrix=tuple(self._matrix),
+            )
+        )
 
 
-def _kept(shelf: Shelf, weights: AdapterWeights, draft: Manifest) -> dict[str, Manifest]:
+def _check(shelf: Shelf, order: Order) -> None:
+    options, names = order.options, list(order.tasks)
+    own = {"shared": [options.shared_name], "sequence": [options.grown_name], "joint": []}
+    for name in (*names, *own[options.how]):
+        check_name(name)
+    found = []
+    if clash := [name for name in own[options.how] if name in names]:
+        found.append(f"{clash[0]!r} is the name of a task's adapter and of the common one")
+    if order.sweeps and options.how != "joint":
+        found.append(f"a sweep trains jointly; how={options.how!r} cannot have one")
+    for name, sweep in order.sweeps.items():
+        if name not in names:
+            found.append(f"sweep of {name!r}, but this run trains {', '.join(names)}")
+            continue
+        found += [
+            f"sweep of {name!r}: {key} must be the same for all candidates"
+            for key in sweep
+            if key in DATA_SETTINGS
+        ]
+        if not order.configs[name].eval_examples:
+            found.append(f"sweep of {name!r}: eval_examples=0 leaves nothing to choose by")
+    if order.resume and order.run_dir is None:
+        found.append("resume needs the run's folder (run_dir)")
+    if found:
+        raise ConfigError("the run", found)
+    if first_process():
+        shelf.pool.check_writable()
+
+
+def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
+    """Return listeners that write into the run's folder, too."""
+
+    def on_event(event: Event) -> None:
+        listeners.on_event(event)
+        log(event)
+
+    def on_sweep(table: Sequence[Candidate]) -> None:
+        listeners.on_sweep(table)
+        write_json(folder / "sweep.json", {"candidates": [vars(row) for row in table]})
+
+    def on_ledger(ledger: Ledger) -> None:
+        listeners.on_ledger(ledger)
+        write_json(folder / "ledger.json", ledger.as_json())
+
+    return replace(listeners, on_event=on_event, on_sweep=on_sweep, on_ledger=on_ledger)
+
+
+def _kept(shelf: Shelf, made: Made, draft: Manifest, dtype: torch.dtype) -> dict[str, Manifest]:
     """Save one adapter; where that fails, warn, so that the others of the run are not lost."""
     try:
-        return {draft.name: shelf.keep(weights, draft)}
+        return {draft.name: shelf.keep(made.weights.to(dtype), draft)}
     except AdapterError as error:
         _warn(f"adapter {draft.name!r} is not saved: {error}")
         return {}
 
 
-def _measured(
-    shelf: Shelf,
-    tasks: Mapping[str, Task],
-    manifests: Mapping[str, Manifest],
-    limit: int,
-    listeners: Listeners,
-) -> dict[str, Manifest]:
-    """Score loaded pool members on their tasks' test splits; write the scores into their manifests."""
-    measured = {}
-    try:
-        for name, manifest in manifests.items():
-            scores = judge_task(shelf, tasks[name], [(name, as_mix(name))], limit, listeners)
-            measured[name] = manifest.with_scores(scores)
-            shelf.describe(name, measured[name])
-    except KeyboardInterrupt:
-        _warn(f"interrupted: {', '.join(manifests)} are saved, but not all are measured")
-        raise
-    return measured
+def _unquantized(model: AdapterModel) -> AdapterModel | None:
+    """Return the same backbone without quantization, None when this one has none."""
+    own = model.backbone
+    if own.quantize is None:
+        return None
+    return AdapterModel(load_backbone(own.name, dtype=own.dtype, device=own.device))
 
 
 def judge_task(
-    shelf: Shelf,
+    model: AdapterModel,
     task: Task,
     adapters: Sequence[tuple[str, Mix]],
     limit: int,
@@ -135,7 +285,7 @@ def judge_task(
     examples = sample(task.split("test"), limit)
     if not examples:
         raise DataError(f"task {task.name!r} has no test examples")
-    return evaluate(shelf.model, adapters, [(task, examples)], on_progress=listeners.on_judged)
+    return evaluate(model, adapters, [(task, examples)], on_progress=listeners.on_judged)
 
 
 def _warn(text: str) -> None:

@@ -36,11 +36,12 @@ from adapterhub_chat.config import TrainConfig, read_settings
 from adapterhub_chat.evaluate import judge
 from adapterhub_chat.folder import read_folder
 from adapterhub_chat.jobs import Job, make_job, sample
+from adapterhub_chat.learner import schedule, total_steps
 from adapterhub_chat.metrics import METRICS, Rows, Statistic, bootstrap_interval
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.task import Task, load_task
 from adapterhub_chat.template import Encoded
-from adapterhub_chat.train import schedule, targeted, total_steps, train
+from adapterhub_chat.train import targeted, train
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import AdapterWeights, initial_weights
 from adapterhub_chat.workshop import SILENT, Listeners
@@ -165,7 +166,7 @@ def train_with_peft(backbone: Backbone, job: Job, start: AdapterWeights, folder:
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
-    steps = total_steps(job)
+    steps = total_steps([job], config)
     stream = epochs(
         job.train, num_rows=config.rows_per_step, length=config.row_length, seed=config.seed
     )

@@ -16,23 +16,33 @@ from rich.console import Console
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.progress import Bars
 
-SHARED = {"rank": 8, "alpha": 16, "learning_rate": 5e-4, "patience": 0, "seed": 0, "epochs": 10}
-OWN = {
-    "qa": {"rows_per_step": 2, "eval_examples": 100},
-    "generation": {"rows_per_step": 1, "eval_examples": 100, "train_examples": 8000},
-    "sentiment": {"rows_per_step": 3, "eval_examples": 300},
+SHARED = {
+    "rank": 8,
+    "alpha": 16,
+    "learning_rate": 5e-4,
+    "row_length": 128,
+    "patience": 0,
+    "seed": 0,
+    "epochs": 10,
 }
-"""Rows are packed, 256 tokens each: what a task's share of every step is."""
+OWN = {
+    "qa": {"rows_per_step": 4, "eval_examples": 100},
+    "generation": {"rows_per_step": 2, "eval_examples": 100, "train_examples": 8000},
+    "sentiment": {"rows_per_step": 8, "eval_examples": 400},
+}
+"""Rows are packed, 128 tokens each: what a task's share of every step is."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=list(OWN), default=list(OWN))
     parser.add_argument("--pool", default="adapters")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--test-examples", type=int, default=600)
     options = parser.parse_args()
     hub = AdapterHub(pool=options.pool)
+    if hub.backbone.device.type == "cpu":  # a quarter faster there, for short packed rows
+        hub.backbone.model.set_attn_implementation("eager")
     with Bars(Console(stderr=True)) as bars:
         manifests = hub.train(
             options.tasks,

@@ -426,7 +426,7 @@ def test_predict_tells_of_its_progress(hub):
         (lambda h: h.train("toy"), "tasks must be a list"),
         (lambda h: h.train([]), "nothing to train"),
         (lambda h: h.train(["nothing"]), "unknown task 'nothing'; known: .*sentiment"),
-        (lambda h: h.train([toy_task()], how="both"), "how='both': allowed are joint, sequence"),
+        (lambda h: h.train([toy_task()], how="both"), "how: input should be 'joint', 'sequence' or 'shared'; got 'both'"),
         (lambda h: h.train([toy_task(), toy_task()]), "adapter names must differ: toy, toy"),
         (lambda h: h.train([toy_task()], names=["a", "b"]), "1 tasks but 2 names"),
         (lambda h: h.train([toy_task()], names=["backbone"]), "'backbone' is a reserved word"),
@@ -448,7 +448,7 @@ def test_wrong_input_is_a_sentence_and_changes_nothing(hub, call, wanted):
 
 def test_all_misfits_of_the_settings_come_at_once(hub):
     with pytest.raises(ConfigError) as caught:
-        hub.train([toy_task()], rank=0, lr=3, schedule="linear")
+        hub.train([toy_task()], rank=0, lr=3, schedule="square")
     assert len(caught.value.misfits) == 3
     assert "lr: no such key; allowed: alpha" in str(caught.value)
 
@@ -530,6 +530,11 @@ def test_scores_are_kept_by_the_pool_members_that_they_belong_to(hub, tmp_path):
     assert hub.verify("toy").ok
     again = hub.evaluate(["toy"], [other], limit=6, save=True)
     assert hub.pool.manifest("toy").scores == (*before["toy"].scores, *again)
+
+
+def test_a_task_file_that_is_elsewhere_must_be_named(hub):
+    with pytest.raises(UsageError, match=r"'toy' was trained on the task 'toy'.*--task path/to/toy"):
+        hub.evaluate(["toy"])
 
 
 def test_an_empty_pool_has_nothing_to_evaluate(pico_folder, tmp_path):

@@ -266,7 +266,7 @@ def test_settings_that_do_not_fit_come_at_once_and_change_nothing(run, here):
         [settings]
         rank = 0
         rnak = 8
-        schedule = "linear"
+        schedule = "square"
         [adapters.a]
         epochs = -1
     """)
@@ -280,7 +280,7 @@ def test_settings_that_do_not_fit_come_at_once_and_change_nothing(run, here):
         "pol: no such key; allowed: adapters, backbone, device",
         "settings.rank: input should be greater than or equal to 1; got 0",
         "settings.rnak: no such key; allowed: alpha, clip",
-        "settings.schedule: input should be 'cosine' or 'constant'; got 'linear'",
+        "settings.schedule: input should be 'cosine', 'linear' or 'constant'; got 'square'",
         'adapters.a needs a task, as in task = "qa"',
         "adapters.a.epochs: input should be greater than 0",
     ):

@@ -76,7 +76,7 @@ def test_all_misfits_of_a_file_come_at_once_with_what_is_allowed(tmp_path):
         test_examples = -1
         [settings]
         rnak = 8
-        schedule = "linear"
+        schedule = "square"
         learning_rate = 0
         [adapters.a]
         rank = 0
@@ -93,7 +93,7 @@ def test_all_misfits_of_a_file_come_at_once_with_what_is_allowed(tmp_path):
         "test_examples: input should be greater than or equal to 0",
         "settings.rnak: no such key; allowed: alpha, clip,",
         "(did you mean 'rank'?)",
-        "settings.schedule: input should be 'cosine' or 'constant'; got 'linear'",
+        "settings.schedule: input should be 'cosine', 'linear' or 'constant'; got 'square'",
         "settings.learning_rate: input should be greater than 0",
         'adapters.a needs a task, as in task = "qa"',
         "adapters.a.rank: input should be greater than or equal to 1",

@@ -22,14 +22,14 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
-        "tensors": "kernels weights lora losses",
+        "tensors": "attention kernels weights lora losses",
     },
     {"model": "backbone model generate"},
-    {"learning": "jobs train sequence evaluate"},
-    {"keeping": "manifest card folder pool trust shelf runlog"},
+    {"learning": "jobs learner train sequence courses evaluate"},
+    {"keeping": "manifest card folder pool trust shelf runlog checkpoint"},
     {
-        "doors": "__init__ __main__ api chat cli demo kernels_bench lines options progress "
-        "terminal workshop"
+        "doors": "__init__ __main__ api bench chat cli demo kernels_bench lines options orders "
+        "progress terminal train_bench workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -40,16 +40,20 @@ DOORS = {
     "accelerate": "train",
     "datasets": "task_file",
     "numpy": "metrics",
-    "pydantic": "config manifest task_file",
+    "pydantic": "config manifest options task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
-    "safetensors": "folder",
+    "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
-    "transformers": "backbone generate",  # generate: the KV cache's class alone
+    "transformers": "backbone",
     "typer": "cli options",
     "yaml": "card sources",
 }
-LAZY = {("task_file", "datasets"), ("runlog", "importlib.import_module")}
+LAZY = {
+    ("task_file", "datasets"),
+    ("runlog", "importlib.import_module"),
+    ("train_bench", "importlib.import_module"),  # peft, the peer
+}
 """The doors of heavy or optional libraries: what may be imported inside a function."""
 IMPORT_CALLS = {"__import__", "importlib.import_module", "import_module"}
 NO_IMPORT = {"adapters", "tasks"}

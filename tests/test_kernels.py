@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterhub_chat.kernels import Batched, Dense, Ragged, choose
+from adapterhub_chat.kernels import Batched, Dense, Ragged, choose, terms
 
 WIDTH, OUT, RANK, TOKENS = 5, 7, 3, 2
 
@@ -27,7 +27,7 @@ def problem(mix, seed=0):
 
 def check(form, mix):
     x, a, b, y = problem(mix)
-    got = form.expand(form.shrink(x, a), b)
+    got = form.add(torch.zeros_like(y), form.shrink(x, a), b)
     torch.testing.assert_close(got, y)
     gradient = torch.randn(y.shape, dtype=y.dtype)
     wanted = torch.autograd.grad(y, (x, a, b), gradient, retain_graph=True)
@@ -69,7 +69,8 @@ def test_ragged_rows_in_fp32_go_through_grouped_mm():
     x, a, b = (torch.randn(*s, generator=generator) for s in ((8, 2, 8), (3, 8, 8), (3, 16, 8)))
     group = mix.argmax(1)
     wanted = torch.stack([x[n] @ a[g].T @ b[g].T for n, g in enumerate(group)])
-    torch.testing.assert_close(form.expand(form.shrink(x, a), b), wanted, atol=1e-4, rtol=0)
+    got = form.add(torch.zeros(8, 2, 16), form.shrink(x, a), b)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
 def test_sorted_equal_groups_need_no_index():
@@ -109,8 +110,38 @@ def test_numbers_that_are_not_finite_stay_in_their_own_group():
     with torch.no_grad():
         x[0] = torch.nan
     form = choose(mix)
-    y = form.expand(form.shrink(x, a), b)
+    y = form.add(torch.zeros(3, TOKENS, OUT, dtype=x.dtype), form.shrink(x, a), b)
     _, grad_a, grad_b = torch.autograd.grad(y[1:].sum() + y[0].sum(), (x, a, b))
     assert grad_a[1].isfinite().all()
     assert grad_b[1].isfinite().all()
     assert y[1:].isfinite().all()
+
+
+def test_what_is_added_to_lies_in_place_and_keeps_its_own_gradient():
+    mix = one_hot([0, 0, 1, 1])
+    form = choose(mix)
+    x, a, b, wanted = problem(mix)
+    base = torch.randn(4, TOKENS, OUT, dtype=x.dtype, requires_grad=True)
+    y = base * 1
+    got = form.add(y, form.shrink(x, a), b)
+    assert got.data_ptr() == y.data_ptr()
+    torch.testing.assert_close(got, base + wanted)
+    (gradient,) = torch.autograd.grad(got.square().sum(), (base,))
+    torch.testing.assert_close(gradient, 2 * (base + wanted))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.0, 1.0, -0.5]), min_size=3, max_size=3), max_size=7))
+def test_terms_sum_up_to_the_mix(rows):
+    mix = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+    found = terms(mix)
+    assert torch.equal(sum(found, torch.zeros_like(mix)), mix)
+    if len(found) > 1:
+        assert all(int((term != 0).sum(1).max()) <= 1 for term in found)
+
+
+def test_shared_and_task_rows_are_two_one_hot_terms():
+    shared = torch.tensor([[1.0, 1, 0, 0], [1.0, 0, 1, 0], [1.0, 0, 0, 1]])
+    assert [int((term != 0).any(0).sum()) for term in terms(shared)] == [1, 3]
+    everywhere = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    assert len(terms(everywhere)) == 1

@@ -12,7 +12,7 @@ from torch import nn
 from adapterhub_chat.errors import AdapterError, UnknownNameError
 from adapterhub_chat.lora import Bank, Plan, Site, activate, attach, find_sites
 from adapterhub_chat.types import as_mix
-from adapterhub_chat.weights import AdapterWeights, initial_weights
+from adapterhub_chat.weights import AdapterWeights, FlatWeights, concatenate, initial_weights
 
 IDS = torch.tensor([[5, 9, 60, 31, 7, 120], [8, 8, 99, 3, 200, 41]] * 3)
 TOLERANCE = 2e-4
@@ -222,19 +222,58 @@ def test_a_trainable_bank_gives_each_slot_its_own_gradient(model, make_weights):
     mix = torch.tensor([[1.0, 0.0]] * 6)
     with activate(Plan(bank, mix)):
         model.backbone.model(IDS).logits.square().mean().backward()
-    used, idle = bank.parameters(0), bank.parameters(1)
-    assert sum(float(p.grad.abs().sum()) for p in used) > 0
-    assert all(float(p.grad.abs().sum()) == 0 for p in idle)
-    bank.zero_grad()
-    assert all(float(p.grad.abs().sum()) == 0 for p in used)
+    ranks = dict.fromkeys(modules, 4)
+    used, idle = ([t for pair in bank.places(n, ranks, gradients=True) for t in pair] for n in (0, 1))
+    assert sum(float(t.abs().sum()) for t in used) > 0
+    assert all(float(t.abs().sum()) == 0 for t in idle)
+    bank.drop_gradients()
+    assert all(t.grad is None for t in (*bank.A.values(), *bank.B.values()))
 
 
-def test_a_bank_reads_back_what_was_written(make_weights):
+def test_a_slot_holds_what_was_written_with_the_scale_in_b(make_weights):
     weights = make_weights(rank=3, only=("k_proj", "down_proj"))
     sites = [Site(m, (m,), a.shape[1], (b.shape[0],)) for m, (a, b) in weights.factors.items()]
-    bank = Bank(sites, slots=3, rank=8, dtype=torch.float32, trainable=True)
+    bank = Bank(sites, slots=3, rank=8, dtype=torch.float32)
     bank.write(1, weights)
-    back = bank.read(1, weights)
-    for module, (a, b) in weights.factors.items():
-        assert torch.equal(back.factors[module][0], a)
-        assert torch.equal(back.factors[module][1], b)
+    places = bank.places(1, dict.fromkeys(weights.factors, 3))
+    for (module, (a, b)), (first, second) in zip(weights.factors.items(), places, strict=True):
+        assert torch.equal(first, a)
+        assert torch.equal(second, b * weights.scale(module))
+    assert all(float(t[n].abs().sum()) == 0 for t in bank.A.values() for n in (0, 2))
+
+
+def test_flat_weights_are_the_same_numbers_and_gradients(model, make_weights):
+    """One vector of an adapter against plain autograd over its scaled factors, two copies in the bank."""
+    weights = make_weights(rank=3, alpha=12.0)
+    flat = FlatWeights(weights)
+    modules = list(weights.factors)
+    bank = model.new_bank(modules, slots=2, rank=3, dtype=torch.float32, trainable=True)
+    for slot in (0, 1):
+        flat.write_to(bank.places(slot, flat.ranks))
+    mix = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 4)
+    with activate(Plan(bank, mix)):
+        model.backbone.model(IDS).logits.square().mean().backward()
+    flat.take_gradient([bank.places(n, flat.ranks, gradients=True) for n in (0, 1)])
+    leaves = {m: tuple(t.clone().requires_grad_() for t in p) for m, p in weights.factors.items()}
+    handles = [
+        model.backbone.model.get_submodule(m).register_forward_hook(
+            lambda _l, x, y, m=m: y + x[0] @ leaves[m][0].T @ leaves[m][1].T * weights.scale(m)
+        )
+        for m in modules
+    ]
+    model.backbone.model(IDS).logits.square().mean().backward()
+    for handle in handles:
+        handle.remove()
+    wanted = torch.cat([t.grad.flatten() for pair in leaves.values() for t in pair])
+    torch.testing.assert_close(flat.gradient, wanted, atol=1e-5, rtol=1e-3)
+    back = flat.weights()
+    assert all(torch.equal(back.factors[m][n], weights.factors[m][n]) for m in modules for n in (0, 1))
+
+
+def test_concatenated_adapters_are_their_sum(loaded, make_weights):
+    parts = [make_weights(rank=4, seed=1), make_weights(rank=2, seed=2, only=("q_proj", "up_proj"))]
+    for name, part in zip(("one", "two"), parts, strict=True):
+        loaded.load(name, part)
+    loaded.load("both", concatenate(parts))
+    wanted = logits(loaded, [{"one": 1.0, "two": 1.0}] * 6)
+    torch.testing.assert_close(logits(loaded, ["both"] * 6), wanted, atol=TOLERANCE, rtol=0)

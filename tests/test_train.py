@@ -11,9 +11,10 @@ from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.evaluate import sequence_losses
 from adapterhub_chat.jobs import Job, make_job, sample
+from adapterhub_chat.learner import schedule, total_steps
 from adapterhub_chat.sequence import train_sequence
 from adapterhub_chat.template import encode_examples
-from adapterhub_chat.train import schedule, targeted, total_steps, train
+from adapterhub_chat.train import targeted, train
 from adapterhub_chat.types import as_mix
 
 SMALL = {"row_length": 64, "rows_per_step": 1, "max_steps": 12, "epochs": 99, "patience": 0}
@@ -184,8 +185,9 @@ def test_the_schedule_warms_up_and_falls_to_zero():
 
 
 def test_steps_are_limited_by_epochs_or_by_number(model):
-    assert total_steps(job(model, toy_task(), max_steps=0, epochs=1)) >= 2
-    assert total_steps(job(model, toy_task(), max_steps=5)) == 5
+    long, short = job(model, toy_task(), max_steps=0, epochs=1), job(model, toy_task(), max_steps=5)
+    assert total_steps([long], long.config) >= 2
+    assert total_steps([short], short.config) == 5
 
 
 def test_a_sample_keeps_its_order_and_its_seed():

@@ -1,0 +1,25 @@
+"""Attention for packed rows on a CPU, where torch's fused kernel has a slow backward pass.
+
+The textbook formula (arXiv 1706.03762) with as few passes over the scores as plain torch allows: scale and
+mask come in with the first product, and grouped queries read their keys in place instead of from copies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale q k^T + mask) v as (N, T, H, D).
+
+    `query` (N, H, T, D); `key` and `value` (N, K, T, D) with H a multiple of K; `mask` (N, 1 or H, T, T) is
+    added to the scores: a full (N, H, T, T) one is used as it lies.
+    """
+    rows, heads, length, width = query.shape
+    groups = rows * key.shape[1]
+    whole = mask.expand(rows, heads, length, length).reshape(groups, -1, length)
+    q, k, v = (t.reshape(groups, -1, width) for t in (query, key, value))
+    scores = torch.baddbmm(whole, q, k.mT, alpha=scale)
+    mixed = torch.bmm(scores.softmax(-1), v)
+    return mixed.view(rows, heads, length, width).transpose(1, 2)

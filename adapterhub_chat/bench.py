@@ -1,0 +1,100 @@
+"""How benches measure: each way of doing the work in a process of its own, in turn, medians of repeats.
+
+A process of its own keeps one way's memory, caches and settings away from the others; taking turns makes a
+machine whose speed drifts treat them alike. Only one of them works at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Worker:
+    """A process that does one way's work each time it is told to."""
+
+    def __init__(self, module: str, kind: str, settings: Mapping[str, Any]) -> None:
+        """Start `python -m module kind settings`; it prepares itself and waits."""
+        self.kind = kind
+        command = [sys.executable, "-m", module, kind, json.dumps(dict(settings))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+        )
+        self.ready = self._answer()
+
+    def measure(self, what: str = "run") -> dict[str, Any]:
+        """Have the work done once; return what the process says of it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the {self.kind} process ended with code {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def serve(work: Callable[[str], Mapping[str, Any]], ready: Mapping[str, Any]) -> None:
+    """Be a worker: say what is ready, then do the work for every line on standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    print(json.dumps(dict(ready)), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(dict(work(line.strip()))), file=answers, flush=True)
+
+
+def interleaved(workers: Sequence[Worker], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Have every worker work `repeats` times, in turn; return the answers by kind."""
+    found: dict[str, list[dict[str, Any]]] = {worker.kind: [] for worker in workers}
+    for _ in range(repeats):
+        for worker in workers:
+            found[worker.kind].append(worker.measure())
+    return found
+
+
+def median(answers: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Return the median of one number."""
+    return float(statistics.median(answer[key] for answer in answers))
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader must know of the machine."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(x.partition(":")[2].strip() for x in file if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

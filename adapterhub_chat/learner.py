@@ -1,0 +1,346 @@
+"""Learners: one adapter's own numbers, optimizer and rows in a run; families of those that share one.
+
+What a learner does depends on its own job alone, whatever is trained beside it. A family is a learner by
+itself, or several with one shared adapter: they advance, are validated and stop together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterhub_chat.batches import epochs
+from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.jobs import Job
+from adapterhub_chat.lora import Bank
+from adapterhub_chat.losses import overlap_gradient
+from adapterhub_chat.template import Encoded
+from adapterhub_chat.weights import AdapterWeights, FlatWeights
+
+CONFLICT_EVERY = 5
+"""Steps between two looks at how the tasks' gradients on a shared adapter agree."""
+
+Sum = Callable[[Tensor], Tensor]
+"""Adds a tensor up over the processes of a run."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished adapter: the weights that were best on validation, and how they came about."""
+
+    weights: AdapterWeights
+    steps: int
+    best_step: int
+    best_loss: float
+    tokens: int
+    seconds: float
+    stopped: str
+    """`finished`, `early` (validation stopped improving), `interrupted` (Ctrl-C), or `diverged` (the
+    loss was no longer a number; with `best_step` 0 nothing was learnt before)."""
+    conflict: Mapping[str, float] = field(default_factory=dict)
+    """Of a shared adapter: mean cosine between two tasks' gradients on it, by `task|task`."""
+
+
+def schedule(progress: float, one_step: float, config: TrainConfig) -> float:
+    """Return the share of the peak learning rate: linear warm-up, then down to zero or constant.
+
+    `progress` is the share of the run before this step, `one_step` the share of one step.
+    """
+    if progress < config.warmup:
+        return min(1.0, (progress + one_step) / max(config.warmup, one_step))
+    if config.schedule == "constant":
+        return 1.0
+    over = (progress - config.warmup) / (1 - config.warmup)
+    return 1 - over if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * over))
+
+
+def total_steps(jobs: Sequence[Job], config: TrainConfig) -> int:
+    """Return how many steps `epochs` or `max_steps` of `config` allow, whichever ends first."""
+    tokens = sum(example.num_inputs for job in jobs for example in job.train)
+    per_step = sum(job.config.rows_per_step for job in jobs) * config.row_length
+    steps = max(1, math.ceil(tokens / per_step * config.epochs))
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+class Learner:
+    """One adapter in training: its numbers in fp32, its places in the bank, its optimizer."""
+
+    def __init__(self, job: Job, start: AdapterWeights, bank: Bank, slots: Sequence[int]) -> None:
+        """Start from `start`, in `slots` of the bank: a shared adapter has one for each of its tasks."""
+        self.job, self.bank, self.slots = job, bank, tuple(slots)
+        self.flat = FlatWeights(start, bank.device)
+        self.best: Tensor | None = None
+        self.tokens = self.draws = 0
+        config = job.config
+        self.optimizer: Any = torch.optim.AdamW(
+            [self.flat.vector],
+            lr=config.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._streams: dict[int, Iterator[list[list[Encoded]]]] = {}
+        self.show()
+
+    def rows(self, each: int) -> list[list[Encoded]]:
+        """Return the next `each` rows: the same ones in the same order in every run of this job."""
+        if each not in self._streams:
+            config, examples = self.job.config, self.job.train
+            length, seed = config.row_length, config.seed
+            self._streams[each] = epochs(examples, num_rows=each, length=length, seed=seed)
+        self.draws += 1
+        return next(self._streams[each])
+
+    def step(self, slots: Sequence[int], total: Sum, rate: float) -> float:
+        """Take the gradient that `slots` collected, clip it, move; return its norm before clipping."""
+        config, flat = self.job.config, self.flat
+        flat.take_gradient([self._collected(slot) for slot in slots])
+        total(flat.gradient)
+        if config.orthogonal and self.job.under is not None:
+            flat.add_gradient(overlap_gradient(flat.weights(), self.job.under), config.orthogonal)
+        norm = torch.nn.utils.clip_grad_norm_([flat.vector], config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate
+        self.optimizer.step()
+        self.show()
+        return float(norm)
+
+    def gradient(self, slot: int, total: Sum) -> Tensor:
+        """Return a copy of the gradient that one slot collected, (P,)."""
+        self.flat.take_gradient([self._collected(slot)])
+        return total(self.flat.gradient.clone())
+
+    def show(self) -> None:
+        """Copy the numbers into the bank, where forwards see them."""
+        for slot in self.slots:
+            self.flat.write_to(self.bank.places(slot, self.flat.ranks))
+
+    def keep(self) -> None:
+        """Take the present numbers as the best."""
+        self.best = self.flat.vector.detach().clone()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that a resumed run must find again, beside the counters."""
+        found = {"vector": self.flat.vector.detach(), **self.optimizer.state[self.flat.vector]}
+        return found if self.best is None else {**found, "best": self.best}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], draws: int, each: int) -> None:
+        """Go on from `tensors`, after `draws` draws of `each` rows."""
+        kept = {name: tensor.to(self.bank.device) for name, tensor in tensors.items()}
+        self.flat.vector.copy_(kept.pop("vector"))
+        self.best = kept.pop("best", None)
+        if kept:
+            self.optimizer.state[self.flat.vector] = kept
+        for _ in range(draws):
+            self.rows(each)
+        self.show()
+
+    def _collected(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        return self.bank.places(slot, self.flat.ranks, gradients=True)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A learner's rows in one step."""
+
+    learner: Learner
+    rows: Sequence[Sequence[Encoded]]
+    weight: float
+    """Share of its loss in the family's."""
+
+
+@dataclass
+class Counters:
+    """Where a family stands."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    misses: int = 0
+    over: bool = False
+    stopped: str = ""
+    seconds: float = 0.0
+    cosines: dict[str, list[float]] = field(default_factory=dict)
+    """Sum and number of the cosines between two tasks' gradients, by `task|task`."""
+
+
+class Family:
+    """A learner by itself, or learners with one shared adapter."""
+
+    def __init__(self, members: Sequence[Learner], shared: Learner | None = None) -> None:
+        """Join `members`, each with examples of its own, and the adapter that they share."""
+        self.members, self.shared = tuple(members), shared
+        self.config = (shared or members[0]).job.config
+        self.total = total_steps([m.job for m in members], self.config)
+        self.now = Counters()
+
+    @property
+    def learners(self) -> tuple[Learner, ...]:
+        """All of them, the shared one last."""
+        return self.members if self.shared is None else (*self.members, self.shared)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between two validations."""
+        return self.config.eval_every or max(1, self.total // 8)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate on."""
+        return any(m.job.validation for m in self.members)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the last step calls for a validation: every so many steps, and at the end."""
+        if self.now.stopped:
+            return False
+        return self.now.over or (self.validates and self.now.step % self.eval_every == 0)
+
+    def progress(self, elapsed: float) -> float:
+        """Return the share of the run that is over, by steps or by the clock, whichever is further."""
+        limit = self.config.max_minutes * 60
+        return min(1.0, max(self.now.step / self.total, elapsed / limit if limit else 0.0))
+
+    def draw(self) -> list[Part]:
+        """Return the rows of the next step: a fixed number, shared out between the members."""
+        if self.shared is None:
+            (member,) = self.members
+            return [Part(member, member.rows(member.job.config.rows_per_step), 1.0)]
+        budget = sum(m.job.config.rows_per_step for m in self.members)
+        sizes = torch.tensor([float(len(m.job.train)) for m in self.members])
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.now.step)
+        chances = sizes ** (1 / self.config.temperature)
+        chosen = torch.multinomial(chances, budget, replacement=True, generator=generator)
+        parts = []
+        for member, count in zip(self.members, chosen.bincount(minlength=len(sizes)), strict=True):
+            rows = [row for _ in range(int(count)) for row in member.rows(1)]
+            if rows:
+                parts.append(Part(member, rows, len(rows) / budget))
+        return parts
+
+    def learn(
+        self, parts: Sequence[Part], losses: Sequence[float], total: Sum, elapsed: float
+    ) -> dict[str, dict[str, float]]:
+        """Step every learner that had rows; return what each did, by name, for the log."""
+        if not all(math.isfinite(loss) for loss in losses):
+            self.now.stopped = "diverged"  # its rows touch nobody else's gradient
+            return {}
+        before, one = self.progress(elapsed), 1 / self.total
+        told: dict[str, dict[str, float]] = {}
+        mean = sum(part.weight * loss for part, loss in zip(parts, losses, strict=True))
+        if self.shared is not None:
+            self._compare(parts, total)
+            slots = [self.shared_slot(part.learner) for part in parts]
+            told[self.shared.job.name] = self._step(self.shared, slots, total, before, one, mean)
+        for part, loss in zip(parts, losses, strict=True):
+            learner = part.learner
+            told[learner.job.name] = self._step(learner, learner.slots, total, before, one, loss)
+            learner.tokens += sum(e.num_inputs for row in part.rows for e in row)
+        if self.shared is not None:
+            self.shared.tokens = sum(m.tokens for m in self.members)
+        self.now.step += 1
+        self.now.over = self.progress(elapsed) >= 1
+        return told
+
+    def judge(self, loss: float) -> None:
+        """Take the mean validation loss (NaN without one); keep everybody's numbers when it is the best."""
+        better = loss < self.now.best_loss or not self.validates
+        self.now.misses = 0 if better else self.now.misses + 1
+        if better:
+            self.keep(loss)
+
+    def keep(self, loss: float) -> None:
+        """Take all present numbers as the best."""
+        self.now.best_loss, self.now.best_step = loss, self.now.step
+        for learner in self.learners:
+            learner.keep()
+
+    def interrupt(self) -> None:
+        """Stop; what was never validated keeps what it has learnt by now."""
+        if not self.now.stopped:
+            self.now.stopped = "interrupted"
+            if not self.now.best_step and self.now.step:
+                self.keep(math.nan)
+
+    def finish(self, elapsed: float) -> bool:
+        """Stop when the run is over or validation no longer improves; say whether it stands still."""
+        now, patience = self.now, self.config.patience
+        if not now.stopped and now.over:
+            now.stopped = "finished"
+        elif not now.stopped and patience and now.misses >= patience:
+            now.stopped = "early"
+        now.seconds = elapsed
+        return bool(now.stopped)
+
+    def results(self) -> dict[str, Trained]:
+        """Return every learner's result by name."""
+        now = self.now
+        cosines = {pair: total / number for pair, (total, number) in now.cosines.items()}
+        return {
+            learner.job.name: Trained(
+                weights=learner.flat.weights(learner.best),
+                steps=now.step,
+                best_step=now.best_step,
+                best_loss=now.best_loss,
+                tokens=learner.tokens,
+                seconds=now.seconds,
+                stopped=now.stopped,
+                conflict=cosines if learner is self.shared else {},
+            )
+            for learner in self.learners
+        }
+
+    def shared_slot(self, member: Learner) -> int:
+        """Return the slot in which the shared adapter stands beside `member`."""
+        assert self.shared is not None
+        return self.shared.slots[self.members.index(member)]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the counters that a resumed run must find again, JSON's own types."""
+        counts = {x.job.name: [x.tokens, x.draws] for x in self.learners}
+        return {**asdict(self.now), "learners": counts}
+
+    def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from what `numbers` and each learner's `tensors` gave."""
+        counts = numbers["learners"]
+        self.now = Counters(**{k: v for k, v in numbers.items() if k != "learners"})
+        for learner in self.learners:
+            tokens, draws = counts[learner.job.name]
+            each = 1 if self.shared else learner.job.config.rows_per_step
+            learner.restore(tensors[learner.job.name], draws, each)
+            learner.tokens = tokens
+
+    def _step(
+        self,
+        learner: Learner,
+        slots: Sequence[int],
+        total: Sum,
+        before: float,
+        one: float,
+        loss: float,
+    ) -> dict[str, float]:
+        rate = schedule(before, one, learner.job.config)
+        norm = learner.step(slots, total, rate)
+        peak = learner.job.config.learning_rate
+        return {"loss": loss, "gradient_norm": norm, "learning_rate": peak * rate}
+
+    def _compare(self, parts: Sequence[Part], total: Sum) -> None:
+        """Now and then, note the cosine between every two tasks' gradients on the shared adapter."""
+        if self.shared is None or self.now.step % CONFLICT_EVERY:
+            return
+        found = {
+            part.learner.job.name: self.shared.gradient(self.shared_slot(part.learner), total)
+            for part in parts
+        }
+        for (one, g), (other, h) in combinations(found.items(), 2):
+            cosine = float(torch.nn.functional.cosine_similarity(g, h, dim=0))
+            pair = self.now.cosines.setdefault(f"{one}|{other}", [0.0, 0])
+            pair[0] += cosine
+            pair[1] += 1
