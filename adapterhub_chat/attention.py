@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
     """Return softmax(scale q k^T + mask) v as (N, T, H, D).
 
     `query` (N, H, T, D); `key` and `value` (N, K, T, D) with H a multiple of K; `mask` (N, 1 or H, T, T) is

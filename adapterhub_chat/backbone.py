@@ -8,6 +8,7 @@ folder gives in half a second.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -79,9 +80,14 @@ class Backbone:
         """Token id that ends an answer."""
         return int(self.tokenizer.eos_token_id)
 
-    def new_cache(self) -> Any:
-        """Return an empty key-value cache, transformers' own, that grows with what is decoded."""
-        return transformers.DynamicCache(config=self.model.config)
+    def new_cache(self) -> dict[str, Any]:
+        """Return an empty key-value cache, transformers' own, under the name that `forward` takes it by.
+
+        It grows with what is decoded; from transformers 5.24 on the old name is deprecated.
+        """
+        takes = inspect.signature(self.model.forward).parameters
+        name = "cache" if "cache" in takes else "past_key_values"
+        return {name: transformers.DynamicCache(config=self.model.config)}
 
 
 def load_backbone(

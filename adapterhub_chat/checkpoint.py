@@ -53,8 +53,8 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, scratch, metadata=metadata)
-            with scratch.open("rb") as file:
-                os.fsync(file.fileno())
+            with scratch.open("rb") as written:
+                os.fsync(written.fileno())
             scratch.rename(target)
         except (OSError, SafetensorError) as error:
             scratch.unlink(missing_ok=True)

@@ -159,9 +159,7 @@ def train(
         raise typer.Exit(_training_code(run, done.manifests))
 
 
-def _tell_trained(
-    run: RunConfig, folder: Path, done: Finished, say: Say, *, as_json: bool
-) -> None:
+def _tell_trained(run: RunConfig, folder: Path, done: Finished, say: Say, *, as_json: bool) -> None:
     if as_json:
         print_json({n: m.model_dump(mode="json") for n, m in done.manifests.items()})
         return
@@ -170,8 +168,10 @@ def _tell_trained(
         say(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {run.pool}")
     say(f"run log: {folder / 'metrics.jsonl'}")
     if done.sweep:
-        rows = [(c.adapter, *map(str, c.settings.values()), number(c.validation_loss), "kept" * c.kept)
-                for c in done.sweep]
+        rows = [
+            (c.adapter, *map(str, c.settings.values()), number(c.validation_loss), "kept" * c.kept)
+            for c in done.sweep
+        ]
         columns = ("adapter", *done.sweep[0].settings, "validation loss", "")
         print_table("Settings tried, by validation loss", columns, rows)
     if scores := [s for m in done.manifests.values() for s in m.scores]:

@@ -30,7 +30,8 @@ class TrainConfig(BaseModel):
         description="Layers that get an update: all-linear, or last names such as q_proj,v_proj.",
     )
     layers: str = Field(
-        "all", description="Blocks that get an update: all, or a slice by number such as 20:30 or -8:."
+        "all",
+        description="Blocks that get an update: all, or a slice by number such as 20:30 or -8:.",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -84,7 +85,8 @@ class RunOptions(BaseModel):
     test_examples: int = Field(200, ge=0, description="Test items measured per task.")
     shared_name: str = Field("shared", description="Name of the shared adapter.")
     grow: bool = Field(
-        False, description="In a sequence: one adapter that grows, instead of a new one for each task."
+        False,
+        description="In a sequence: one adapter that grows, instead of a new one for each task.",
     )
     grown_name: str = Field("grown", description="Name of the adapter that grows.")
     replay: float = Field(

@@ -87,7 +87,9 @@ class Course:
 
 def joint(course: Course) -> Iterator[Made]:
     """Train all jobs, and all settings of a sweep, in one run."""
-    variants = {name: _variants(job, course.sweeps.get(name, {})) for name, job in course.jobs.items()}
+    variants = {
+        name: _variants(job, course.sweeps.get(name, {})) for name, job in course.jobs.items()
+    }
     results = course.train([v.job for group in variants.values() for v in group])
     table: list[Candidate] = []
     for name, group in variants.items():

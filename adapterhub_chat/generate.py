@@ -174,7 +174,7 @@ class _State:
                 input_ids=self.ids,
                 attention_mask=self.mask,
                 position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
-                past_key_values=self.cache,
+                **self.cache,
                 use_cache=True,
             )
         logits: Tensor = out.logits
@@ -189,7 +189,8 @@ class _State:
         """Keep only these rows."""
         index = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
         self.ids, self.mask = self.ids[index], self.mask[index]
-        self.cache.batch_select_indices(index)
+        for cache in self.cache.values():
+            cache.batch_select_indices(index)
 
 
 def _pick(logits: Tensor, row: _Row) -> int:

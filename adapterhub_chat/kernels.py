@@ -29,7 +29,7 @@ class Form(Protocol):
         ...
 
     def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        """Return y (N, T, out) plus what h (..., R) and b (G, out, R) give; y may be overwritten."""
+        """Return y (N, T, out) plus what h (..., R) and b (G, R, out) give; y may be overwritten."""
         ...
 
 
@@ -60,22 +60,22 @@ class Batched:
     def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
         """Return y (N, T, out) + B h: in place, by one product, where the rows lie as the groups do."""
         if self.scatter is None and y.is_contiguous() and not y._is_view():
-            added: Tensor = _AddProducts.apply(y, h, b)
+            added: Tensor = _AddProducts.apply(y, h, b)  # type: ignore[no-untyped-call]
             return added
-        delta = torch.bmm(h, b.mT).reshape(self.groups * self.places, -1, b.shape[1])
+        delta = torch.bmm(h, b).reshape(self.groups * self.places, -1, b.shape[2])
         delta = delta if self.scatter is None else delta.index_select(0, self.scatter)
         return y + delta.view(y.shape)
 
 
 class _AddProducts(torch.autograd.Function):
-    """y += h B^T, group by group, in place: one pass over y, where an addition makes three."""
+    """y += h B, group by group, in place: one pass over y, where an addition makes three."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        """Overwrite y (N, T, out) with y + h (G, M, R) b (G, out, R)^T."""
+        """Overwrite y (N, T, out) with y + h (G, M, R) b (G, R, out)."""
         ctx.mark_dirty(y)
         ctx.save_for_backward(h, b)
-        y.view(len(b), -1, b.shape[1]).baddbmm_(h, b.mT)
+        y.view(len(b), -1, b.shape[2]).baddbmm_(h, b)
         return y
 
     @staticmethod
@@ -83,9 +83,64 @@ class _AddProducts(torch.autograd.Function):
         """Return the gradients of y, h and b."""
         (dy,) = gradients
         h, b = ctx.saved_tensors
-        d = dy.reshape(len(b), -1, b.shape[1])
+        d = dy.reshape(len(b), -1, b.shape[2])
         _, needs_h, needs_b = ctx.needs_input_grad
-        return dy, torch.bmm(d, b) if needs_h else None, torch.bmm(d.mT, h) if needs_b else None
+        return dy, torch.bmm(d, b.mT) if needs_h else None, torch.bmm(h.mT, d) if needs_b else None
+
+
+def in_place(form: Form) -> bool:
+    """Return whether the rows lie in groups of equal size, one after another, all with weight 1."""
+    return isinstance(form, Batched) and form.gather is None and form.weight is None
+
+
+def site_products(
+    x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]], a: Tensor, b: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return W_j x + B_j A_j x for every member j of a site, rows in equal groups in order.
+
+    `x` (N, T, in), frozen `weights` (W (out, in), bias), `a` (G, J*R, in), each `b` (G, R, out). The
+    gradient of x is accumulated in one tensor, where autograd would add up one for each product.
+    """
+    frozen = [tensor for pair in weights for tensor in pair]
+    outputs: tuple[Tensor, ...] = _SiteProducts.apply(x, a, *b, *frozen)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class _SiteProducts(torch.autograd.Function):
+    """See `site_products`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        """Compute all members' outputs; `rest` is each B, then each W and its bias."""
+        count = len(rest) // 3
+        b, weights, biases = rest[:count], rest[count::2], rest[count + 1 :: 2]
+        flat = x.reshape(-1, x.shape[-1])
+        h = torch.bmm(flat.view(len(a), -1, x.shape[-1]), a.mT)
+        outputs = []
+        for own, factor, weight, bias in zip(h.chunk(count, -1), b, weights, biases, strict=True):
+            y = torch.bmm(own, factor).view(-1, len(weight))  # the small product first: the large
+            y.addmm_(flat, weight.T)  # one adds to it on its way
+            outputs.append((y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(x, h, a, *b)
+        ctx.weights = weights
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, a and every b; the weights are frozen."""
+        x, h, a, *b = ctx.saved_tensors
+        ds = [d.reshape(len(a), -1, d.shape[-1]) for d in gradients]
+        lows = h.mT.contiguous().chunk(len(b), 1)
+        db = [torch.bmm(low, d) for low, d in zip(lows, ds, strict=True)]
+        dh = torch.cat([torch.bmm(d, f.mT) for d, f in zip(ds, b, strict=True)], -1)
+        da = torch.bmm(dh.mT.contiguous(), x.reshape(len(a), -1, x.shape[-1]))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.bmm(dh, a).view(-1, x.shape[-1])
+            for d, weight in zip(ds, ctx.weights, strict=True):
+                dx.addmm_(d.view(-1, d.shape[-1]), weight)
+            dx = dx.view(x.shape)
+        return dx, da, *db, *[None] * (2 * len(b))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +156,7 @@ class Ragged:
 
     def shrink(self, x: Tensor, a: Tensor) -> Tensor:
         """Return h (N, T, K), rows sorted by group."""
-        h = self._product(x.index_select(0, self.order), a)
+        h = self._product(x.index_select(0, self.order), a.mT)
         return h if self.weight is None else h * self.weight.to(h.dtype)
 
     def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
@@ -109,15 +164,16 @@ class Ragged:
         return y + self._product(h, b).index_select(0, self.inverse).view(y.shape)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
+        """Return x (N, T, k) times w (G, k, n), each row with its own group's."""
         rows, tokens, _ = x.shape
         flat = x.reshape(rows * tokens, -1)
         ends = self.ends * tokens
         if _grouped_mm_takes(flat, w):
-            y = functional.grouped_mm(flat, w.mT, offs=ends.to(torch.int32))
+            y = functional.grouped_mm(flat, w, offs=ends.to(torch.int32))
         else:
             sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
             parts = zip(flat.split(sizes), w, strict=True)
-            y = torch.cat([part @ factor.T for part, factor in parts])
+            y = torch.cat([part @ factor for part, factor in parts])
         return y.view(rows, tokens, -1)
 
 
@@ -144,8 +200,7 @@ class Dense:
 
     def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
         """Return y (N, T, out) + B h."""
-        stacked = b.transpose(1, 2).reshape(-1, b.shape[1])
-        return y + (h.flatten(2) @ stacked).view(y.shape)
+        return y + (h.flatten(2) @ b.flatten(0, 1)).view(y.shape)
 
 
 def terms(mix: Tensor) -> list[Tensor]:

@@ -60,7 +60,7 @@ def _case(
 
     x = normal(rows, 1, WIDTH).requires_grad_(train)
     a = normal(groups, RANK, WIDTH).requires_grad_(train)
-    b = normal(groups, WIDTH, RANK).requires_grad_(train)
+    b = normal(groups, RANK, WIDTH).requires_grad_(train)
     w = normal(WIDTH, WIDTH)
     each = rows // groups
     order = torch.arange(rows, device=device)
@@ -74,8 +74,8 @@ def _case(
     }
     calls: dict[str, Callable[[], torch.Tensor]] = {"linear": lambda: x @ w.T}
     for name, form in forms.items():
-        calls[name] = lambda form=form: form.add(torch.zeros(rows, 1, WIDTH, dtype=dtype, device=device), form.shrink(x, a), b)  # type: ignore[misc]
-    gradient = normal(rows, 1, WIDTH)
+        calls[name] = lambda form=form: form.add(zeros.clone(), form.shrink(x, a), b)  # type: ignore[misc, has-type]
+    gradient, zeros = normal(rows, 1, WIDTH), torch.zeros_like(x)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 2):
         for name, call in calls.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from adapterhub_chat.batches import epochs
 from adapterhub_chat.config import TrainConfig
@@ -21,7 +22,7 @@ from adapterhub_chat.jobs import Job
 from adapterhub_chat.lora import Bank
 from adapterhub_chat.losses import overlap_gradient
 from adapterhub_chat.template import Encoded
-from adapterhub_chat.weights import AdapterWeights, FlatWeights
+from adapterhub_chat.weights import AdapterWeights
 
 CONFLICT_EVERY = 5
 """Steps between two looks at how the tasks' gradients on a shared adapter agree."""
@@ -74,12 +75,14 @@ class Learner:
     def __init__(self, job: Job, start: AdapterWeights, bank: Bank, slots: Sequence[int]) -> None:
         """Start from `start`, in `slots` of the bank: a shared adapter has one for each of its tasks."""
         self.job, self.bank, self.slots = job, bank, tuple(slots)
-        self.flat = FlatWeights(start, bank.device)
+        self.vector = torch.nn.Parameter(bank.vector(start))
         self.best: Tensor | None = None
         self.tokens = self.draws = 0
+        self._start = start
+        self._scale = start.scale(next(iter(start.factors)))
         config = job.config
         self.optimizer: Any = torch.optim.AdamW(
-            [self.flat.vector],
+            [self.vector],
             lr=config.learning_rate,
             betas=(0.9, 0.999),
             weight_decay=config.weight_decay,
@@ -97,53 +100,58 @@ class Learner:
         self.draws += 1
         return next(self._streams[each])
 
-    def step(self, slots: Sequence[int], total: Sum, rate: float) -> float:
-        """Take the gradient that `slots` collected, clip it, move; return its norm before clipping."""
-        config, flat = self.job.config, self.flat
-        flat.take_gradient([self._collected(slot) for slot in slots])
-        total(flat.gradient)
+    def step(self, gradient: Tensor, rate: float) -> float:
+        """Clip the gradient (P,), move along it; return its norm before clipping."""
+        config = self.job.config
         if config.orthogonal and self.job.under is not None:
-            flat.add_gradient(overlap_gradient(flat.weights(), self.job.under), config.orthogonal)
-        norm = torch.nn.utils.clip_grad_norm_([flat.vector], config.clip)
+            slope = overlap_gradient(self.weights(), self.job.under)
+            gradient.add_(self.bank.vector(slope), alpha=config.orthogonal)
+        norm = float(torch.linalg.vector_norm(gradient))
+        if norm > config.clip:
+            gradient.mul_(config.clip / norm)
+        self.vector.grad = gradient
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
         self.optimizer.step()
+        self.vector.grad = None
         self.show()
-        return float(norm)
+        return norm
 
-    def gradient(self, slot: int, total: Sum) -> Tensor:
-        """Return a copy of the gradient that one slot collected, (P,)."""
-        self.flat.take_gradient([self._collected(slot)])
-        return total(self.flat.gradient.clone())
+    def gradient(self, slot: int, out: Tensor) -> Tensor:
+        """Fill `out` (P,) with the gradient that one of its slots collected in this process."""
+        return self.bank.gradient(slot, self._scale, out)
+
+    def weights(self) -> AdapterWeights:
+        """Return a copy of the best numbers, of the present ones where nothing was ever the best."""
+        return self.bank.weights(
+            self.vector.detach() if self.best is None else self.best, self._start
+        )
 
     def show(self) -> None:
         """Copy the numbers into the bank, where forwards see them."""
         for slot in self.slots:
-            self.flat.write_to(self.bank.places(slot, self.flat.ranks))
+            self.bank.put(slot, self.vector.detach(), self._scale)
 
     def keep(self) -> None:
         """Take the present numbers as the best."""
-        self.best = self.flat.vector.detach().clone()
+        self.best = self.vector.detach().clone()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that a resumed run must find again, beside the counters."""
-        found = {"vector": self.flat.vector.detach(), **self.optimizer.state[self.flat.vector]}
+        found = {"vector": self.vector.detach(), **self.optimizer.state[self.vector]}
         return found if self.best is None else {**found, "best": self.best}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], draws: int, each: int) -> None:
         """Go on from `tensors`, after `draws` draws of `each` rows."""
         kept = {name: tensor.to(self.bank.device) for name, tensor in tensors.items()}
-        self.flat.vector.copy_(kept.pop("vector"))
+        self.vector.copy_(kept.pop("vector"))
         self.best = kept.pop("best", None)
         if kept:
-            self.optimizer.state[self.flat.vector] = kept
+            self.optimizer.state[self.vector] = kept
         for _ in range(draws):
             self.rows(each)
         self.show()
-
-    def _collected(self, slot: int) -> list[tuple[Tensor, Tensor]]:
-        return self.bank.places(slot, self.flat.ranks, gradients=True)
 
 
 @dataclass(frozen=True)
@@ -235,13 +243,14 @@ class Family:
         before, one = self.progress(elapsed), 1 / self.total
         told: dict[str, dict[str, float]] = {}
         mean = sum(part.weight * loss for part, loss in zip(parts, losses, strict=True))
+        scratch = self.members[0].bank.scratch
         if self.shared is not None:
-            self._compare(parts, total)
-            slots = [self.shared_slot(part.learner) for part in parts]
-            told[self.shared.job.name] = self._step(self.shared, slots, total, before, one, mean)
+            gradient = self._shared_gradient(parts, total, scratch)
+            told[self.shared.job.name] = self._step(self.shared, gradient, before, one, mean)
         for part, loss in zip(parts, losses, strict=True):
             learner = part.learner
-            told[learner.job.name] = self._step(learner, learner.slots, total, before, one, loss)
+            gradient = total(learner.gradient(learner.slots[0], scratch))
+            told[learner.job.name] = self._step(learner, gradient, before, one, loss)
             learner.tokens += sum(e.num_inputs for row in part.rows for e in row)
         if self.shared is not None:
             self.shared.tokens = sum(m.tokens for m in self.members)
@@ -285,7 +294,7 @@ class Family:
         cosines = {pair: total / number for pair, (total, number) in now.cosines.items()}
         return {
             learner.job.name: Trained(
-                weights=learner.flat.weights(learner.best),
+                weights=learner.weights(),
                 steps=now.step,
                 best_step=now.best_step,
                 best_loss=now.best_loss,
@@ -307,7 +316,9 @@ class Family:
         counts = {x.job.name: [x.tokens, x.draws] for x in self.learners}
         return {**asdict(self.now), "learners": counts}
 
-    def restore(self, numbers: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def restore(
+        self, numbers: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
         """Go on from what `numbers` and each learner's `tensors` gave."""
         counts = numbers["learners"]
         self.now = Counters(**{k: v for k, v in numbers.items() if k != "learners"})
@@ -317,30 +328,28 @@ class Family:
             learner.restore(tensors[learner.job.name], draws, each)
             learner.tokens = tokens
 
+    @staticmethod
     def _step(
-        self,
-        learner: Learner,
-        slots: Sequence[int],
-        total: Sum,
-        before: float,
-        one: float,
-        loss: float,
+        learner: Learner, gradient: Tensor, before: float, one: float, loss: float
     ) -> dict[str, float]:
         rate = schedule(before, one, learner.job.config)
-        norm = learner.step(slots, total, rate)
+        norm = learner.step(gradient, rate)
         peak = learner.job.config.learning_rate
         return {"loss": loss, "gradient_norm": norm, "learning_rate": peak * rate}
 
-    def _compare(self, parts: Sequence[Part], total: Sum) -> None:
-        """Now and then, note the cosine between every two tasks' gradients on the shared adapter."""
-        if self.shared is None or self.now.step % CONFLICT_EVERY:
-            return
-        found = {
-            part.learner.job.name: self.shared.gradient(self.shared_slot(part.learner), total)
-            for part in parts
-        }
+    def _shared_gradient(self, parts: Sequence[Part], total: Sum, scratch: Tensor) -> Tensor:
+        """Return the sum of the tasks' gradients on the shared adapter; now and then, compare them."""
+        assert self.shared is not None
+        whole = torch.zeros_like(scratch)
+        found: dict[str, Tensor] = {}
+        for part in parts:
+            own = self.shared.gradient(self.shared_slot(part.learner), scratch)
+            whole += own
+            if self.now.step % CONFLICT_EVERY == 0:
+                found[part.learner.job.name] = total(own.clone())
         for (one, g), (other, h) in combinations(found.items(), 2):
-            cosine = float(torch.nn.functional.cosine_similarity(g, h, dim=0))
+            cosine = float(functional.cosine_similarity(g, h, dim=0))
             pair = self.now.cosines.setdefault(f"{one}|{other}", [0.0, 0])
             pair[0] += cosine
             pair[1] += 1
+        return total(whole)

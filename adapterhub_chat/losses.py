@@ -1,4 +1,4 @@
-"""Losses as pure functions of logits and targets."""
+"""Losses as pure functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapterhub_chat.weights import AdapterWeights, Factors
+from adapterhub_chat.weights import AdapterWeights
 
 CHUNK = 512
 """Positions whose float32 logits exist at one time: 100 MB for a vocabulary of 49k."""
@@ -31,15 +31,17 @@ def overlap(new: AdapterWeights, old: AdapterWeights) -> Tensor:
 
     Orthogonal-subspace protection (O-LoRA, arXiv 2310.14152, equation 8, squared instead of absolute).
     """
-    pairs = [(old.factors[m][0].float(), a) for m, (a, _) in new.factors.items() if m in old.factors]
+    pairs = [
+        (old.factors[m][0].float(), a) for m, (a, _) in new.factors.items() if m in old.factors
+    ]
     return sum(((its @ mine.T).square().sum() for its, mine in pairs), torch.zeros(()))
 
 
-def overlap_gradient(new: AdapterWeights, old: AdapterWeights) -> Factors:
+def overlap_gradient(new: AdapterWeights, old: AdapterWeights) -> AdapterWeights:
     """Return the gradient of `overlap` with respect to the new factors: 2 A_new A_old^T A_old for A."""
     found = {}
     for module, (a, b) in new.factors.items():
         if module in old.factors:
             its = old.factors[module][0].to(a)
             found[module] = (2 * (a @ its.T) @ its, torch.zeros_like(b))
-    return found
+    return new.with_factors(found)

@@ -17,8 +17,8 @@ from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.config import explain
 from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.jobs import Job
-from adapterhub_chat.task import Task
 from adapterhub_chat.learner import Trained
+from adapterhub_chat.task import Task
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
 FILE = "adapterhub.json"
@@ -114,7 +114,9 @@ class Manifest(BaseModel):
     def with_scores(self, scores: Sequence[Score]) -> Manifest:
         """Return the manifest with these scores, replacing older ones of the same task and precision."""
         new = {(s.task, s.precision) for s in scores}
-        kept = tuple(s for s in self.scores if (s.task, s.precision or scores[0].precision) not in new)
+        kept = tuple(
+            s for s in self.scores if (s.task, s.precision or scores[0].precision) not in new
+        )
         return self.model_copy(update={"scores": (*kept, *scores)})
 
 

@@ -63,9 +63,9 @@ class AdapterModel:
             for site in self.sites
             for module, out in zip(site.members, site.out_features, strict=True)
         }
-        self._handles = attach(backbone.model, self.sites)
+        self._detach = attach(backbone.model, self.sites)
         head = backbone.model.get_output_embeddings()
-        self._handles.append(head.register_forward_pre_hook(_keep_positions))
+        self._head = head.register_forward_pre_hook(_keep_positions)
         self._lock = threading.RLock()
         self._weights: dict[str, AdapterWeights] = {}
         self._table = _Table(self.new_bank((), slots=0, rank=0, dtype=backbone.dtype))
@@ -204,8 +204,8 @@ class AdapterModel:
 
     def close(self) -> None:
         """Detach from the backbone, which is then as it was."""
-        for handle in self._handles:
-            handle.remove()
+        self._detach()
+        self._head.remove()
 
     def _fits(self, weights: AdapterWeights) -> bool:
         bank = self._table.bank

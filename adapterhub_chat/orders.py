@@ -16,7 +16,7 @@ from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.runlog import write_json
 from adapterhub_chat.sequence import Ledger
 from adapterhub_chat.task import Task, load_task, mixture
-from adapterhub_chat.train import first_process
+from adapterhub_chat.train import Event
 from adapterhub_chat.workshop import SILENT, Listeners
 
 FILE = "run.json"
@@ -48,9 +48,14 @@ def carry_out(
     def on_ledger(ledger: Ledger) -> None:
         done.ledger = ledger
 
+    def on_event(event: Event) -> None:
+        if not written:  # the run has begun: nothing that was wrong with it left a trace
+            write_json(folder / FILE, run.model_dump(mode="json"))
+            written.append(True)
+        listeners.on_event(event)
+
+    written: list[bool] = []
     tasks = [_task(name, entry) for name, entry in run.adapters.items()]
-    if first_process():
-        write_json(folder / FILE, run.model_dump(mode="json"))
     own = {name: dict(entry) for name, entry in run.adapters.items()}
     sweeps = {name: entry.pop("sweep") for name, entry in own.items() if entry.get("sweep")}
     for entry in own.values():
@@ -64,7 +69,7 @@ def carry_out(
         sweep=sweeps,
         run_dir=folder,
         resume=resume,
-        listeners=replace(listeners, on_sweep=on_sweep, on_ledger=on_ledger),
+        listeners=replace(listeners, on_event=on_event, on_sweep=on_sweep, on_ledger=on_ledger),
         **options,
         **run.settings,
     )

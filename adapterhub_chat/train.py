@@ -187,7 +187,6 @@ class Run:
             own = [next(losses) for _ in parts]
             for name, values in family.learn(parts, own, self._total, elapsed).items():
                 self._tell(family, name, "step", values)
-        self.bank.drop_gradients()
         for family in live:
             if family.validation_due:
                 self._validate(family)
@@ -208,6 +207,7 @@ class Run:
         wanted = [
             sum(len(c) for row in part.rows for e in row for c in e.continuations) for part in parts
         ]
+        self.bank.zero_gradients()
         means = torch.zeros(len(parts), device=self.model.backbone.device)
         if any(rows):
             owner = torch.repeat_interleave(
@@ -290,7 +290,9 @@ class Run:
             elapsed=self._now,
             numbers={f.members[0].job.name: f.numbers() for f in self.families},
             tensors={
-                f"{x.job.name}/{name}": tensor for x in learners for name, tensor in x.tensors().items()
+                f"{x.job.name}/{name}": tensor
+                for x in learners
+                for name, tensor in x.tensors().items()
             },
         )
 
@@ -333,7 +335,9 @@ class Run:
             )
             for job in self.jobs
         }
-        slots = {job.name: [n] for n, job in enumerate(j for j in self.jobs if j.name not in shared)}
+        slots = {
+            job.name: [n] for n, job in enumerate(j for j in self.jobs if j.name not in shared)
+        }
         free = len(slots)
         for name, members in shared.items():
             if name:  # one slot beside each task, so that their gradients can be told apart
@@ -353,7 +357,8 @@ class Run:
             self.bank.write(slot, job.under)
             self.under[job.name] = slot
         made = {
-            job.name: Learner(job, starts[job.name], self.bank, slots[job.name]) for job in self.jobs
+            job.name: Learner(job, starts[job.name], self.bank, slots[job.name])
+            for job in self.jobs
         }
         alone = [Family([made[job.name]]) for job in shared.get("", []) if job.name not in shared]
         return [

@@ -66,7 +66,9 @@ def bench_train(
     rows = [_row(kind, answers, ends[kind]) for kind, answers in found.items()]
     by = {row["kind"]: row for row in rows}
     ratios: dict[str, float | None] = {
-        "speedup_over_peft": by["peft"]["seconds"] / by["here"]["seconds"] if "peft" in by else None,
+        "speedup_over_peft": by["peft"]["seconds"] / by["here"]["seconds"]
+        if "peft" in by
+        else None,
         "fraction_of_floor": by["floor"]["seconds"] / by["here"]["seconds"],
         "memory_over_one": by["here"]["peak_bytes"] / by["one"]["peak_bytes"],
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A (r, in), B (out, r))."""
@@ -62,78 +62,6 @@ def concatenate(adapters: Sequence[AdapterWeights]) -> AdapterWeights:
         seconds = [adapter.factors[module][1].float() * adapter.scale(module) for adapter in own]
         factors[module] = (first, torch.cat(seconds, dim=1))
     return AdapterWeights(factors, {m: float(a.shape[0]) for m, (a, _) in factors.items()})
-
-
-class FlatWeights:
-    """An adapter in training: all its numbers in one fp32 vector, and their gradient in another.
-
-    The optimizer, the norm, an exchange between processes and a checkpoint each see one tensor.
-    """
-
-    def __init__(self, start: AdapterWeights, device: torch.device | str = "cpu") -> None:
-        """Start from these numbers."""
-        self._start = start
-        self._shapes = [t.shape for pair in start.factors.values() for t in pair]
-        vector = torch.cat([t.flatten() for pair in start.factors.values() for t in pair])
-        self.vector = nn.Parameter(vector.to(device, torch.float32))
-        self.vector.grad = torch.zeros_like(self.vector)
-        self.ranks = {module: start.rank(module) for module in start.factors}
-        self._scales = [start.scale(module) for module in start.factors]
-        self._numbers, self._slopes = self._pairs(self.vector.detach()), self._pairs(self.gradient)
-
-    @property
-    def gradient(self) -> Tensor:
-        """The gradient, (P,) fp32."""
-        assert self.vector.grad is not None
-        return self.vector.grad
-
-    @torch.no_grad()
-    def write_to(self, places: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy the numbers, B scaled, to A (r, in) and B (out, r) of each module elsewhere."""
-        torch._foreach_copy_(_firsts(places), _firsts(self._numbers))
-        torch._foreach_copy_(_seconds(places), _seconds(self._numbers))
-        if set(self._scales) != {1.0}:
-            torch._foreach_mul_(_seconds(places), self._scales)
-
-    @torch.no_grad()
-    def take_gradient(self, copies: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
-        """Take the gradient from the places it was collected in, summed over several copies."""
-        for n, places in enumerate(copies):
-            if n == 0:
-                torch._foreach_copy_(_firsts(self._slopes), _firsts(places))
-                torch._foreach_copy_(_seconds(self._slopes), _seconds(places))
-            else:
-                torch._foreach_add_(_firsts(self._slopes), _firsts(places))
-                torch._foreach_add_(_seconds(self._slopes), _seconds(places))
-        if set(self._scales) != {1.0}:
-            torch._foreach_mul_(_seconds(self._slopes), self._scales)
-
-    @torch.no_grad()
-    def add_gradient(self, factors: Factors, weight: float) -> None:
-        """Add `weight` times another gradient, given by module."""
-        for module, (a, b) in zip(self.ranks, self._slopes, strict=True):
-            if module in factors:
-                a.add_(factors[module][0].to(a), alpha=weight)
-                b.add_(factors[module][1].to(b), alpha=weight)
-
-    def weights(self, vector: Tensor | None = None) -> AdapterWeights:
-        """Return the adapter of the present numbers, or of another vector of the same layout; a copy."""
-        numbers = (self.vector.detach() if vector is None else vector).cpu().clone()
-        pairs = self._pairs(numbers)
-        return self._start.with_factors(dict(zip(self.ranks, pairs, strict=True)))
-
-    def _pairs(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
-        parts = vector.split([shape.numel() for shape in self._shapes])
-        shaped = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        return list(zip(shaped[::2], shaped[1::2], strict=True))
-
-
-def _firsts(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [first for first, _ in pairs]
-
-
-def _seconds(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [second for _, second in pairs]
 
 
 def initial_weights(

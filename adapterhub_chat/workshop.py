@@ -53,7 +53,7 @@ class Order:
     tasks: Mapping[str, Task]
     """Adapter name -> its task."""
     configs: Mapping[str, TrainConfig]
-    options: RunOptions = RunOptions()
+    options: RunOptions = field(default_factory=RunOptions)
     sweeps: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
     """Adapter name -> setting -> values."""
     save_dtype: torch.dtype = torch.float32
@@ -62,9 +62,7 @@ class Order:
     resume: bool = False
 
 
-def make_adapters(
-    shelf: Shelf, order: Order, listeners: Listeners = SILENT
-) -> dict[str, Manifest]:
+def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> dict[str, Manifest]:
     """Train, save and measure what is ordered; return the manifests of what was saved.
 
     Everything that can be wrong is looked at before the first step: names, data, the pool's folder.

@@ -426,7 +426,10 @@ def test_predict_tells_of_its_progress(hub):
         (lambda h: h.train("toy"), "tasks must be a list"),
         (lambda h: h.train([]), "nothing to train"),
         (lambda h: h.train(["nothing"]), "unknown task 'nothing'; known: .*sentiment"),
-        (lambda h: h.train([toy_task()], how="both"), "how: input should be 'joint', 'sequence' or 'shared'; got 'both'"),
+        (
+            lambda h: h.train([toy_task()], how="both"),
+            "how: input should be .*; got 'both'",
+        ),
         (lambda h: h.train([toy_task(), toy_task()]), "adapter names must differ: toy, toy"),
         (lambda h: h.train([toy_task()], names=["a", "b"]), "1 tasks but 2 names"),
         (lambda h: h.train([toy_task()], names=["backbone"]), "'backbone' is a reserved word"),
@@ -533,7 +536,9 @@ def test_scores_are_kept_by_the_pool_members_that_they_belong_to(hub, tmp_path):
 
 
 def test_a_task_file_that_is_elsewhere_must_be_named(hub):
-    with pytest.raises(UsageError, match=r"'toy' was trained on the task 'toy'.*--task path/to/toy"):
+    with pytest.raises(
+        UsageError, match=r"'toy' was trained on the task 'toy'.*--task path/to/toy"
+    ):
         hub.evaluate(["toy"])
 
 

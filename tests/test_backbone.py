@@ -155,7 +155,7 @@ def test_4bit_gradients_survive_an_evaluation(pico_folder, make_weights):
     bank.write(0, make_weights())
 
     def gradients():
-        bank.drop_gradients()
+        bank.zero_gradients()
         with activate(Plan(bank, torch.ones(1, 1))):
             model.backbone.model(IDS).logits.square().mean().backward()
         return torch.cat([t.grad.flatten() for t in (*bank.A.values(), *bank.B.values())])

@@ -111,7 +111,11 @@ hub.train([toy_task(), toy_answers()], max_steps=60, epochs=999, rows_per_step=1
 def test_kill_9_and_resume_end_with_the_uninterrupted_run_s_weights(pico_folder, tmp_path):
     def start(pool, run, how):
         command = [sys.executable, "-c", RUN, str(pico_folder), str(tmp_path / pool)]
-        environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.path.dirname(__file__),
+            "OMP_NUM_THREADS": "1",
+        }
         return subprocess.Popen([*command, str(tmp_path / run), how], env=environment)
 
     assert start("whole", "run-a", "new").wait() == 0
@@ -124,7 +128,9 @@ def test_kill_9_and_resume_end_with_the_uninterrupted_run_s_weights(pico_folder,
     assert not (tmp_path / "again" / "toy").exists()
     assert start("again", "run-b", "resume").wait() == 0
     for name in ("toy", "answers"):
-        one, two = (tmp_path / pool / name / "adapter_model.safetensors" for pool in ("whole", "again"))
+        one, two = (
+            tmp_path / pool / name / "adapter_model.safetensors" for pool in ("whole", "again")
+        )
         assert one.read_bytes() == two.read_bytes()
     steps = [json.loads(x) for x in (tmp_path / "run-b" / "metrics.jsonl").read_text().splitlines()]
     assert max(e["step"] for e in steps) == 60

@@ -226,6 +226,9 @@ OTHER_VALUES = {
     "patience": 1,
     "train_examples": 6,
     "seed": 11,
+    "layers": "1:",
+    "temperature": 2.0,
+    "orthogonal": 0.5,
 }
 
 
@@ -276,8 +279,8 @@ def test_settings_that_do_not_fit_come_at_once_and_change_nothing(run, here):
     assert failed.out == ""
     for wanted in (
         "error: run.toml: 7 problems",
-        "how: input should be 'joint' or 'sequence'; got 'both'",
-        "pol: no such key; allowed: adapters, backbone, device",
+        "how: input should be 'joint', 'sequence' or 'shared'; got 'both'",
+        "pol: no such key; allowed: adapters, backbone, checkpointing, device",
         "settings.rank: input should be greater than or equal to 1; got 0",
         "settings.rnak: no such key; allowed: alpha, clip",
         "settings.schedule: input should be 'cosine', 'linear' or 'constant'; got 'square'",
@@ -591,7 +594,7 @@ def test_bench_knows_its_kinds(run):
         (("train", "qa", "qa"), "two adapters are called qa"),
         (
             ("train", "qa", "--how", "both"),
-            "how: input should be 'joint' or 'sequence'; got 'both'",
+            "how: input should be 'joint', 'sequence' or 'shared'; got 'both'",
         ),
         (
             ("train", "qa", "--rank", "0"),

@@ -87,8 +87,8 @@ def test_all_misfits_of_a_file_come_at_once_with_what_is_allowed(tmp_path):
     found = "\n".join(misfits_of(text, folder=tmp_path))
     assert len(found.splitlines()) == 9
     for wanted in (
-        "how: input should be 'joint' or 'sequence'; got 'both'",
-        "quantise: no such key; allowed: adapters, backbone, device, dtype, how, pool, quantize",
+        "how: input should be 'joint', 'sequence' or 'shared'; got 'both'",
+        "quantise: no such key; allowed: adapters, backbone, checkpointing, device, dtype, grow,",
         "(did you mean 'quantize'?)",
         "test_examples: input should be greater than or equal to 0",
         "settings.rnak: no such key; allowed: alpha, clip,",

@@ -18,9 +18,9 @@ def problem(mix, seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    x, a, b = normal(rows, TOKENS, WIDTH), normal(groups, RANK, WIDTH), normal(groups, OUT, RANK)
+    x, a, b = normal(rows, TOKENS, WIDTH), normal(groups, RANK, WIDTH), normal(groups, RANK, OUT)
     y = torch.stack(
-        [sum(mix[n, s] * (x[n] @ a[s].T @ b[s].T) for s in range(groups)) for n in range(rows)]
+        [sum(mix[n, s] * (x[n] @ a[s].T @ b[s]) for s in range(groups)) for n in range(rows)]
     )
     return x, a, b, y
 
@@ -66,9 +66,9 @@ def test_ragged_rows_in_fp32_go_through_grouped_mm():
     mix = one_hot([1, 0, 0, 0, 0, 0, 0, 2]).float()
     form = choose(mix)
     generator = torch.Generator().manual_seed(0)
-    x, a, b = (torch.randn(*s, generator=generator) for s in ((8, 2, 8), (3, 8, 8), (3, 16, 8)))
+    x, a, b = (torch.randn(*s, generator=generator) for s in ((8, 2, 8), (3, 8, 8), (3, 8, 16)))
     group = mix.argmax(1)
-    wanted = torch.stack([x[n] @ a[g].T @ b[g].T for n, g in enumerate(group)])
+    wanted = torch.stack([x[n] @ a[g].T @ b[g] for n, g in enumerate(group)])
     got = form.add(torch.zeros(8, 2, 16), form.shrink(x, a), b)
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
@@ -131,7 +131,9 @@ def test_what_is_added_to_lies_in_place_and_keeps_its_own_gradient():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.sampled_from([0.0, 0.0, 1.0, -0.5]), min_size=3, max_size=3), max_size=7))
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.0, 1.0, -0.5]), min_size=3, max_size=3), max_size=7)
+)
 def test_terms_sum_up_to_the_mix(rows):
     mix = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
     found = terms(mix)

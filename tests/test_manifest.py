@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.jobs import make_job
+from adapterhub_chat.learner import Trained
 from adapterhub_chat.manifest import (
     FILE,
     Manifest,
@@ -23,7 +24,6 @@ from adapterhub_chat.manifest import (
     manifest_of,
     read_manifest,
 )
-from adapterhub_chat.train import Trained
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
 FULL = Manifest(
@@ -190,7 +190,7 @@ def test_a_fresh_adapters_manifest_says_where_it_comes_from(backbone, make_weigh
     task = toy_task()
     job = make_job(backbone.tokenizer, "mine", task, TrainConfig(rank=2))
     trained = Trained(make_weights(), 10, 8, 0.25, 999, 1.26, "finished")
-    manifest = manifest_of(task, backbone, job, trained, how="joint", beside=["other"])
+    manifest = manifest_of([task], backbone, job, trained, how="joint", beside=["other"])
     assert manifest.name == "mine"
     assert manifest.fingerprint == backbone.fingerprint
     assert manifest.contract == task.contract
@@ -209,6 +209,6 @@ def test_a_loss_that_was_never_measured_stays_out_of_the_json(loss, backbone, ma
     task = toy_task()
     job = make_job(backbone.tokenizer, "mine", task, TrainConfig())
     trained = Trained(make_weights(), 1, 0, loss, 9, 0.1, "interrupted")
-    manifest = manifest_of(task, backbone, job, trained, how="sequence")
+    manifest = manifest_of([task], backbone, job, trained, how="sequence")
     assert manifest.training.validation_loss is None
     json.loads(dump_manifest(manifest), parse_constant=pytest.fail)
