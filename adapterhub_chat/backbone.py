@@ -70,6 +70,12 @@ class Backbone:
         return self.quantize or str(self.dtype).removeprefix("torch.")
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that the weights take, quantized ones as they are packed."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The blocks that transformers can re-compute in the backward pass."""
         kind = transformers.modeling_layers.GradientCheckpointingLayer
@@ -154,6 +160,17 @@ def _attention(
 
 transformers.AttentionInterface.register(PACKED, _attention)
 transformers.AttentionMaskInterface.register(PACKED, transformers.AttentionMaskInterface()["sdpa"])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes used so far: on the GPU, else by this process (0 where nobody counts)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM")), 0)
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

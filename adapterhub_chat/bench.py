@@ -75,12 +75,6 @@ def median(answers: Sequence[Mapping[str, Any]], key: str) -> float:
     return float(statistics.median(answer[key] for answer in answers))
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
 def machine() -> dict[str, Any]:
     """Return what a reader must know of the machine."""
     return {

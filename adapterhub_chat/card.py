@@ -83,6 +83,7 @@ def _training(manifest: Manifest) -> str:
         ("steps", f"{t.steps} (best on validation: {t.best_step})"),
         ("tokens", f"{t.tokens:,}"),
         ("seconds", f"{t.seconds:.0f}"),
+        ("peak memory", f"{t.peak_bytes / 2**20:.0f} MiB" if t.peak_bytes else ""),
         ("stopped", t.stopped),
         ("note", t.note),
         *((f"gradient cosine {pair}", f"{c:.3f}") for pair, c in sorted(t.conflict.items())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +45,8 @@ from adapterhub_chat.terminal import (
     tell,
     tell_warnings_and_logs,
 )
-from adapterhub_chat.train import first_process
+from adapterhub_chat.train import first_process, leave
+from adapterhub_chat.train_bench import bench_train
 from adapterhub_chat.types import BACKBONE
 
 app = typer.Typer(
@@ -54,6 +55,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+BENCHES: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "kernels": bench_kernels,
+    "train": bench_train,
+}
 INTERRUPTED = 130
 """Exit code after Ctrl-C, typer's too."""
 
@@ -154,7 +159,9 @@ def train(
     hub = _hub(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device, say)
     with Bars(err, show=not say.quiet) as bars:
         done = carry_out(hub, run, folder, resume=resume, listeners=bars.listeners)
-    if first_process():
+    first = first_process()
+    leave()
+    if first:
         _tell_trained(run, folder, done, say, as_json=as_json)
         raise typer.Exit(_training_code(run, done.manifests))
 
@@ -166,6 +173,8 @@ def _tell_trained(run: RunConfig, folder: Path, done: Finished, say: Say, *, as_
     for title, manifest in done.manifests.items():
         t = manifest.training
         say(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {run.pool}")
+    if peak := max((m.training.peak_bytes for m in done.manifests.values()), default=0):
+        say(f"memory at its peak: {peak / 2**20:.0f} MiB")
     say(f"run log: {folder / 'metrics.jsonl'}")
     if done.sweep:
         rows = [
@@ -351,25 +360,26 @@ def verify(
 
 @app.command()
 def bench(
-    kind: Annotated[str, typer.Argument(help="kernels")],
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(BENCHES)}.")],
     repeats: Annotated[
-        int, typer.Option(min=1, help="Interleaved repeats; medians are shown.")
-    ] = 15,
+        int | None, typer.Option(min=1, help="Interleaved repeats; medians are shown.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this project, in one interleaved run."""
-    if kind != "kernels":
-        raise UsageError(f"bench {kind!r}: allowed is kernels")
-    result = bench_kernels(repeats=repeats)
+    """Measure this project, and the peers that are installed, in one interleaved run."""
+    if kind not in BENCHES:
+        raise UsageError(f"bench {kind!r}: allowed are {', '.join(BENCHES)}")
+    result = BENCHES[kind](**({} if repeats is None else {"repeats": repeats}))
     if as_json:
         print_json(result)
         return
-    forms = ("linear", "batched", "ragged", "dense")
-    print_table(
-        "Microseconds, median; the linear layer beside the forms",
-        ("case", *forms),
-        [(row["case"], *(f"{row[form]:.0f}" for form in forms)) for row in result["rows"]],
-    )
+    for row in result["rows"]:
+        columns = [(n, v) for n, v in row.items() if isinstance(v, int | float | str)]
+        typer.echo(
+            "  ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in columns)
+        )
+    for name, ratio in result["ratios"].items():
+        typer.echo(f"{name}: {'not measured' if ratio is None else f'{ratio:.3f}'}")
 
 
 def _hub(
@@ -378,7 +388,9 @@ def _hub(
     hub = AdapterHub(backbone, pool, quantize=quantize, dtype=dtype, device=device)
     shown = _precision(hub)
     kind = shown["quantize"] or shown["dtype"]
-    say(f"{backbone} in {kind} on {shown['device']} (change with --dtype, --quantize, --device)")
+    size = hub.backbone.nbytes / 2**20
+    where = f"on {shown['device']} (change with --dtype, --quantize, --device)"
+    say(f"{backbone} in {kind}, {size:.0f} MiB, {where}")
     return hub
 
 

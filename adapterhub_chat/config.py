@@ -96,6 +96,11 @@ class RunOptions(BaseModel):
     save_minutes: float = Field(
         2.0, ge=0, description="Minutes between two saved states; 0: by steps alone."
     )
+    shard: bool = Field(
+        False,
+        description="Spread the backbone's weights over the processes (FSDP): for one too large for "
+        "a device. The adapters are then saved without probe and scores; measure them with eval.",
+    )
     checkpointing: bool = Field(
         False, description="Keep no activations inside the blocks: less memory, a third more work."
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from adapterhub_chat.assets import ASSETS
-from adapterhub_chat.backbone import Backbone
+from adapterhub_chat.backbone import Backbone, peak_memory
 from adapterhub_chat.config import explain
 from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.jobs import Job
@@ -42,6 +42,8 @@ class Training(BaseModel):
     best_step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    backbone_bytes: int = Field(default=0, description="Of the backbone's weights in training.")
+    peak_bytes: int = Field(default=0, description="Most memory that the run had used at its end.")
     validation_loss: float | None = None
     stopped: str = ""
     conflict: dict[str, FiniteFloat] = Field(
@@ -155,6 +157,8 @@ def manifest_of(
             best_step=trained.best_step,
             tokens=trained.tokens,
             seconds=round(trained.seconds, 1),
+            backbone_bytes=backbone.nbytes,
+            peak_bytes=peak_memory(backbone.device),
             validation_loss=trained.best_loss if math.isfinite(trained.best_loss) else None,
             stopped=trained.stopped,
             conflict=dict(trained.conflict),

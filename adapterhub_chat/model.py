@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.batches import Batch
-from adapterhub_chat.errors import AdapterError, UnknownNameError
+from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
 from adapterhub_chat.lora import Bank, Plan, Site, activate, active, attach, find_sites
 from adapterhub_chat.types import BACKBONE, Mix
@@ -178,6 +180,18 @@ class AdapterModel:
             for block in blocks:
                 block.gradient_checkpointing = block.training = False
                 del block._gradient_checkpointing_func
+
+    def shard(self) -> None:
+        """Spread every block's frozen weights over the processes of the run, for good (FSDP2).
+
+        Each process keeps its share and gathers a block's weights for as long as the block runs. All
+        processes must run the same forwards from now on. Raises UsageError for a quantized backbone.
+        """
+        if self.backbone.quantize is not None:
+            raise UsageError("a quantized backbone cannot be sharded; leave out shard or quantize")
+        mesh = init_device_mesh(self.backbone.device.type, (torch.distributed.get_world_size(),))
+        for block in self.backbone.blocks:
+            fully_shard(block, mesh=mesh)
 
     def _mask(self, batch: Batch) -> Tensor:
         """Return the batch's mask; for the CPU's training attention, once for every head."""

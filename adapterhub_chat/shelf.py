@@ -91,13 +91,18 @@ class Shelf:
         stored = self._stored.get(heaviest)
         return stored.manifest.contract if stored and stored.manifest else None
 
-    def keep(self, weights: AdapterWeights, manifest: Manifest) -> Manifest:
+    def keep(
+        self, weights: AdapterWeights, manifest: Manifest, *, probing: bool = True
+    ) -> Manifest:
         """Save a new adapter with its probe to the pool and load it; return the final manifest.
 
-        When it cannot be saved, pool and loaded adapters are as before.
+        When it cannot be saved, pool and loaded adapters are as before. Without `probing` no forward is
+        run, and the adapter has no probe.
         """
-        with self._on_trial(manifest.name, weights) as trial:
-            probe = make_probe(self.model, trial)
+        probe = None
+        if probing:
+            with self._on_trial(manifest.name, weights) as trial:
+                probe = make_probe(self.model, trial)
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
         stored = self.pool.save(manifest.name, weights, config, draft)

@@ -96,6 +96,16 @@ def first_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
+def processes() -> int:
+    """Return how many processes train together."""
+    return int(PartialState().num_processes)
+
+
+def leave() -> None:
+    """End this process's part in the run's group of processes."""
+    PartialState().destroy_process_group()
+
+
 def targeted(
     shapes: Mapping[str, tuple[int, int]], targets: str, layers: str = "all"
 ) -> dict[str, tuple[int, int]]:

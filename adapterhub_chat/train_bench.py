@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.backbone import load_backbone, peak_memory
 from adapterhub_chat.batches import epochs, pack
-from adapterhub_chat.bench import Worker, interleaved, machine, median, peak_memory, serve
+from adapterhub_chat.bench import Worker, interleaved, machine, median, serve
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.jobs import Job, make_job
 from adapterhub_chat.losses import token_losses
@@ -129,7 +129,7 @@ def main() -> None:
 
     def told(what: str) -> Mapping[str, Any]:
         if what == "end":
-            return {**end(), "peak_bytes": peak_memory()}
+            return {**end(), "peak_bytes": peak_memory(backbone.device)}
         started = time.perf_counter()
         done = work()
         return {**done, "seconds": time.perf_counter() - started}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from adapterhub_chat.jobs import make_job, sample
 from adapterhub_chat.manifest import Manifest, manifest_of
 from adapterhub_chat.metrics import METRICS
 from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.pictures import draw_ledger
 from adapterhub_chat.pool import check_name
 from adapterhub_chat.runlog import RunLog, write_json
 from adapterhub_chat.sequence import Ledger, Memory
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
-from adapterhub_chat.train import Event, first_process
+from adapterhub_chat.train import Event, first_process, processes
 from adapterhub_chat.types import Mix, Score, as_mix
 
 DATA_SETTINGS = ("row_length", "train_examples", "eval_examples", "rows_per_step")
@@ -87,6 +88,8 @@ def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> 
             on_sweep=heard.on_sweep,
             memory=run.memory,
         )
+        if order.options.shard:
+            shelf.model.shard()
         for made in course.run():
             run.take(made)
         return run.finish()
@@ -138,7 +141,7 @@ class _Run:
             beside=made.beside,
             note=made.note,
         )
-        kept = _kept(self.shelf, made, draft, self.order.save_dtype)
+        kept = self._kept(made, draft)
         self.manifests |= kept
         self.made |= dict.fromkeys(kept, made)
         if self.order.options.how == "sequence" and kept and not self.interrupted:
@@ -155,9 +158,22 @@ class _Run:
         if first_process():
             for states in self._states:
                 states.clear()
-        if self.order.options.test_examples and first_process():
+        if self.order.options.shard:
+            _warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
+        elif self.order.options.test_examples and first_process():
             self._measure()
         return self.manifests
+
+    def _kept(self, made: Made, draft: Manifest) -> dict[str, Manifest]:
+        """Save one adapter; where that fails, warn, so that the others of the run are not lost."""
+        weights = made.weights.to(self.order.save_dtype)
+        try:
+            return {
+                draft.name: self.shelf.keep(weights, draft, probing=not self.order.options.shard)
+            }
+        except AdapterError as error:
+            _warn(f"adapter {draft.name!r} is not saved: {error}")
+            return {}
 
     def _measure(self) -> None:
         """Score the saved adapters on their tasks' test splits; write the scores into manifests."""
@@ -181,7 +197,7 @@ class _Run:
     def _look_back(self, made: Made) -> None:
         """Add a row to the ledger: each task's score now, by the adapter that answers for it."""
         options, tasks = self.order.options, self.order.tasks
-        if not options.test_examples:
+        if not options.test_examples or options.shard:
             return
         row: list[float | None] = []
         for name, task in tasks.items():
@@ -218,23 +234,27 @@ def _check(shelf: Shelf, order: Order) -> None:
         found.append(f"{clash[0]!r} is the name of a task's adapter and of the common one")
     if order.sweeps and options.how != "joint":
         found.append(f"a sweep trains jointly; how={options.how!r} cannot have one")
-    for name, sweep in order.sweeps.items():
-        if name not in names:
-            found.append(f"sweep of {name!r}, but this run trains {', '.join(names)}")
-            continue
-        found += [
-            f"sweep of {name!r}: {key} must be the same for all candidates"
-            for key in sweep
-            if key in DATA_SETTINGS
-        ]
-        if not order.configs[name].eval_examples:
-            found.append(f"sweep of {name!r}: eval_examples=0 leaves nothing to choose by")
+    found += _sweep_misfits(order)
+    if options.shard and processes() < 2:
+        found.append("shard spreads the backbone over processes; start several with torchrun")
     if order.resume and order.run_dir is None:
         found.append("resume needs the run's folder (run_dir)")
     if found:
         raise ConfigError("the run", found)
     if first_process():
         shelf.pool.check_writable()
+
+
+def _sweep_misfits(order: Order) -> Iterator[str]:
+    for name, sweep in order.sweeps.items():
+        if name not in order.tasks:
+            yield f"sweep of {name!r}, but this run trains {', '.join(order.tasks)}"
+            continue
+        for key in sweep:
+            if key in DATA_SETTINGS:
+                yield f"sweep of {name!r}: {key} must be the same for all candidates"
+        if not order.configs[name].eval_examples:
+            yield f"sweep of {name!r}: eval_examples=0 leaves nothing to choose by"
 
 
 def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
@@ -251,17 +271,9 @@ def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
     def on_ledger(ledger: Ledger) -> None:
         listeners.on_ledger(ledger)
         write_json(folder / "ledger.json", ledger.as_json())
+        draw_ledger(ledger, folder / "ledger.png")
 
     return replace(listeners, on_event=on_event, on_sweep=on_sweep, on_ledger=on_ledger)
-
-
-def _kept(shelf: Shelf, made: Made, draft: Manifest, dtype: torch.dtype) -> dict[str, Manifest]:
-    """Save one adapter; where that fails, warn, so that the others of the run are not lost."""
-    try:
-        return {draft.name: shelf.keep(made.weights.to(dtype), draft)}
-    except AdapterError as error:
-        _warn(f"adapter {draft.name!r} is not saved: {error}")
-        return {}
 
 
 def _unquantized(model: AdapterModel) -> AdapterModel | None:

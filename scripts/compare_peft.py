@@ -40,8 +40,8 @@ from adapterhub_chat.learner import schedule, total_steps
 from adapterhub_chat.metrics import METRICS, Rows, Statistic, bootstrap_interval
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.template import Encoded
 from adapterhub_chat.train import targeted, train
+from adapterhub_chat.train_bench import padded
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import AdapterWeights, initial_weights
 from adapterhub_chat.workshop import SILENT, Listeners
@@ -196,19 +196,6 @@ def set_factors(model: Any, start: AdapterWeights) -> None:
         for name, (a, b) in start.factors.items():
             layers[name].lora_A["default"].weight.copy_(a)
             layers[name].lora_B["default"].weight.copy_(b)
-
-
-def padded(examples: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
-    """Return one example a row, padded on the right, with labels on the answers' tokens alone."""
-    pairs = [(example.prompt, example.continuations[0]) for example in examples]
-    shape = len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids, mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, -100)
-    for row, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        ids[row, :end], mask[row, :end] = torch.tensor(prompt + answer), 1
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def judge_both(

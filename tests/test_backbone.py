@@ -1,10 +1,12 @@
 """Backbones: every way to name one, precision, quantization, fingerprints, and that they are frozen."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, toy_task
+from conftest import VOCABULARY, pico_model, toy_task
 
 from adapterhub_chat.backbone import load_backbone, pick_device, pick_dtype
 from adapterhub_chat.config import TrainConfig
@@ -187,3 +189,43 @@ def test_training_on_4bit_learns_and_moves_no_byte(pico_folder):
 def test_the_vocabulary_is_what_the_fixture_says(backbone):
     assert backbone.model.config.vocab_size == VOCABULARY
     assert backbone.end_of_turn == backbone.tokenizer.eos_token_id
+
+
+def dense_twin(quantized):
+    """The same network with the 4-bit weights written out, in plain linear layers."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    twin = pico_model()
+    twin.requires_grad_(False)
+    for name, module in quantized.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(
+                module.weight.data, module.weight.quant_state
+            )
+            twin.get_submodule(name).weight.data = weight.float().view(
+                twin.get_submodule(name).weight.shape
+            )
+    return twin
+
+
+def test_4bit_gradients_are_those_of_the_dense_model_before_and_after_an_evaluation(
+    pico_folder, make_weights
+):
+    quantized = load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
+    model = AdapterModel(quantized)
+    dense = AdapterModel(replace(quantized, model=dense_twin(quantized.model), quantize=None))
+
+    def gradient(of):
+        bank = of.new_bank(list(of.shapes), slots=1, rank=8, dtype=torch.float32, trainable=True)
+        bank.write(0, make_weights())
+        with activate(Plan(bank, torch.ones(1, 1))):
+            of.backbone.model(IDS).logits.square().mean().backward()
+        return bank.gradient(0, 1.0, bank.scratch)
+
+    wanted = gradient(dense)
+    for _ in range(2):
+        cosine = torch.nn.functional.cosine_similarity(gradient(model), wanted, dim=0)
+        assert cosine > 0.9999
+        ratio = gradient(model).norm() / wanted.norm()
+        assert abs(float(ratio) - 1) < 1e-3
+        with torch.no_grad():
+            model.backbone.model(IDS)

@@ -122,9 +122,13 @@ def test_peft_gives_the_plain_model_back(hub, backbone, tmp_path):
 
 def test_only_answer_tokens_are_labelled():
     batch = script.padded([Encoded((5, 6, 7), ((8, 2),)), Encoded((5,), ((9,),))], pad=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [5, 9, 0, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, -100, 8, 2], [-100, 9, -100, -100, -100]]
+    spare = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    assert all(not (batch[name][:, 5:] != value).any() for name, value in spare.items())
+    assert {tensor.shape[1] for tensor in batch.values()} == {16}  # few widths, few shapes
+    assert batch["input_ids"][:, :5].tolist() == [[5, 6, 7, 8, 2], [5, 9, 0, 0, 0]]
+    assert batch["attention_mask"][:, :5].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    labels = batch["labels"][:, :5].tolist()
+    assert labels == [[-100, -100, -100, 8, 2], [-100, 9, -100, -100, -100]]
 
 
 def test_the_last_label_is_the_end_of_the_turn(backbone):

@@ -26,7 +26,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {"model": "backbone model generate"},
     {"learning": "jobs learner train sequence courses evaluate"},
-    {"keeping": "manifest card folder pool trust shelf runlog checkpoint"},
+    {"keeping": "manifest card folder pool trust shelf runlog checkpoint pictures"},
     {
         "doors": "__init__ __main__ api bench chat cli demo kernels_bench lines options orders "
         "progress terminal train_bench workshop"
@@ -52,6 +52,7 @@ DOORS = {
 LAZY = {
     ("task_file", "datasets"),
     ("runlog", "importlib.import_module"),
+    ("pictures", "importlib.import_module"),
     ("train_bench", "importlib.import_module"),  # peft, the peer
 }
 """The doors of heavy or optional libraries: what may be imported inside a function."""

@@ -94,6 +94,15 @@ def test_the_other_toml_is_a_run(tmp_path):
         assert all(load_task(ROOT_TASK.get(e["task"], e["task"])) for e in run.adapters.values())
 
 
+def test_the_runs_of_the_training_page_are_runs(tmp_path):
+    shown = blocks("toml", PAGES["docs/training.md"].read_text("utf-8"))
+    assert shown
+    for number, text in enumerate([*shown, (ROOT / "docs" / "sharded.toml").read_text("utf-8")]):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(text)
+        assert read_run(path, [], [], {}, {}).adapters
+
+
 ROOT_TASK = {f"tasks/{p.name}": ROOT / "tasks" / p.name for p in (ROOT / "tasks").iterdir()}
 
 

@@ -1,6 +1,7 @@
 """The scripts that a user copies run, small: a pico backbone and tasks of a few lines."""
 
 import importlib.util
+import json
 import os
 import runpy
 import subprocess
@@ -83,6 +84,18 @@ def test_train_sequence_measures_every_adapter_on_every_task(tasks, pico_folder,
     for adapter in ("films", "greetings"):
         assert f"{adapter} on films: accuracy" in printed
         assert f"{adapter} on greetings: perplexity" in printed
+
+
+def test_compare_multitask_scores_every_way_beside_the_backbone(tasks, pico_folder, capsys):
+    arguments = ("--backbone", pico_folder, "--steps", 6, "--test-examples", 5)
+    run_script("compare_multitask", *tasks, *arguments, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert [(s["task"], s["adapter"], s["n"]) for s in found["scores"]] == [
+        (task, way, 5) for task in ("films", "greetings") for way in ("alone", "joint", "shared")
+    ]
+    assert list(found["cosines"]) == ["films beside shared|greetings beside shared"]
+    run_script("compare_multitask", *tasks, *arguments)
+    assert "cosine of gradients, films beside shared and greetings" in capsys.readouterr().out
 
 
 def test_evaluate_prints_a_line_a_score(pool, tasks, pico_folder, capsys):

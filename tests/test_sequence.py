@@ -1,13 +1,17 @@
 """Sequences: what is new leaves the old alone, what grows keeps its blocks, and the ledger counts right."""
 
+import json
+
 import pytest
 import torch
 from conftest import toy_answers, toy_talk, toy_task
 from test_train import close, job
 
 from adapterhub_chat.losses import overlap
-from adapterhub_chat.sequence import Ledger, train_sequence
+from adapterhub_chat.pictures import draw_ledger
+from adapterhub_chat.sequence import Ledger, Memory, train_sequence
 from adapterhub_chat.train import train
+from adapterhub_chat.workshop import Listeners
 
 LEARN = {"rank": 3, "max_steps": 20, "learning_rate": 1e-2, "eval_examples": 0}
 
@@ -50,8 +54,6 @@ def test_replay_takes_its_share_from_earlier_tasks(model):
     seen = []
 
     def remember(name):
-        from adapterhub_chat.sequence import Memory
-
         seen.append(name)
         return Memory()
 
@@ -90,8 +92,6 @@ def test_the_ledger_counts_what_was_forgotten_and_what_helped():
 
 def test_new_adapters_forget_exactly_nothing(hub):
     heard = []
-    from adapterhub_chat.workshop import Listeners
-
     hub.train(
         [toy_task(), toy_answers(), toy_talk()],
         how="sequence",
@@ -111,8 +111,6 @@ def test_new_adapters_forget_exactly_nothing(hub):
 
 
 def test_one_growing_adapter_is_looked_at_on_every_task(hub, tmp_path):
-    import json
-
     found = hub.train(
         [toy_task(), toy_answers()],
         how="sequence",
@@ -129,5 +127,12 @@ def test_one_growing_adapter_is_looked_at_on_every_task(hub, tmp_path):
     assert {s.task for s in found["grown"].scores} == {"toy", "answers"}
     kept = json.loads((tmp_path / "run" / "ledger.json").read_text())
     assert all(value is not None for row in kept["matrix"] for value in row)
+    assert (tmp_path / "run" / "ledger.png").read_bytes().startswith(b"\x89PNG")
     assert hub.verify("grown").ok
     assert torch.isfinite(hub.next_token_logits(["x"], ["grown"])).all()
+
+
+def test_a_ledger_with_gaps_is_drawn(tmp_path):
+    drawn = draw_ledger(ledger(((0.9, None), (0.9, 0.9))), tmp_path / "a.png")
+    assert drawn
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -1,0 +1,53 @@
+"""Pictures of what a run found, drawn where matplotlib is installed (the extra `pictures`)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from adapterhub_chat.sequence import Ledger
+
+
+def draw_ledger(ledger: Ledger, path: Path) -> bool:
+    """Draw the scores after each stage as a PNG; return whether there was a library to draw with.
+
+    A cell's colour says how far its score lies between the worst and the best on that task.
+    """
+    if not importlib.util.find_spec("matplotlib"):
+        return False
+    figure: Any = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(2 + 1.3 * len(ledger.tasks), 1.8 + 0.6 * len(ledger.matrix)), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    rows: list[tuple[float | None, ...]] = [ledger.start, *ledger.matrix]
+    axes.imshow(_shades(ledger, rows), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if value is not None:
+                axes.text(j, i, f"{value:.3g}", ha="center", va="center")
+    heads = [f"{t}\n{m}" for t, m in zip(ledger.tasks, ledger.metrics, strict=True)]
+    axes.set_xticks(range(len(heads)), heads)
+    stages = ["backbone", *(f"after {t}" for t in ledger.tasks[: len(ledger.matrix)])]
+    axes.set_yticks(range(len(stages)), stages)
+    backward, forward = ledger.backward_transfer, ledger.forward_transfer
+    axes.set_title(f"backward transfer {backward:+.3g}, forward transfer {forward:+.3g}")
+    scratch = path.with_name(f".tmp-{path.name}")
+    figure.savefig(scratch, format="png", dpi=120)
+    scratch.replace(path)
+    return True
+
+
+def _shades(ledger: Ledger, rows: list[tuple[float | None, ...]]) -> list[list[float]]:
+    """Return how good each score is on its task, 0 to 1; NaN where there is none."""
+    shades = [[float("nan")] * len(ledger.tasks) for _ in rows]
+    for j, better in enumerate(ledger.higher_is_better):
+        known = [row[j] for row in rows]
+        values = [value for value in known if value is not None]
+        low, span = min(values), (max(values) - min(values)) or 1.0
+        for i, value in enumerate(known):
+            if value is not None:
+                share = (value - low) / span
+                shades[i][j] = share if better else 1 - share
+    return shades
