@@ -174,9 +174,12 @@ def peak_memory(device: torch.device) -> int:
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
-    """Return the device asked for, else CUDA when there is one, else the CPU."""
+    """Return the device asked for, else CUDA when there is one (each process its own), else the CPU."""
+    if device is None and not torch.cuda.is_available():
+        return torch.device("cpu")
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rank = os.environ.get("LOCAL_RANK")  # set by torchrun
+        return torch.device("cuda" if rank is None else f"cuda:{rank}")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

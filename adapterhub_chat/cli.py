@@ -197,7 +197,8 @@ def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:
     """Return INTERRUPTED after Ctrl-C, 1 when an adapter learnt nothing and was not saved, else 0."""
     if any(m.training.stopped == "interrupted" for m in manifests.values()):
         return INTERRUPTED
-    return int(len(manifests) < len(run.adapters))
+    grows = run.how == "sequence" and run.grow
+    return int(len(manifests) < (1 if grows else len(run.adapters) + (run.how == "shared")))
 
 
 app.command("train")(train)

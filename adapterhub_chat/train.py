@@ -289,7 +289,8 @@ class Run:
         self._now = time.monotonic() - self._started
         if any(job.config.max_minutes for job in self.jobs):
             first = self._now if self.accelerator.process_index == 0 else 0.0
-            self._now = float(self._total(torch.tensor(first, dtype=torch.float64)))
+            seconds = torch.tensor(first, device=self.model.backbone.device)
+            self._now = float(self._total(seconds))
         return self._now
 
     def state(self) -> RunState:

@@ -106,6 +106,10 @@ class _Run:
         self._states: list[Checkpoints] = []
         self._matrix: list[tuple[float | None, ...]] = []
         self._start: dict[str, float] = {}
+        if order.resume and order.run_dir is not None:
+            found = any((order.run_dir / "state").rglob("state-*"))
+            if not found and first_process():
+                _warn(f"{order.run_dir} holds no saved state: the run starts from the beginning")
 
     def memory(self, stage: str) -> Memory:
         """Return where a stage of the run keeps its state, and the state to go on from."""

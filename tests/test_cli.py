@@ -23,6 +23,7 @@ from adapterhub_chat.cli import app, main
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import PoolError
 from adapterhub_chat.lines import sink
+from adapterhub_chat.runlog import RunLog
 from adapterhub_chat.task import load_task
 from adapterhub_chat.types import SPLITS
 
@@ -537,6 +538,64 @@ def test_chat_answers_as_the_hub_does(run, pico_folder):
     (wanted,) = hub.chat([[{"role": "user", "content": "good film"}]], ["sentiment"])
     out = run("chat", "--adapter", "sentiment", stdin="good film\n").out
     assert f"sentiment> {wanted}\n" in out
+
+
+def test_an_interrupted_run_is_resumed_as_it_was_ordered(run, here, monkeypatch):
+    """Ctrl-C after a few steps, then --resume: the adapter that an undisturbed run gives."""
+    order = ("qa", "--max-steps", 9, "--rows-per-step", 1, "--row-length", 64, "--epochs", 99)
+    more = ("--patience", 0, "--test-examples", 0, "--save-steps", 2, "--save-minutes", 0)
+    assert run("train", *order, *more, "--pool", "whole", "--run-dir", "a").code == 0
+    log = RunLog.__call__
+
+    def press(self, event):
+        log(self, event)
+        if event.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunLog, "__call__", press)
+    assert run("train", *order, *more, "--pool", "again", "--run-dir", "b").code == 130
+    assert manifest("qa", "again")["training"]["stopped"] == "interrupted"
+    monkeypatch.setattr(RunLog, "__call__", log)
+    done = run("train", "--resume", "--run-dir", "b", backbone=False)
+    assert done.code == 0, done.err
+    assert manifest("qa", "again")["sha256"] == manifest("qa", "whole")["sha256"]
+    assert manifest("qa", "again")["training"]["steps"] == 9
+    assert not (here / "b" / "state" / "run").exists()
+    late = run("train", "--resume", "--run-dir", "b", backbone=False)
+    assert "b holds no saved state: the run starts from the beginning" in late.err
+
+
+def test_what_cannot_be_resumed_is_said(run, here):
+    assert "--resume needs --run-dir" in run("train", "--resume", backbone=False).err
+    missing = run("train", "--resume", "--run-dir", "nowhere", backbone=False)
+    assert (missing.code, "nowhere holds no run to resume" in missing.err) == (2, True)
+    (here / "r").mkdir()
+    (here / "r" / "run.json").write_text('{"rank": 3}')
+    wrong = run("train", "--resume", "--run-dir", "r", backbone=False)
+    assert "rank: no such key" in wrong.err
+
+
+def test_a_sweep_on_the_command_line(run, here):
+    quick = ("--max-steps", 2, "--rows-per-step", 1, "--row-length", 64, "--test-examples", 0)
+    done = run("train", "qa", "--sweep", "rank=2,4", "--sweep", "learning_rate=0.1,1e-9", *quick)
+    assert done.code == 0, done.err
+    assert "Settings tried, by validation loss" in done.out
+    assert done.out.count("kept") == 1
+    wrong = run("train", "qa", "--sweep", "rank=0", "--sweep", "speed=1", "--sweep", "alpha")
+    assert wrong.code == 2
+    for part in ("--sweep.rank: input", "--sweep.speed: no such key", "'alpha' is no sweep"):
+        assert part in wrong.err
+
+
+def test_shared_and_grown_runs_print_what_they_found(run, here):
+    quick = ("--max-steps", 6, "--rows-per-step", 1, "--row-length", 64, "--test-examples", 3)
+    shared = run("train", "qa", "sentiment", "--how", "shared", *quick)
+    assert shared.code == 0, shared.err
+    assert "qa and sentiment" in shared.out
+    grown = run("train", "qa", "sentiment", "--how", "sequence", "--grow", "--run-dir", "g", *quick)
+    assert grown.code == 0, grown.err
+    assert "backward transfer" in grown.out
+    assert (here / "g" / "ledger.png").exists()
 
 
 # ---- demo, bench ---------------------------------------------------------------------------------
