@@ -21,6 +21,7 @@ from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
 from adapterhub_chat.kernels_bench import bench_kernels
 from adapterhub_chat.lines import read_lines, sink
 from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.mixed_bench import bench_mixed
 from adapterhub_chat.options import (
     BackboneOption,
     DeviceOption,
@@ -31,15 +32,15 @@ from adapterhub_chat.options import (
     QuantizeOption,
     with_settings,
 )
-from adapterhub_chat.orders import Finished, carry_out, resumed
+from adapterhub_chat.orders import carry_out, resumed
 from adapterhub_chat.pool import Pool
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.terminal import (
     Say,
     err,
     number,
+    print_finished,
     print_json,
-    print_ledger,
     print_scores,
     print_table,
     tell,
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 BENCHES: Mapping[str, Callable[..., dict[str, Any]]] = {
     "kernels": bench_kernels,
+    "mixed": bench_mixed,
     "train": bench_train,
 }
 INTERRUPTED = 130
@@ -162,35 +164,11 @@ def train(
     first = first_process()
     leave()
     if first:
-        _tell_trained(run, folder, done, say, as_json=as_json)
+        if as_json:
+            print_json({n: m.model_dump(mode="json") for n, m in done.manifests.items()})
+        else:
+            print_finished(done, run.pool, folder, say)
         raise typer.Exit(_training_code(run, done.manifests))
-
-
-def _tell_trained(run: RunConfig, folder: Path, done: Finished, say: Say, *, as_json: bool) -> None:
-    if as_json:
-        print_json({n: m.model_dump(mode="json") for n, m in done.manifests.items()})
-        return
-    for title, manifest in done.manifests.items():
-        t = manifest.training
-        say(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {run.pool}")
-    if peak := max((m.training.peak_bytes for m in done.manifests.values()), default=0):
-        say(f"memory at its peak: {peak / 2**20:.0f} MiB")
-    say(f"run log: {folder / 'metrics.jsonl'}")
-    if done.sweep:
-        rows = [
-            (c.adapter, *map(str, c.settings.values()), number(c.validation_loss), "kept" * c.kept)
-            for c in done.sweep
-        ]
-        columns = ("adapter", *done.sweep[0].settings, "validation loss", "")
-        print_table("Settings tried, by validation loss", columns, rows)
-    if scores := [s for m in done.manifests.values() for s in m.scores]:
-        print_scores("Test split, beside the backbone", scores)
-    for manifest in done.manifests.values():
-        if pairs := manifest.training.conflict:
-            rows = [(pair.replace("|", " and "), number(c)) for pair, c in pairs.items()]
-            print_table("Agreement of gradients on the shared adapter", ("tasks", "cosine"), rows)
-    if done.ledger is not None:
-        print_ledger(done.ledger)
 
 
 def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:

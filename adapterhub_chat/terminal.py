@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from adapterhub_chat.orders import Finished
 from adapterhub_chat.sequence import Ledger
 from adapterhub_chat.types import Score
 
@@ -69,6 +71,31 @@ def _score_row(s: Score) -> tuple[str, ...]:
     interval = f"{number(s.low)} to {number(s.high)}"
     beside = number(s.backbone_value)
     return s.adapter, s.task, s.metric, number(s.value), interval, beside, str(s.n)
+
+
+def print_finished(done: Finished, pool: str, folder: Path, say: Say) -> None:
+    """Print what a training run gave: adapters, scores, and what a sweep or a sequence found."""
+    for title, manifest in done.manifests.items():
+        t = manifest.training
+        say(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {pool}")
+    if peak := max((m.training.peak_bytes for m in done.manifests.values()), default=0):
+        say(f"memory at its peak: {peak / 2**20:.0f} MiB")
+    say(f"run log: {folder / 'metrics.jsonl'}")
+    if done.sweep:
+        rows = [
+            (c.adapter, *map(str, c.settings.values()), number(c.validation_loss), "kept" * c.kept)
+            for c in done.sweep
+        ]
+        columns = ("adapter", *done.sweep[0].settings, "validation loss", "")
+        print_table("Settings tried, by validation loss", columns, rows)
+    if scores := [s for m in done.manifests.values() for s in m.scores]:
+        print_scores("Test split, beside the backbone", scores)
+    for manifest in done.manifests.values():
+        if pairs := manifest.training.conflict:
+            found = [(pair.replace("|", " and "), number(c)) for pair, c in pairs.items()]
+            print_table("Agreement of gradients on the shared adapter", ("tasks", "cosine"), found)
+    if done.ledger is not None:
+        print_ledger(done.ledger)
 
 
 def print_ledger(ledger: Ledger) -> None:

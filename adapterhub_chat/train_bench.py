@@ -43,7 +43,7 @@ def bench_train(
     rank: int = 16,
     rows_per_step: int = 2,
     row_length: int = 256,
-    steps: int = 4,
+    steps: int = 2,
     repeats: int = 3,
     flat: Sequence[int] = (1, 16),
 ) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Train the adapters that the repository ships: qa, generation and sentiment, jointly, in one run.
 
-    python scripts/train_shipped.py [--tasks qa generation sentiment] [--steps 1300]
+    python scripts/train_shipped.py [--tasks qa generation sentiment] [--steps 1200]
 
 About 40 minutes on two CPU cores. Scores are measured afterwards on the test splits and written into
 each adapter's manifest and card.
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=list(OWN), default=list(OWN))
     parser.add_argument("--pool", default="adapters")
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--test-examples", type=int, default=600)
     options = parser.parse_args()
     hub = AdapterHub(pool=options.pool)

@@ -629,7 +629,7 @@ def test_demo_prints_what_a_newcomer_needs(run, monkeypatch):
 
 def test_bench_knows_its_kinds(run):
     failed = run("bench", "speed", backbone=False)
-    assert (failed.code, "'speed': allowed are kernels, train" in failed.err) == (2, True)
+    assert (failed.code, "'speed': allowed are kernels, mixed, train" in failed.err) == (2, True)
 
 
 # ---- wrong input ---------------------------------------------------------------------------------

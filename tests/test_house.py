@@ -22,13 +22,13 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
-        "tensors": "attention kernels weights lora losses",
+        "tensors": "attention kernels weights targets lora losses",
     },
     {"model": "backbone model generate"},
     {"learning": "jobs learner train sequence courses evaluate"},
     {"keeping": "manifest card folder pool trust shelf runlog checkpoint pictures"},
     {
-        "doors": "__init__ __main__ api bench chat cli demo kernels_bench lines options orders "
+        "doors": "__init__ __main__ api bench chat cli demo kernels_bench lines mixed_bench options orders "
         "progress terminal train_bench workshop"
     },
 )
@@ -52,6 +52,7 @@ DOORS = {
 LAZY = {
     ("task_file", "datasets"),
     ("runlog", "importlib.import_module"),
+    ("mixed_bench", "importlib.import_module"),  # peft, the peer
     ("pictures", "importlib.import_module"),
     ("train_bench", "importlib.import_module"),  # peft, the peer
 }

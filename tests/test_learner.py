@@ -9,7 +9,8 @@ from adapterhub_chat.batches import pack
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.losses import overlap, overlap_gradient, token_losses
-from adapterhub_chat.train import Run, targeted, train
+from adapterhub_chat.targets import targeted
+from adapterhub_chat.train import Run, train
 from adapterhub_chat.weights import concatenate
 
 

@@ -13,8 +13,9 @@ from adapterhub_chat.evaluate import sequence_losses
 from adapterhub_chat.jobs import Job, make_job, sample
 from adapterhub_chat.learner import schedule, total_steps
 from adapterhub_chat.sequence import train_sequence
+from adapterhub_chat.targets import targeted
 from adapterhub_chat.template import encode_examples
-from adapterhub_chat.train import targeted, train
+from adapterhub_chat.train import train
 from adapterhub_chat.types import as_mix
 
 SMALL = {"row_length": 64, "rows_per_step": 1, "max_steps": 12, "epochs": 99, "patience": 0}

@@ -1,0 +1,195 @@
+"""`bench mixed`: decoding by the backbone alone and by batches of different adapters, beside the peers.
+
+Every way continues the same prompts by the same number of tokens, greedily and past every end of turn, with
+random adapters on all linear layers. here: one mixed batch. peft: `generate` with `adapter_names`.
+generate: transformers alone, one prompt. Engines that serve over HTTP are not started here: null.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.bench import Worker, machine, median, serve
+from adapterhub_chat.generate import Request, Sampling, generate
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.types import as_mix
+from adapterhub_chat.weights import AdapterWeights, initial_weights
+
+CASES = ((1, 0), (16, 0), (16, 1), (16, 8), (16, 16), (32, 0), (32, 32))
+"""Rows and adapters of a batch; 0 adapters is the backbone."""
+PROMPT = 16
+"""Tokens of a prompt."""
+
+Decode = Callable[[int, int], None]
+
+
+def bench_mixed(
+    *,
+    backbone: str = "smollm2-135m",
+    rank: int = 16,
+    tokens: int = 32,
+    repeats: int = 3,
+    cases: Sequence[tuple[int, int]] = CASES,
+) -> dict[str, Any]:
+    """Return tokens per second of every way at every case, and the ratios."""
+    most = max(adapters for _, adapters in cases)
+    settings = {"backbone": backbone, "rank": rank, "tokens": tokens, "adapters": most}
+    kinds = ["here", "generate"] + ["peft"] * (importlib.util.find_spec("peft") is not None)
+    workers = [Worker(__name__, kind, settings) for kind in kinds]
+    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for _ in range(repeats):
+        for rows, adapters in cases:
+            for worker in workers:
+                if worker.kind == "here" or (worker.kind == "peft") == (adapters > 0):
+                    what = json.dumps([rows, adapters])
+                    found.setdefault((worker.kind, rows, adapters), []).append(worker.measure(what))
+    for worker in workers:
+        worker.close()
+    speeds = {key: key[1] * tokens / median(done, "seconds") for key, done in found.items()}
+    return {
+        "bench": "mixed",
+        "machine": machine(),
+        "settings": {**settings, "repeats": repeats},
+        "rows": [
+            {"kind": kind, "rows": rows, "adapters": adapters, "tokens_per_second": speed}
+            for (kind, rows, adapters), speed in speeds.items()
+        ],
+        "ratios": _ratios(speeds),
+    }
+
+
+def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | None]:
+    def ratio(one: tuple[str, int, int], other: tuple[str, int, int]) -> float | None:
+        return speeds[one] / speeds[other] if one in speeds and other in speeds else None
+
+    return {
+        "mixed8_over_backbone": ratio(("here", 16, 8), ("here", 16, 0)),
+        "mixed32_over_backbone": ratio(("here", 32, 32), ("here", 32, 0)),
+        "mixed8_over_peft": ratio(("here", 16, 8), ("peft", 16, 8)),
+        "mixed8_over_vllm": None,
+        "backbone_over_vllm": None,
+        "single_over_generate": ratio(("here", 1, 0), ("generate", 1, 0)),
+    }
+
+
+# ---- the workers ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Be a worker of the kind that the command line names."""
+    kind, settings = sys.argv[1], json.loads(sys.argv[2])
+    backbone = load_backbone(settings["backbone"])
+    decode = KINDS[kind](backbone, settings)
+
+    def told(what: str) -> Mapping[str, Any]:
+        rows, adapters = json.loads(what)
+        decode(rows, adapters)  # once to set up shapes
+        started = time.perf_counter()
+        decode(rows, adapters)
+        return {"seconds": time.perf_counter() - started}
+
+    serve(told, {"dtype": str(backbone.dtype)})
+
+
+def prompts_of(backbone: Any, rows: int) -> torch.Tensor:
+    """Return prompts (rows, PROMPT), the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(10, backbone.model.config.vocab_size, (rows, PROMPT), generator=generator)
+
+
+def random_adapter(model: AdapterModel, rank: int, seed: int) -> AdapterWeights:
+    """Return an adapter on all linear layers that changes what is said."""
+    start = initial_weights(model.shapes, rank=rank, alpha=2.0 * rank, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return start.with_factors(
+        {
+            m: (a, torch.randn(b.shape, generator=generator) * 0.01)
+            for m, (a, b) in start.factors.items()
+        }
+    )
+
+
+def here(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+    """Decode one mixed batch with this project."""
+    model = AdapterModel(backbone)
+    for n in range(settings["adapters"]):
+        model.load(f"a{n}", random_adapter(model, settings["rank"], n))
+    rules = Sampling(max_new_tokens=settings["tokens"], ignore_eos=True)
+
+    def decode(rows: int, adapters: int) -> None:
+        prompts = prompts_of(backbone, rows).tolist()
+        names = [f"a{row % adapters}" if adapters else None for row in range(rows)]
+        generate(
+            model,
+            [Request(tuple(p), as_mix(n), rules) for p, n in zip(prompts, names, strict=True)],
+        )
+
+    return decode
+
+
+def plain(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+    """Decode with transformers alone."""
+    backbone.model.set_attn_implementation("sdpa")
+
+    def decode(rows: int, _adapters: int) -> None:
+        _generate(backbone.model, backbone, rows, settings["tokens"])
+
+    return decode
+
+
+def peft(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+    """Decode a mixed batch with `peft`."""
+    library: Any = importlib.import_module("peft")
+    backbone.model.set_attn_implementation("sdpa")
+    rank = settings["rank"]
+    lora = library.LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear"
+    )
+    model = library.get_peft_model(
+        backbone.model, lora, adapter_name="a0", autocast_adapter_dtype=False
+    )
+    for n in range(1, settings["adapters"]):
+        model.add_adapter(f"a{n}", lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    model.eval()
+
+    def decode(rows: int, adapters: int) -> None:
+        names = [f"a{row % adapters}" for row in range(rows)]
+        _generate(model, backbone, rows, settings["tokens"], adapter_names=names)
+
+    return decode
+
+
+@torch.inference_mode()
+def _generate(model: Any, backbone: Any, rows: int, tokens: int, **options: Any) -> None:
+    ids = prompts_of(backbone, rows).to(backbone.device)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=backbone.tokenizer.pad_token_id,
+        **options,
+    )
+
+
+KINDS: Mapping[str, Callable[[Any, Mapping[str, Any]], Decode]] = {
+    "here": here,
+    "generate": plain,
+    "peft": peft,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""`bench mixed` on a pico model: every way decodes every case, and the ratios are there."""
+
+import json
+
+from adapterhub_chat import mixed_bench
+from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.model import AdapterModel
+
+
+def test_the_table_has_every_way_and_ratio(pico_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cases = ((1, 0), (16, 0), (16, 8))
+    found = mixed_bench.bench_mixed(
+        backbone=str(pico_folder), rank=4, tokens=3, repeats=1, cases=cases
+    )
+    assert {(row["kind"], row["rows"], row["adapters"]) for row in found["rows"]} == {
+        *(("here", rows, adapters) for rows, adapters in cases),
+        ("generate", 1, 0),
+        ("generate", 16, 0),
+        ("peft", 16, 8),
+    }
+    ratios = found["ratios"]
+    assert ratios["mixed8_over_vllm"] is None
+    assert ratios["mixed32_over_backbone"] is None
+    assert ratios["mixed8_over_peft"] > 0
+    assert ratios["single_over_generate"] > 0
+    json.dumps(found)
+
+
+def test_a_random_adapter_changes_what_is_said(pico_folder):
+    backbone = load_backbone(str(pico_folder), dtype="fp32", device="cpu")
+    model = AdapterModel(backbone)
+    weights = mixed_bench.random_adapter(model, 4, 0)
+    assert all(b.abs().sum() > 0 for _, b in weights.factors.values())
+    assert mixed_bench.prompts_of(backbone, 3).equal(mixed_bench.prompts_of(backbone, 3))
