@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor
 
 from adapterhub_chat.batches import Batch, in_order, pack
@@ -94,17 +95,23 @@ def train(
 
 def first_process() -> bool:
     """Return whether this is the first of the run's processes: the one that writes."""
-    return bool(PartialState().is_main_process)
+    return int(os.environ.get("RANK", "0")) == 0  # set by torchrun
 
 
 def processes() -> int:
     """Return how many processes train together."""
-    return int(PartialState().num_processes)
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device: torch.device) -> Accelerator:
+    """Join the run's other processes, if there are any: over NCCL on GPUs, over gloo on CPUs."""
+    return Accelerator(cpu=device.type == "cpu")
 
 
 def leave() -> None:
     """End this process's part in the run's group of processes."""
-    PartialState().destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check(jobs: Sequence[Job]) -> None:
@@ -134,7 +141,7 @@ class Run:
         """Lay out the bank and start every adapter; nothing is learnt yet."""
         _check(jobs)
         self.model, self.jobs, self.on_event = model, jobs, on_event
-        self.accelerator = Accelerator(cpu=model.backbone.device.type == "cpu")
+        self.accelerator = join(model.backbone.device)
         self.length = jobs[0].config.row_length
         self.under: dict[str, int] = {}
         self.families = self._families()

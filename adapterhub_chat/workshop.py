@@ -27,7 +27,7 @@ from adapterhub_chat.runlog import RunLog, write_json
 from adapterhub_chat.sequence import Ledger, Memory
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
-from adapterhub_chat.train import Event, first_process, processes
+from adapterhub_chat.train import Event, first_process, join, processes
 from adapterhub_chat.types import Mix, Score, as_mix
 
 DATA_SETTINGS = ("row_length", "train_examples", "eval_examples", "rows_per_step")
@@ -89,6 +89,7 @@ def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> 
             memory=run.memory,
         )
         if order.options.shard:
+            join(shelf.model.backbone.device)
             shelf.model.shard()
         for made in course.run():
             run.take(made)
