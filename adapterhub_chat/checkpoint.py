@@ -35,11 +35,18 @@ class Checkpoints:
         self._step, self._last = 0, time.monotonic()
 
     def __call__(self, state: Callable[[], RunState]) -> None:
-        """Save the state if it is time."""
+        """Save the state if it is time; where that fails, warn: it costs the state, not the run."""
         self._step += 1
         by_clock = self.seconds and time.monotonic() - self._last >= self.seconds
         if by_clock or (self.steps and self._step % self.steps == 0):
-            self.save(state())
+            self.keep(state())
+
+    def keep(self, state: RunState) -> None:
+        """Save a state; where that fails, warn and go on."""
+        try:
+            self.save(state)
+        except PoolError as error:
+            warnings.warn(f"the run goes on, but {error}", stacklevel=2)
 
     def save(self, state: RunState) -> None:
         """Save a state; raise PoolError, with the older ones untouched, when that is not possible."""
@@ -72,6 +79,10 @@ class Checkpoints:
                 text = f"{file} is damaged and passed over: {error}"
                 warnings.warn(text, stacklevel=2)
         return None
+
+    def __bool__(self) -> bool:
+        """Return whether there are states."""
+        return bool(self._files())
 
     def clear(self) -> None:
         """Remove all states: the run has ended."""

@@ -153,8 +153,10 @@ def train(
         "dtype": dtype,
         "device": device,
     }
-    if resume and not (tasks or config):
-        run = resumed(run_dir)
+    if resume:
+        named = {"a task": tasks, "--config": config, "--name": name, "--sweep": sweep}
+        given = [what for what, value in {**named, **flags, **settings}.items() if value]
+        run = resumed(run_dir, given)
     else:
         run = read_run(config, tasks or [], name or [], flags, settings, read_sweep(sweep or []))
     folder = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -368,8 +370,8 @@ def _hub(
     shown = _precision(hub)
     kind = shown["quantize"] or shown["dtype"]
     size = hub.backbone.nbytes / 2**20
-    where = f"on {shown['device']} (change with --dtype, --quantize, --device)"
-    say(f"{backbone} in {kind}, {size:.0f} MiB, {where}")
+    where = f"{kind} on {shown['device']}, {size:.0f} MiB"
+    say(f"{backbone} in {where} (change with --dtype, --quantize, --device)")
     return hub
 
 

@@ -148,8 +148,10 @@ def read_run(
         name: {key: own[key] for key in own if key not in settings} if _is_table(own) else own
         for name, own in _table(values, "adapters", found).items()
     }
-    tried = {"sweep": dict(sweep)} if sweep else {}
-    adapters |= {n: {"task": t, **tried} for n, t in zip(titles, tasks, strict=False)}
+    adapters |= {n: {"task": t} for n, t in zip(titles, tasks, strict=False)}
+    for own in adapters.values() if sweep else ():
+        if _is_table(own):
+            own["sweep"] = {**own.get("sweep", {}), **(sweep or {})}
     values["adapters"] = adapters
     values["settings"] = {**_table(values, "settings", found), **settings}
     run = None
@@ -175,17 +177,26 @@ def _adapter_misfits(where: str, own: dict[str, Any]) -> list[str]:
         found.append(f'{where} needs a task, as in task = "qa"')
     elif several is not None and (one is not None or not _is_list(several, str)):
         found.append(f'{where} needs one task, or tasks = ["a", "b"] alone')
+    return [*found, *sweep_misfits(f"{where}.sweep", sweep), *_setting_misfits(where, own)]
+
+
+def sweep_misfits(where: str, sweep: Any) -> list[str]:
+    """Return what is wrong with lists of values to try, by setting."""
     if not _is_table(sweep) or not all(_is_list(values) for values in sweep.values()):
-        found.append(f"{where}.sweep needs a list of values for each setting, as in rank = [4, 8]")
-        sweep = {}
+        return [f"{where} needs a list of values for each setting, as in rank = [4, 8]"]
+    found: list[str] = []
     for key, values in sweep.items():
-        misfits = [m for value in values for m in _setting_misfits(f"{where}.sweep", {key: value})]
+        if len(set(map(repr, values))) < len(values):
+            found.append(f"{where}.{key}: a value is given twice in {values}")
+        misfits = [m for value in values for m in _setting_misfits(where, {key: value})]
         found += dict.fromkeys(misfits)
-    return found + _setting_misfits(where, own)
+    return found
 
 
 def _is_list(value: Any, kind: type = object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, kind) for v in value)
+    return (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, kind) for v in value)
+    )
 
 
 def read_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -197,8 +208,8 @@ def read_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
         if not sign or not values:
             found.append(f"{text!r} is no sweep; write a setting and its values: rank=4,8")
             continue
-        sweep[key] = [_number(value) for value in values.split(",")]
-        found += [m for v in sweep[key] for m in _setting_misfits("--sweep", {key: v})]
+        sweep.setdefault(key, []).extend(_number(value) for value in values.split(","))
+    found += sweep_misfits("--sweep", sweep)
     if found:
         raise ConfigError("the command line", found)
     return sweep

@@ -6,6 +6,7 @@ shared: joint, with one more adapter under all of them. sequence: one after anot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -77,6 +78,7 @@ class Course:
                 jobs,
                 on_event=self.on_event,
                 on_state=kept.on_state,
+                on_end=kept.on_end,
                 resume=kept.resume,
             )
 
@@ -175,4 +177,5 @@ def _variants(job: Job, sweep: Mapping[str, Sequence[Any]]) -> list[_Variant]:
 
 def _rank(done: Trained) -> tuple[bool, float]:
     """Order results: those that have learnt something first, then by validation loss."""
-    return done.best_step == 0, done.best_loss
+    known = math.isfinite(done.best_loss)
+    return done.best_step == 0, done.best_loss if known else math.inf

@@ -138,7 +138,7 @@ class _SiteProducts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.bmm(dh, a).view(-1, x.shape[-1])
             for d, weight in zip(ds, ctx.weights, strict=True):
-                dx.addmm_(d.view(-1, d.shape[-1]), weight)
+                dx.addmm_(d.reshape(-1, d.shape[-1]), weight)
             dx = dx.view(x.shape)
         return dx, da, *db, *[None] * (2 * len(b))
 

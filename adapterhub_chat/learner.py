@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adapterhub_chat.bank import Bank
 from adapterhub_chat.batches import epochs
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.jobs import Job
-from adapterhub_chat.lora import Bank
 from adapterhub_chat.losses import overlap_gradient
 from adapterhub_chat.template import Encoded
 from adapterhub_chat.weights import AdapterWeights
@@ -104,7 +104,8 @@ class Learner:
         """Clip the gradient (P,), move along it; return its norm before clipping."""
         config = self.job.config
         if config.orthogonal and self.job.under is not None:
-            slope = overlap_gradient(self.weights(), self.job.under)
+            present = self.bank.weights(self.vector.detach(), self._start)
+            slope = overlap_gradient(present, self.job.under)
             gradient.add_(self.bank.vector(slope), alpha=config.orthogonal)
         norm = float(torch.linalg.vector_norm(gradient))
         if norm > config.clip:
@@ -223,8 +224,9 @@ class Family:
             return [Part(member, member.rows(member.job.config.rows_per_step), 1.0)]
         budget = sum(m.job.config.rows_per_step for m in self.members)
         sizes = torch.tensor([float(len(m.job.train)) for m in self.members])
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.now.step)
-        chances = sizes ** (1 / self.config.temperature)
+        seed = (self.config.seed * 1_000_003 + self.now.step) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        chances = (sizes.double().log() / self.config.temperature).softmax(0)  # size ** (1 / T)
         chosen = torch.multinomial(chances, budget, replacement=True, generator=generator)
         parts = []
         for member, count in zip(self.members, chosen.bincount(minlength=len(sizes)), strict=True):

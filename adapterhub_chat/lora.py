@@ -10,8 +10,6 @@ N rows, T tokens of a row, G groups (distinct slots in use).
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,172 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterhub_chat.bank import Bank, Site
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.kernels import Form, choose, in_place, site_products, terms
-from adapterhub_chat.weights import AdapterWeights
-
-SHARED_INPUT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("w1", "w3"),
-)
-"""Last names of sibling modules that read the same tensor: together they are one site."""
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Linears that share an input, so that their shrink products `A x` are one product."""
-
-    name: str
-    members: tuple[str, ...]
-    in_features: int
-    out_features: tuple[int, ...]
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) features of a linear layer (GPT-2's Conv1D too), None for anything else."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return int(str(module.nx)), int(str(module.nf))
-    return None
-
-
-def find_sites(model: nn.Module) -> tuple[Site, ...]:
-    """Return the sites of `model`: all its linear layers but the output head, in module order."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    shapes = {
-        name: shape
-        for name, module in model.named_modules()
-        if module is not head and (shape := linear_shape(module)) is not None
-    }
-    grouped_names: dict[tuple[str, object], list[str]] = defaultdict(list)
-    for name in shapes:
-        parent, _, last = name.rpartition(".")
-        family = next((f for f in SHARED_INPUT if last in f), last)
-        grouped_names[parent, (family, shapes[name][0])].append(name)
-    return tuple(
-        Site("|".join(names), tuple(names), shapes[names[0]][0], tuple(shapes[n][1] for n in names))
-        for names in grouped_names.values()
-    )
-
-
-class Bank:
-    """A fixed number of slots for adapters: loading one copies numbers, shapes never change.
-
-    A slot is one row of `flat` (S, P): A (J*R, in) of every site, then B^T (R, out) of every module, with
-    the scale folded in, and zeros where its adapter has no weights or a smaller rank. `A` and `B` are the
-    views (S, J*R, in) and (S, R, out) that the products use. With `trainable` they are leaves whose
-    gradients are views of one such matrix; the numbers that an optimizer moves are kept elsewhere, in
-    fp32, as vectors of this layout with B unscaled.
-    """
-
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        *,
-        slots: int,
-        rank: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        trainable: bool = False,
-    ) -> None:
-        """Allocate `slots` x `rank` for the given sites."""
-        self.sites = {site.name: site for site in sites}
-        self.slots, self.rank, self.trainable = slots, rank, trainable
-        self.dtype, self.device = dtype, torch.device(device)
-        self.home = {m: (s.name, j) for s in sites for j, m in enumerate(s.members)}
-        self._a = {s.name: (len(s.members) * rank, s.in_features) for s in sites}
-        outs = {m: o for s in sites for m, o in zip(s.members, s.out_features, strict=True)}
-        self._b = {m: (rank, out) for m, out in outs.items()}
-        self._sizes = [n * m for n, m in (*self._a.values(), *self._b.values())]
-        self._num_a = sum(self._sizes[: len(self._a)])
-        self.flat = torch.zeros(slots, sum(self._sizes), dtype=dtype, device=device)
-        self.A, self.B = self._views(self.flat)
-        self.slopes: Tensor | None = None
-        if trainable:
-            # Rows of one matrix are not what autograd expects; nothing gets slower by it here.
-            warnings.filterwarnings("ignore", message="grad and param do not obey")
-            self.scratch = torch.zeros(self.flat.shape[1], device=device)
-            """One vector (P,), for whoever looks at a gradient."""
-            self.slopes = torch.zeros_like(self.flat)
-            slopes_a, slopes_b = self._views(self.slopes)
-            for leaves, slopes in ((self.A, slopes_a), (self.B, slopes_b)):
-                for name, leaf in leaves.items():
-                    leaf.requires_grad_().grad = slopes[name]
-
-    @torch.no_grad()
-    def write(self, slot: int, weights: AdapterWeights) -> None:
-        """Put an adapter into a slot; the slot's former content is gone."""
-        self.flat[slot].zero_()
-        for module, (a, b) in weights.factors.items():
-            first, second = self._places(self.A, self.B, module, weights.rank(module))
-            first[slot].copy_(a)
-            second[slot].copy_((b.float() * weights.scale(module)).T)
-
-    @torch.no_grad()
-    def put(self, slot: int, vector: Tensor, scale: float) -> None:
-        """Put a vector (P,) of this layout into a slot, its B times `scale`."""
-        self.flat[slot].copy_(vector)
-        self.flat[slot, self._num_a :].mul_(scale)
-
-    @torch.no_grad()
-    def gradient(self, slot: int, scale: float, out: Tensor) -> Tensor:
-        """Fill `out` (P,) with the gradient of the vector that was put into a slot."""
-        assert self.slopes is not None
-        out.copy_(self.slopes[slot])
-        out[self._num_a :].mul_(scale)
-        return out
-
-    def zero_gradients(self) -> None:
-        """Start to collect gradients anew."""
-        if self.slopes is not None:
-            self.slopes.zero_()
-
-    @torch.no_grad()
-    def vector(self, weights: AdapterWeights) -> Tensor:
-        """Return an adapter's numbers, B unscaled, as a vector (P,) of this layout, fp32."""
-        vector = torch.zeros(self.flat.shape[1], device=self.device)
-        first, second = self._views(vector[None])
-        for module, (a, b) in weights.factors.items():
-            at_a, at_b = self._places(first, second, module, weights.rank(module))
-            at_a[0].copy_(a)
-            at_b[0].copy_(b.T)
-        return vector
-
-    @torch.no_grad()
-    def weights(self, vector: Tensor, like: AdapterWeights) -> AdapterWeights:
-        """Return a vector (P,) as an adapter with the modules, ranks and alphas of `like`; a copy."""
-        first, second = self._views(vector[None])
-        factors = {}
-        for module in like.factors:
-            a, b = self._places(first, second, module, like.rank(module))
-            factors[module] = (a[0].cpu().clone(), b[0].T.cpu().contiguous())
-        return like.with_factors(factors)
-
-    def nbytes(self) -> int:
-        """Return the bytes that the factors take."""
-        return self.flat.nbytes
-
-    def _views(self, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the factors inside `flat` (n, P): A by site, B by module."""
-        if not self._sizes:
-            return {}, {}
-        parts = flat.split(self._sizes, dim=1)
-        shapes = (*self._a.values(), *self._b.values())
-        views = [p.unflatten(1, shape).detach() for p, shape in zip(parts, shapes, strict=True)]
-        count = len(self._a)
-        first = dict(zip(self._a, views[:count], strict=True))
-        return first, dict(zip(self._b, views[count:], strict=True))
-
-    def _places(
-        self, first: dict[str, Tensor], second: dict[str, Tensor], module: str, rank: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return where A (n, r, in) and B (n, r, out) of a module lie in views of this layout."""
-        site, j = self.home[module]
-        start = j * self.rank
-        return first[site][:, start : start + rank], second[module][:, :rank]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +98,14 @@ class Plan:
         return y
 
     def release(self) -> None:
-        """Forget the last forward's intermediate tensors."""
+        """Forget the last forward's intermediate tensors.
+
+        Picked factors of a trainable bank belong to its graph: a block that is run again picks its own.
+        """
         self._shrunk.clear()
         self._outputs.clear()
+        if self.bank.trainable:
+            self._factors.clear()
 
     def _term(self, mix: Tensor) -> _Term:
         used, device = mix != 0, self.bank.device
@@ -364,22 +204,34 @@ class LoRALinear:
 
 
 def attach(model: nn.Module, sites: Sequence[Site]) -> Callable[[], None]:
-    """Let a LoRALinear stand in for every member of `sites`; return what takes them off again."""
-    taken: list[nn.Module] = []
+    """Let a LoRALinear stand in for every member of `sites`; return what takes them off again.
+
+    Raises UsageError when the model carries some already: a plan would act twice.
+    """
+    before: list[tuple[nn.Module, Any]] = []
     for site in sites:
         linears = tuple(model.get_submodule(name) for name in site.members)
         layers = Layers(site, linears, all(_is_plain(linear) for linear in linears))
         for member, linear in enumerate(linears):
+            own = linear.__dict__.get("forward")
+            if isinstance(own, LoRALinear):
+                raise UsageError(
+                    "the backbone carries adapters already: close the other model first"
+                )
+            before.append((linear, own))
             linear.forward = LoRALinear(layers, member)
-            taken.append(linear)
 
     def detach() -> None:
-        for linear in taken:
+        for linear, own in before:
             linear.__dict__.pop("forward", None)
+            if own is not None:
+                linear.forward = own
 
     return detach
 
 
 def _is_plain(linear: nn.Module) -> bool:
     weight = getattr(linear, "weight", None)
+    if "forward" in linear.__dict__:  # somebody else stands in for it
+        return False
     return type(linear) is nn.Linear and weight is not None and not weight.requires_grad

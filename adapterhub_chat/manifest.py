@@ -149,7 +149,7 @@ def manifest_of(
         metric=task.metric,
         training=Training(
             how=how,
-            tasks=tuple(t.name for t in tasks),
+            tasks=tuple(name for t in tasks for name in t.members or (t.name,)),
             data_sha256=tuple(t.data_hash() for t in tasks),
             beside=tuple(beside),
             settings=job.config.model_dump(),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from adapterhub_chat.backbone import Backbone
+from adapterhub_chat.bank import Bank, Site, find_sites
 from adapterhub_chat.batches import Batch
 from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
-from adapterhub_chat.lora import Bank, Plan, Site, activate, active, attach, find_sites
+from adapterhub_chat.lora import Plan, activate, active, attach
 from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.weights import AdapterWeights, misfits
 
@@ -172,14 +174,12 @@ class AdapterModel:
         """
         blocks: list[Any] = list(self.backbone.blocks) if on else []
         for block in blocks:
-            block.gradient_checkpointing = block.training = True
-            block._gradient_checkpointing_func = _recomputed
+            block.forward = partial(_recomputed, block.forward)
         try:
             yield
         finally:
             for block in blocks:
-                block.gradient_checkpointing = block.training = False
-                del block._gradient_checkpointing_func
+                del block.forward
 
     def shard(self) -> None:
         """Spread every block's frozen weights over the processes of the run, for good (FSDP2).
@@ -246,6 +246,8 @@ class AdapterModel:
 
 def _recomputed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Run a block without keeping its activations; it is run again under the same plan."""
+    if not torch.is_grad_enabled():
+        return function(*arguments, **options)
     plan = active()
     return checkpoint(
         function,

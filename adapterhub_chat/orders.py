@@ -76,8 +76,14 @@ def carry_out(
     return done
 
 
-def resumed(folder: Path | None) -> RunConfig:
-    """Return the run that was ordered in `folder`; raise UsageError when there is none."""
+def resumed(folder: Path | None, given: Sequence[str] = ()) -> RunConfig:
+    """Return the run that was ordered in `folder`; raise UsageError when there is none.
+
+    `given` names what was ordered beside: a run goes on as it was ordered.
+    """
+    if given:
+        listed = ", ".join(given)
+        raise UsageError(f"--resume goes on with the run as it was ordered; leave out {listed}")
     if folder is None:
         raise UsageError("--resume needs --run-dir, the folder of the run to go on with")
     path = folder / FILE
@@ -87,6 +93,8 @@ def resumed(folder: Path | None) -> RunConfig:
         raise UsageError(f"{folder} holds no run to resume: there is no {FILE} in it") from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), ["does not hold a run"])
     return read_settings(RunConfig, values, str(path))
 
 

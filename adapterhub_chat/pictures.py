@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from adapterhub_chat.sequence import Ledger
 
 
 def draw_ledger(ledger: Ledger, path: Path) -> bool:
-    """Draw the scores after each stage as a PNG; return whether there was a library to draw with.
+    """Draw the scores after each stage as a PNG; return whether it could be drawn.
 
     A cell's colour says how far its score lies between the worst and the best on that task.
     """
@@ -31,11 +32,18 @@ def draw_ledger(ledger: Ledger, path: Path) -> bool:
     axes.set_xticks(range(len(heads)), heads)
     stages = ["backbone", *(f"after {t}" for t in ledger.tasks[: len(ledger.matrix)])]
     axes.set_yticks(range(len(stages)), stages)
-    backward, forward = ledger.backward_transfer, ledger.forward_transfer
-    axes.set_title(f"backward transfer {backward:+.3g}, forward transfer {forward:+.3g}")
+    transfers = {"backward": ledger.backward_transfer, "forward": ledger.forward_transfer}
+    known = [
+        f"{name} transfer {value:+.3g}" for name, value in transfers.items() if value is not None
+    ]
+    axes.set_title(", ".join(known))
     scratch = path.with_name(f".tmp-{path.name}")
-    figure.savefig(scratch, format="png", dpi=120)
-    scratch.replace(path)
+    try:
+        figure.savefig(scratch, format="png", dpi=120)
+        scratch.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
+        return False
     return True
 
 

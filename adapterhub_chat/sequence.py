@@ -26,6 +26,7 @@ class Memory:
     """How a stage's state is kept and found again."""
 
     on_state: OnState = lambda _: None
+    on_end: Callable[[RunState], None] = lambda _: None
     resume: RunState | None = None
 
 
@@ -51,7 +52,12 @@ def train_sequence(
             job = replace(job, under=grown, train=examples, config=config)
         kept = memory(job.name)
         (trained,) = train(
-            model, [job], on_event=on_event, on_state=kept.on_state, resume=kept.resume
+            model,
+            [job],
+            on_event=on_event,
+            on_state=kept.on_state,
+            on_end=kept.on_end,
+            resume=kept.resume,
         ).values()
         if grow:
             blocks = [trained.weights] if grown is None else [grown, trained.weights]
@@ -63,7 +69,10 @@ def train_sequence(
 
 
 def _replayed(job: Job, earlier: Sequence[Job], share: float) -> Sequence[Encoded]:
-    """Return the job's examples and so many of the earlier jobs' that these make up `share` of all."""
+    """Return the job's examples and so many of the earlier jobs' that these make up `share` of all.
+
+    Earlier jobs that have too few give what they have.
+    """
     if not earlier or not share:
         return job.train
     each = round(len(job.train) * share / (1 - share) / len(earlier))
@@ -91,13 +100,13 @@ class Ledger:
     matrix: tuple[tuple[float | None, ...], ...]
 
     @property
-    def backward_transfer(self) -> float:
+    def backward_transfer(self) -> float | None:
         """Mean of score(last stage) - score(own stage) over the earlier tasks (arXiv 1706.08840)."""
         last = len(self.matrix) - 1
         return _mean([self._gain(self.matrix[j][j], self.matrix[last][j], j) for j in range(last)])
 
     @property
-    def forward_transfer(self) -> float:
+    def forward_transfer(self) -> float | None:
         """Mean of score(stage before its own) - score(backbone) over the later tasks."""
         later = range(1, len(self.matrix))
         return _mean([self._gain(self.start[j], self.matrix[j - 1][j], j) for j in later])
@@ -113,6 +122,6 @@ class Ledger:
         return after - before if self.higher_is_better[task] else before - after
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else 0.0
+    return sum(known) / len(known) if known else None

@@ -17,9 +17,11 @@ def targeted(
     """
     wanted = [t.strip() for t in targets.split(",") if t.strip()]
     known = {module.rpartition(".")[2] for module in shapes}
-    if targets != "all-linear" and (unknown := [t for t in wanted if t not in known]):
+    unknown = [t for t in wanted if t not in known]
+    if targets != "all-linear" and (unknown or not wanted):
+        what = f"has no linear layer named {', '.join(unknown)}" if unknown else "needs a name"
         raise UsageError(
-            f"targets: the backbone has no linear layer named {', '.join(unknown)}; "
+            f"targets={targets!r}: the backbone {what}; "
             f"allowed are all-linear, {', '.join(sorted(known))}"
         )
     blocks = _blocks(shapes, layers)

@@ -37,6 +37,8 @@ class Task:
     about: str = ""
     licence: str = "unknown"
     sources: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+    """Names of the tasks that a mixture is made of."""
 
     def __post_init__(self) -> None:
         """Refuse a metric that cannot judge these answers."""
@@ -109,6 +111,7 @@ def mixture(name: str, tasks: Sequence[Task], weights: Sequence[float] | None = 
         about="Mixture of " + ", ".join(task.name for task in tasks),
         licence=", ".join(dict.fromkeys(task.licence for task in tasks)),
         sources=tuple(dict.fromkeys(source for task in tasks for source in task.sources)),
+        members=tuple(task.name for task in tasks),
     )
 
 

@@ -82,11 +82,12 @@ def print_finished(done: Finished, pool: str, folder: Path, say: Say) -> None:
         say(f"memory at its peak: {peak / 2**20:.0f} MiB")
     say(f"run log: {folder / 'metrics.jsonl'}")
     if done.sweep:
-        rows = [
-            (c.adapter, *map(str, c.settings.values()), number(c.validation_loss), "kept" * c.kept)
-            for c in done.sweep
-        ]
-        columns = ("adapter", *done.sweep[0].settings, "validation loss", "")
+        keys = list(dict.fromkeys(key for c in done.sweep for key in c.settings))
+        rows = []
+        for c in done.sweep:
+            tried = [str(c.settings.get(key, "")) for key in keys]
+            rows.append((c.adapter, *tried, number(c.validation_loss), "kept" * c.kept))
+        columns = ("adapter", *keys, "validation loss", "")
         print_table("Settings tried, by validation loss", columns, rows)
     if scores := [s for m in done.manifests.values() for s in m.scores]:
         print_scores("Test split, beside the backbone", scores)
@@ -105,8 +106,11 @@ def print_ledger(ledger: Ledger) -> None:
         rows.append((f"after {ledger.tasks[n]}", *map(number, row)))
     heads = [f"{t} ({m})" for t, m in zip(ledger.tasks, ledger.metrics, strict=True)]
     print_table("Scores after each stage", ("stage", *heads), rows)
-    backward, forward = number(ledger.backward_transfer), number(ledger.forward_transfer)
-    out.print(f"backward transfer {backward} (below 0: forgotten), forward transfer {forward}")
+    for name, value in (
+        ("backward transfer (below 0: forgotten)", ledger.backward_transfer),
+        ("forward transfer", ledger.forward_transfer),
+    ):
+        out.print(f"{name}: {number(value) or 'not measured'}")
 
 
 def number(value: float | None) -> str:

@@ -73,13 +73,14 @@ def train(
     *,
     on_event: Callable[[Event], None] = lambda _: None,
     on_state: OnState = lambda _: None,
+    on_end: Callable[[RunState], None] = lambda _: None,
     resume: RunState | None = None,
 ) -> dict[str, Trained]:
     """Train every job's adapter in one run and return them by name.
 
-    `resume` goes on from a state that `on_state` was given. Ctrl-C ends the run early: what was best
-    until then is returned, marked `interrupted`. Raises UsageError when the jobs cannot share a batch
-    or the state is another run's, DataError when a job has nothing to learn from.
+    `resume` goes on from a state that `on_state` or, at the end, `on_end` was given. Ctrl-C ends the run
+    early: what was best until then is returned, marked `interrupted`. Raises UsageError when the jobs
+    cannot share a batch or the state is another run's, DataError when a job has nothing to learn from.
     """
     run = Run(model, jobs, on_event)
     if resume is not None:
@@ -88,9 +89,11 @@ def train(
         while any(not family.now.stopped for family in run.families):
             run.step()
             on_state(run.state)
+        on_end(run.state())
     except KeyboardInterrupt:
         run.interrupt()
-    return {job.name: run.results()[job.name] for job in jobs}
+    results = run.results()
+    return {job.name: results[job.name] for job in jobs}
 
 
 def first_process() -> bool:
@@ -176,20 +179,21 @@ class Run:
         """
         count, mine = self.accelerator.num_processes, self.accelerator.process_index
         rows = [list(part.rows)[mine::count] for part in parts]
+        counts = 1.0
+        if not any(rows):  # every process runs every forward: a sharded backbone needs all of them
+            rows[0], counts = [parts[0].rows[0]], 0.0
         wanted = [
             sum(len(c) for row in part.rows for e in row for c in e.continuations) for part in parts
         ]
         self.bank.zero_gradients()
-        means = torch.zeros(len(parts), device=self.model.backbone.device)
-        if any(rows):
-            owner = torch.repeat_interleave(
-                torch.arange(len(parts)), torch.tensor([len(own) for own in rows])
-            )
-            batch = pack([row for own in rows for row in own], self.length)
-            mixes = torch.stack([self._mix(part.learner) for part in parts])[owner]
-            weights = torch.tensor([part.weight for part in parts])
-            means = self._means(batch, mixes, owner, torch.tensor(wanted)).to(means)
-            self.accelerator.backward((means * weights.to(means)).sum())
+        owner = torch.repeat_interleave(
+            torch.arange(len(parts)), torch.tensor([len(own) for own in rows])
+        )
+        batch = pack([row for own in rows for row in own], self.length)
+        mixes = torch.stack([self._mix(part.learner) for part in parts])[owner]
+        means = self._means(batch, mixes, owner, torch.tensor(wanted)) * counts
+        weights = torch.tensor([part.weight for part in parts])
+        self.accelerator.backward((means * weights.to(means)).sum())
         return list(self._total(means.detach()).tolist())
 
     def _means(self, batch: Batch, mixes: Tensor, owner: Tensor, wanted: Tensor) -> Tensor:
@@ -218,7 +222,7 @@ class Run:
     def _validate(self, family: Family) -> None:
         """Measure the mean validation loss of a family; keep its numbers when it is the best."""
         losses = {m.job.name: self.held_out_loss(m) for m in family.members}
-        known = [loss for loss in losses.values() if math.isfinite(loss)]
+        known = [losses[m.job.name] for m in family.members if m.job.validation]
         mean = sum(known) / len(known) if known else math.nan
         family.judge(mean)
         for learner in family.learners:
@@ -231,16 +235,17 @@ class Run:
         """Return the mean loss over the validation answers' tokens, NaN when there are none."""
         count, mine = self.accelerator.num_processes, self.accelerator.process_index
         sums = torch.zeros(2, dtype=torch.float64, device=self.model.backbone.device)
-        batches = in_order(learner.job.validation, num_rows=VALIDATION_ROWS, length=self.length)
-        for number, (rows, _) in enumerate(batches):
-            if number % count != mine:
-                continue
-            batch = pack(rows, self.length)
+        examples = learner.job.validation
+        batches = [b for b, _ in in_order(examples, num_rows=VALIDATION_ROWS, length=self.length)]
+        for turn in range(-(-len(batches) // count)):  # as many forwards in every process
+            number = turn * count + mine
+            batch = pack(batches[number % len(batches)], self.length)
             mix = self._mix(learner).expand(batch.num_rows, -1)
             with activate(Plan(self.bank, mix)):
                 logits = self.model.answer_logits(batch)
-            sums[0] += token_losses(logits, batch.targets.to(logits.device)).sum()
-            sums[1] += len(batch.targets)
+            if number < len(batches):
+                sums[0] += token_losses(logits, batch.targets.to(logits.device)).sum()
+                sums[1] += len(batch.targets)
         loss, tokens = self._total(sums).tolist()
         return loss / tokens if tokens else math.nan
 
@@ -350,9 +355,10 @@ class Run:
         """The sha256 of backbone, settings and examples."""
         digest = hashlib.sha256(repr(self.model.backbone.fingerprint).encode())
         for job in self.jobs:
-            under = job.under is not None
-            own = [job.name, job.shared, under, job.config.model_dump()]
+            own = [job.name, job.shared, job.config.model_dump()]
             digest.update(json.dumps(own).encode())
+            for pair in job.under.factors.values() if job.under else ():
+                digest.update(b"".join(t.numpy().tobytes() for t in pair))
             digest.update(repr([*job.train, "|", *job.validation]).encode())
         return digest.hexdigest()
 

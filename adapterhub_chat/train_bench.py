@@ -219,7 +219,8 @@ def floor(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
         for _ in range(settings["steps"]):
             rows = [row for stream in streams for row in next(stream)]
             batch = pack(rows, settings["row_length"])
-            token_losses(model.answer_logits(batch), batch.targets).mean().backward()
+            targets = batch.targets.to(backbone.device)
+            token_losses(model.answer_logits(batch), targets).mean().backward()
             learnt += [e for row in rows for e in row]
         return tokens_of(learnt)
 
@@ -248,7 +249,10 @@ def peft(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
         parameters = [p for p in model.parameters() if p.requires_grad]
         rate = job.config.learning_rate
         parts.append((parameters, stream, torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)))
-    pad = backbone.tokenizer.pad_token_id
+
+    def moved(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        batch = padded(examples, backbone.tokenizer.pad_token_id)
+        return {name: tensor.to(backbone.device) for name, tensor in batch.items()}
 
     def work() -> Mapping[str, Any]:
         learnt: list[Encoded] = []
@@ -258,7 +262,7 @@ def peft(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
             model.set_adapter(str(n))
             for _ in range(settings["steps"]):
                 examples = [e for row in next(stream) for e in row]
-                loss = model(**padded(examples, pad)).loss
+                loss = model(**moved(examples)).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, job.config.clip)
                 optimizer.step()
@@ -277,7 +281,7 @@ def peft(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
             for start in range(0, len(job.validation), 16):
                 examples = job.validation[start : start + 16]
                 tokens = sum(len(e.continuations[0]) for e in examples)
-                total += float(model(**padded(examples, pad)).loss) * tokens
+                total += float(model(**moved(examples)).loss) * tokens
                 count += tokens
             found[job.name] = total / count
         return {"validation": found}

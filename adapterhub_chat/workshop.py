@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from adapterhub_chat.backbone import load_backbone
 from adapterhub_chat.checkpoint import Checkpoints
-from adapterhub_chat.config import RunOptions, TrainConfig, read_settings
+from adapterhub_chat.config import RunOptions, TrainConfig, read_settings, sweep_misfits
 from adapterhub_chat.courses import Candidate, Course, Made
 from adapterhub_chat.errors import AdapterError, ConfigError, DataError, UsageError
 from adapterhub_chat.evaluate import evaluate
@@ -26,10 +28,17 @@ from adapterhub_chat.pool import check_name
 from adapterhub_chat.runlog import RunLog, write_json
 from adapterhub_chat.sequence import Ledger, Memory
 from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.targets import targeted
 from adapterhub_chat.task import Task
 from adapterhub_chat.train import Event, first_process, join, processes
 from adapterhub_chat.types import Mix, Score, as_mix
 
+STATE, FINISHED = "state", "finished.json"
+"""In a run's folder: the saved states while it runs, and the sign that it has ended."""
+FAMILY_SETTINGS = (
+    "epochs", "max_steps", "max_minutes", "eval_every", "patience", "temperature", "schedule", "warmup",
+)  # fmt: skip
+"""Settings that adapters with a shared one have in common: they advance together."""
 DATA_SETTINGS = ("row_length", "train_examples", "eval_examples", "rows_per_step")
 """Settings that all candidates of a sweep share: they see the same rows."""
 
@@ -104,13 +113,8 @@ class _Run:
         self.manifests: dict[str, Manifest] = {}
         self.made: dict[str, Made] = {}
         self.interrupted = False
-        self._states: list[Checkpoints] = []
         self._matrix: list[tuple[float | None, ...]] = []
         self._start: dict[str, float] = {}
-        if order.resume and order.run_dir is not None:
-            found = any((order.run_dir / "state").rglob("state-*"))
-            if not found and first_process():
-                _warn(f"{order.run_dir} holds no saved state: the run starts from the beginning")
 
     def memory(self, stage: str) -> Memory:
         """Return where a stage of the run keeps its state, and the state to go on from."""
@@ -118,15 +122,10 @@ class _Run:
         if order.run_dir is None:
             return Memory()
         states = Checkpoints(
-            order.run_dir / "state" / stage, steps=options.save_steps, minutes=options.save_minutes
+            order.run_dir / STATE / stage, steps=options.save_steps, minutes=options.save_minutes
         )
-        self._states.append(states)
         found = states.latest() if order.resume else None
-        if first_process():
-            if not order.resume:
-                states.clear()
-            return Memory(states, found)
-        return Memory(resume=found)
+        return Memory(states, states.keep, found) if first_process() else Memory(resume=found)
 
     def take(self, made: Made) -> None:
         """Keep a finished adapter; after a stage of a sequence, look at all tasks so far."""
@@ -134,23 +133,32 @@ class _Run:
         self.interrupted |= trained.stopped == "interrupted"
         if not first_process():
             return
-        if not trained.best_step:
+        if trained.best_step:
+            self._keep(made)
+        else:
             _warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
-            return
+        if self.order.options.how == "sequence" and not self.interrupted:
+            self._look_back(made)
+
+    def _keep(self, made: Made) -> None:
+        """Save a finished adapter; where that fails, warn, so that the others are not lost."""
         draft = manifest_of(
             [self.order.tasks[task] for task in made.tasks],
             self.shelf.model.backbone,
             made.job,
-            trained,
+            made.trained,
             how=self.order.options.how,
             beside=made.beside,
             note=made.note,
         )
-        kept = self._kept(made, draft)
-        self.manifests |= kept
-        self.made |= dict.fromkeys(kept, made)
-        if self.order.options.how == "sequence" and kept and not self.interrupted:
-            self._look_back(made)
+        weights = made.weights.to(self.order.save_dtype)
+        try:
+            kept = self.shelf.keep(weights, draft, probing=not self.order.options.shard)
+        except AdapterError as error:
+            _warn(f"adapter {draft.name!r} is not saved: {error}")
+            return
+        self.manifests[kept.name] = kept
+        self.made[kept.name] = made
 
     def finish(self) -> dict[str, Manifest]:
         """Measure what was saved, unless the run was interrupted; return the manifests."""
@@ -160,25 +168,14 @@ class _Run:
             names = ", ".join(self.manifests)
             _warn(f"interrupted: the best so far of {names} is saved, not measured")
             return self.manifests
-        if first_process():
-            for states in self._states:
-                states.clear()
         if self.order.options.shard:
             _warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
         elif self.order.options.test_examples and first_process():
             self._measure()
+        if self.order.run_dir is not None and first_process():
+            shutil.rmtree(self.order.run_dir / STATE, ignore_errors=True)
+            write_json(self.order.run_dir / FINISHED, {"adapters": list(self.manifests)})
         return self.manifests
-
-    def _kept(self, made: Made, draft: Manifest) -> dict[str, Manifest]:
-        """Save one adapter; where that fails, warn, so that the others of the run are not lost."""
-        weights = made.weights.to(self.order.save_dtype)
-        try:
-            return {
-                draft.name: self.shelf.keep(weights, draft, probing=not self.order.options.shard)
-            }
-        except AdapterError as error:
-            _warn(f"adapter {draft.name!r} is not saved: {error}")
-            return {}
 
     def _measure(self) -> None:
         """Score the saved adapters on their tasks' test splits; write the scores into manifests."""
@@ -207,7 +204,8 @@ class _Run:
         row: list[float | None] = []
         for name, task in tasks.items():
             learnt = name if name in self.manifests else None
-            answering = made.job.name if options.grow else learnt
+            grown = made.job.name if made.job.name in self.manifests else None
+            answering = grown if options.grow else learnt
             if name not in self._start:
                 (bare,) = judge_task(self.shelf.model, task, [("", Mix())], options.test_examples)
                 self._start[name] = bare.value
@@ -230,36 +228,74 @@ class _Run:
 
 
 def _check(shelf: Shelf, order: Order) -> None:
+    """Look at all that can be wrong before the first step; raise one ConfigError that names it all."""
     options, names = order.options, list(order.tasks)
-    own = {"shared": [options.shared_name], "sequence": [options.grown_name], "joint": []}
-    for name in (*names, *own[options.how]):
+    common = {"shared": options.shared_name, "sequence": options.grown_name}.get(options.how)
+    for name in (*names, *filter(None, [common])):
         check_name(name)
-    found = []
-    if clash := [name for name in own[options.how] if name in names]:
-        found.append(f"{clash[0]!r} is the name of a task's adapter and of the common one")
-    if order.sweeps and options.how != "joint":
-        found.append(f"a sweep trains jointly; how={options.how!r} cannot have one")
-    found += _sweep_misfits(order)
-    if options.shard and processes() < 2:
-        found.append("shard spreads the backbone over processes; start several with torchrun")
-    if order.resume and order.run_dir is None:
-        found.append("resume needs the run's folder (run_dir)")
+    found = [*_mode_misfits(order), *_sweep_misfits(order), *_folder_misfits(order)]
+    if common in names:
+        found.append(f"{common!r} is the name of a task's adapter and of the common one")
+    for name, config in order.configs.items():
+        try:
+            targeted(shelf.model.shapes, config.targets, config.layers)
+        except UsageError as error:
+            found.append(f"{name}: {error}")
+        if options.test_examples and not options.shard and not order.tasks[name].split("test"):
+            found.append(f"{name}: its task has no test examples; set test_examples to 0")
     if found:
         raise ConfigError("the run", found)
     if first_process():
         shelf.pool.check_writable()
 
 
+def _mode_misfits(order: Order) -> Iterator[str]:
+    """Yield what is asked for and would have no effect, or cannot be."""
+    options, configs = order.options, list(order.configs.values())
+    grows = options.how == "sequence" and options.grow
+    if options.grow and not grows:
+        yield "grow needs how='sequence'"
+    if options.replay and not grows:
+        yield "replay needs how='sequence' and grow"
+    if any(config.orthogonal for config in configs) and not grows:
+        yield "orthogonal needs how='sequence' and grow"
+    if options.how == "shared":
+        for field_name in FAMILY_SETTINGS:
+            values = list(dict.fromkeys(getattr(config, field_name) for config in configs))
+            if len(values) > 1:
+                yield f"{field_name} must be the same for all that share an adapter, not {values}"
+    elif any(config.temperature != 1 for config in configs):
+        yield "temperature needs how='shared'"
+    if options.shard and processes() < 2:
+        yield "shard spreads the backbone over processes; start several with torchrun"
+
+
 def _sweep_misfits(order: Order) -> Iterator[str]:
+    if order.sweeps and order.options.how != "joint":
+        yield f"a sweep trains jointly; how={order.options.how!r} cannot have one"
     for name, sweep in order.sweeps.items():
         if name not in order.tasks:
             yield f"sweep of {name!r}, but this run trains {', '.join(order.tasks)}"
             continue
-        for key in sweep:
-            if key in DATA_SETTINGS:
-                yield f"sweep of {name!r}: {key} must be the same for all candidates"
+        yield from sweep_misfits(f"sweep of {name!r}", sweep)
+        for key in set(sweep) & set(DATA_SETTINGS):
+            yield f"sweep of {name!r}: {key} must be the same for all candidates"
         if not order.configs[name].eval_examples:
             yield f"sweep of {name!r}: eval_examples=0 leaves nothing to choose by"
+
+
+def _folder_misfits(order: Order) -> Iterator[str]:
+    """Yield why the run cannot begin, or go on, in its folder."""
+    folder = order.run_dir
+    if folder is None:
+        if order.resume:
+            yield "resume needs the run's folder (run_dir)"
+        return
+    saved = any((folder / STATE).rglob("state-*"))
+    if order.resume and not saved and (folder / FINISHED).exists():
+        yield f"the run in {folder} has finished; there is nothing to resume"
+    if not order.resume and saved:
+        yield f"{folder} holds the state of a run that has not finished: resume it, or name another folder"
 
 
 def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
@@ -271,7 +307,11 @@ def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
 
     def on_sweep(table: Sequence[Candidate]) -> None:
         listeners.on_sweep(table)
-        write_json(folder / "sweep.json", {"candidates": [vars(row) for row in table]})
+        rows = [asdict(row) for row in table]
+        for row in rows:  # JSON has no NaN
+            known = math.isfinite(row["validation_loss"])
+            row["validation_loss"] = row["validation_loss"] if known else None
+        write_json(folder / "sweep.json", {"candidates": rows})
 
     def on_ledger(ledger: Ledger) -> None:
         listeners.on_ledger(ledger)

@@ -677,7 +677,7 @@ def test_examples_that_cannot_be_learnt_from_leave_the_pool_alone(hub):
     before = snapshot(hub.pool.root)
     wrong = replace(
         toy_answers("fine"),
-        load=lambda: Splits({"train": (Example({"other": "x"}, "y"),) * 3}),
+        load=lambda: Splits(dict.fromkeys(("train", "test"), (Example({"other": "x"}, "y"),) * 3)),
     )
     with pytest.raises(DataError, match="the prompt needs the field question"):
         hub.train([toy_task(), wrong], **QUICK)

@@ -78,6 +78,17 @@ def test_a_full_disk_leaves_the_older_states(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_state_that_cannot_be_saved_does_not_end_the_run(model, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    states = Checkpoints(tmp_path, steps=5)
+    with pytest.warns(UserWarning, match="the run goes on, but the run's state cannot be saved"):
+        done = train(model, [job(model, toy_task())], on_state=states)["toy"]
+    assert done.stopped == "finished"
+
+
 def test_states_are_saved_by_steps_and_by_the_clock(tmp_path):
     by_steps = Checkpoints(tmp_path / "a", steps=3)
     for n in range(1, 8):

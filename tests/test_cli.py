@@ -241,9 +241,12 @@ def test_every_setting_is_a_flag_that_reaches_the_run(run, name):
     flag = f"--{name.replace('_', '-')}"
     given = [flag] if value is True else [flag, value]
     quick = [] if name == "max_steps" else ["--max-steps", 1]
-    done = run("train", "sentiment", *quick, *given, "--test-examples", 0, "--json")
+    mode = {"temperature": ["--how", "shared"], "orthogonal": ["--how", "sequence", "--grow"]}
+    more = [*quick, *given, *mode.get(name, []), "--test-examples", 0, "--json"]
+    done = run("train", "sentiment", *more)
     assert done.code == 0, done.err
-    settings = done.json["sentiment"]["training"]["settings"]
+    adapter = "grown" if name == "orthogonal" else "sentiment"
+    settings = done.json[adapter]["training"]["settings"]
     asked = {name: value, "max_steps": OTHER_VALUES["max_steps"] if not quick else 1}
     assert settings == TrainConfig(**asked).model_dump()
 
@@ -562,7 +565,7 @@ def test_an_interrupted_run_is_resumed_as_it_was_ordered(run, here, monkeypatch)
     assert manifest("qa", "again")["training"]["steps"] == 9
     assert not (here / "b" / "state" / "run").exists()
     late = run("train", "--resume", "--run-dir", "b", backbone=False)
-    assert "b holds no saved state: the run starts from the beginning" in late.err
+    assert (late.code, "the run in b has finished" in late.err) == (2, True)
 
 
 def test_what_cannot_be_resumed_is_said(run, here):
@@ -573,6 +576,10 @@ def test_what_cannot_be_resumed_is_said(run, here):
     (here / "r" / "run.json").write_text('{"rank": 3}')
     wrong = run("train", "--resume", "--run-dir", "r", backbone=False)
     assert "rank: no such key" in wrong.err
+    more = run(
+        "train", "qa", "--resume", "--run-dir", "r", "--rank", 3, "--pool", "p", backbone=False
+    )
+    assert "leave out a task, pool, rank" in more.err
 
 
 def test_a_sweep_on_the_command_line(run, here):

@@ -1,12 +1,19 @@
 """Sweeps and shared adapters, from the call to what lies in the pool."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import toy_answers, toy_task
+from test_cli import write_task
 
+from adapterhub_chat.courses import _rank
 from adapterhub_chat.errors import ConfigError
+from adapterhub_chat.learner import Trained
+from adapterhub_chat.task import Splits, mixture
+from adapterhub_chat.weights import AdapterWeights
 from adapterhub_chat.workshop import Listeners
 
 QUICK = {"max_steps": 8, "rows_per_step": 1, "row_length": 64, "patience": 0, "test_examples": 0}
@@ -55,6 +62,16 @@ def test_a_candidate_is_trained_as_if_it_were_alone(hub):
         ({"sweep": {"toy": {"rank": [2]}}, "eval_examples": 0}, "leaves nothing to choose by"),
         ({"how": "shared", "shared_name": "toy"}, "'toy' is the name of a task's adapter"),
         ({"resume": True}, "resume needs the run's folder"),
+        ({"sweep": {"toy": {"rnak": [2]}}}, "rnak: no such key"),
+        ({"sweep": {"toy": {"rank": 2}}}, "needs a list of values"),
+        ({"sweep": {"toy": {"rank": [4, 4]}}}, "a value is given twice"),
+        ({"layers": "9:"}, "toy: layers='9:' names no block"),
+        ({"targets": ","}, "toy: targets=',': the backbone needs a name"),
+        ({"grow": True}, "grow needs how='sequence'"),
+        ({"replay": 0.5}, "replay needs"),
+        ({"orthogonal": 1.0}, "orthogonal needs"),
+        ({"temperature": 2.0}, "temperature needs how='shared'"),
+        ({"shard": True}, "start several with torchrun"),
     ],
 )
 def test_what_cannot_be_a_run_is_said_before_it_starts(hub, options, misfit):
@@ -77,3 +94,68 @@ def test_shared_and_task_adapters_end_as_plain_adapters(hub):
     for name in found:
         assert hub.verify(name).status == "exact"
         assert found[name].training.how == "shared"
+
+
+def test_adapters_that_share_one_have_one_schedule(hub):
+    own = {"answers": {"max_steps": 3}}
+    with pytest.raises(ConfigError, match=r"max_steps must be the same for all that share"):
+        hub.train([toy_task(), toy_answers()], how="shared", settings=own, **QUICK)
+    assert hub.pool.names() == []
+
+
+def test_small_temperatures_and_large_seeds_are_numbers_too(hub):
+    settings = {**QUICK, "temperature": 0.01, "seed": 2**62, "max_steps": 2}
+    assert len(hub.train([toy_task(), toy_answers()], how="shared", **settings)) == 3
+
+
+def test_a_task_without_test_examples_is_said_before_the_first_step(hub):
+    task = toy_task()
+    untested = replace(task, load=lambda: Splits({**task.load().parts, "test": ()}))
+    with pytest.raises(ConfigError, match="toy: its task has no test examples"):
+        hub.train([untested], **{**QUICK, "test_examples": 5})
+    assert hub.pool.names() == []
+
+
+def test_an_unfinished_run_s_folder_is_not_taken_for_another_run(hub, tmp_path):
+    state = tmp_path / "state" / "run"
+    state.mkdir(parents=True)
+    (state / "state-000001.safetensors").write_bytes(b"x")
+    with pytest.raises(
+        ConfigError, match="a run that has not finished: resume it, or name another"
+    ):
+        hub.train([toy_task()], run_dir=tmp_path, **QUICK)
+    assert (state / "state-000001.safetensors").exists()
+
+
+def test_a_candidate_without_a_loss_never_wins():
+    weights = AdapterWeights({}, {})
+    unknown = Trained(weights, 3, 3, math.nan, 9, 1.0, "interrupted")
+    known = Trained(weights, 3, 3, 2.0, 9, 1.0, "interrupted")
+    nothing = Trained(weights, 0, 0, math.inf, 0, 1.0, "diverged")
+    assert min((nothing, unknown, known), key=_rank) is known
+
+
+def test_a_stage_that_learnt_nothing_keeps_its_row_in_the_ledger(hub):
+    heard = []
+    with pytest.warns(UserWarning, match="'answers' is not saved"):
+        hub.train(
+            [toy_task(), toy_answers(), toy_task("third")],
+            how="sequence",
+            settings={"answers": {"learning_rate": 1e30, "clip": 1e30, "warmup": 0.0}},
+            listeners=Listeners(on_ledger=heard.append),
+            **{**QUICK, "test_examples": 4},
+        )
+    matrix = heard[-1].matrix
+    assert len(matrix) == 3
+    assert [value is None for value in matrix[2]] == [False, True, False]
+
+
+def test_a_mixture_s_adapter_is_measured_on_its_members(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    tasks = [toy_task("films"), toy_task("plays", size=50)]
+    for task in tasks:
+        write_task(tmp_path / "tasks", task.name, task)
+    found = hub.train([mixture("both", tasks)], **QUICK)
+    assert found["both"].training.tasks == ("films", "plays")
+    assert {s.task for s in hub.evaluate(["both"], limit=4)} == {"films", "plays"}

@@ -22,7 +22,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
-        "tensors": "attention kernels weights targets lora losses",
+        "tensors": "attention bank kernels weights targets lora losses",
     },
     {"model": "backbone model generate"},
     {"learning": "jobs learner train sequence courses evaluate"},

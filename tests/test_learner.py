@@ -1,5 +1,7 @@
 """Families, resumed runs, layers and re-computed activations: exactness against the plain run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import toy_answers, toy_talk, toy_task
@@ -139,7 +141,33 @@ def test_re_computed_activations_change_nothing(model):
     with model.checkpointing():
         again = train(model, [job(model, toy_task())])["toy"]
     close(again.weights, plain.weights, tolerance=0)
-    assert not any(block.training for block in model.backbone.blocks)
+    assert not any("forward" in vars(block) for block in model.backbone.blocks)
+
+
+def test_re_computed_blocks_pick_their_factors_anew_when_slots_in_use_do_not_adjoin(model):
+    def jobs():
+        steps = {"one": 6, "two": 2, "three": 6}  # the middle one leaves the others apart
+        return [job(model, toy_answers(n), max_steps=s) for n, s in steps.items()]
+
+    plain = train(model, jobs())
+    with model.checkpointing():
+        again = train(model, jobs())
+    for name, done in plain.items():
+        close(again[name].weights, done.weights, tolerance=1e-6)
+
+
+def test_the_penalty_looks_at_the_present_numbers_not_at_the_best(model, make_weights):
+    settings = {"rank": 2, "orthogonal": 1.0, "eval_every": 1, "learning_rate": 0.1, "clip": 1e9}
+    made = replace(job(model, toy_answers(), **settings), under=make_weights(rank=2))
+    run = Run(model, [made])
+    for _ in range(4):
+        run.step()
+    (learner,) = run.families[0].learners
+    present = run.bank.weights(learner.vector.detach(), learner.weights())
+    gradient = torch.zeros_like(learner.vector)
+    learner.step(gradient, 0.0)
+    wanted = run.bank.vector(overlap_gradient(present, made.under))
+    torch.testing.assert_close(gradient, wanted)
 
 
 def test_checkpointing_keeps_fewer_activations(model):

@@ -5,12 +5,19 @@ import threading
 
 import pytest
 import torch
+from conftest import VOCABULARY, pico_tokenizer, toy_answers, toy_task
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_train import close, job
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
-from adapterhub_chat.errors import AdapterError, UnknownNameError
-from adapterhub_chat.lora import Bank, Plan, Site, activate, attach, find_sites
+from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.bank import Bank, Site, find_sites
+from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
+from adapterhub_chat.lora import Plan, activate, attach
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.train import train
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import AdapterWeights, concatenate, initial_weights
 
@@ -278,3 +285,36 @@ def test_concatenated_adapters_are_their_sum(loaded, make_weights):
     loaded.load("both", concatenate(parts))
     wanted = logits(loaded, [{"one": 1.0, "two": 1.0}] * 6)
     torch.testing.assert_close(logits(loaded, ["both"] * 6), wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_a_backbone_carries_one_model_at_a_time_and_is_given_back(backbone):
+    model = AdapterModel(backbone)
+    with pytest.raises(UsageError, match="carries adapters already: close the other model first"):
+        AdapterModel(backbone)
+    model.close()
+    linears = [m for m in backbone.model.modules() if isinstance(m, nn.Linear)]
+    assert not any("forward" in vars(linear) for linear in linears)
+    linears[0].forward = lambda x: x * 0  # another library's
+    again = AdapterModel(backbone)
+    again.close()
+    assert float(linears[0](torch.ones(1, 32)).sum()) == 0
+
+
+def test_backbones_of_other_families_train(tmp_path):
+    """OPT: biases, gradients that do not lie in order, and blocks that drop out when told they train."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, word_embed_proj_dim=32, dropout=0.5, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    pico_tokenizer().save_pretrained(tmp_path)
+    model = AdapterModel(load_backbone(str(tmp_path), dtype="fp32", device="cpu"))
+    jobs = [job(model, toy_task(), rows_per_step=1), job(model, toy_answers(), rows_per_step=1)]
+    together = train(model, jobs)
+    with model.checkpointing():
+        again = train(model, jobs)
+    for each in jobs:
+        alone = train(model, [each])[each.name].weights
+        close(together[each.name].weights, alone)
+        close(again[each.name].weights, alone)

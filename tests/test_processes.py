@@ -27,8 +27,8 @@ from adapterhub_chat.train import leave
 pico, pool, run, more = sys.argv[1:5]
 hub = AdapterHub(pico, pool, dtype="fp32", device="cpu")
 found = hub.train(
-    [toy_task(), toy_answers()], epochs=999, rows_per_step=3, row_length=64, patience=0, eval_every=5,
-    test_examples=4, run_dir=run, **eval(more))
+    [toy_task(), toy_answers()], epochs=999, row_length=64, patience=0, eval_every=5,
+    test_examples=4, run_dir=run, **{"rows_per_step": 3, **eval(more)})
 leave()
 print("saved", sorted(found))
 """
@@ -92,6 +92,14 @@ def test_a_sharded_backbone_gives_the_same_adapters(pico_folder, tmp_path):
     output(start(1, pico_folder, tmp_path / "one", tmp_path / "run-one"))
     text = output(start(2, pico_folder, tmp_path / "two", tmp_path / "run-two", shard=True))
     assert "saved, not measured" in text
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_processes_without_rows_keep_a_sharded_run_going(pico_folder, tmp_path):
+    """One row a step and an odd number of validation batches, for two processes."""
+    few = {"rows_per_step": 1, "eval_examples": 3, "max_steps": 6}
+    output(start(1, pico_folder, tmp_path / "one", tmp_path / "run-one", **few))
+    output(start(2, pico_folder, tmp_path / "two", tmp_path / "run-two", shard=True, **few))
     same(tmp_path / "one", tmp_path / "two")
 
 

@@ -88,6 +88,8 @@ def test_the_ledger_counts_what_was_forgotten_and_what_helped():
     assert lower.backward_transfer == pytest.approx(-2.0)
     assert lower.forward_transfer == pytest.approx(10.0)
     assert found.as_json()["backward_transfer"] == found.backward_transfer
+    gaps = ledger(((None, None), (None, 0.8)))
+    assert (gaps.backward_transfer, gaps.forward_transfer) == (None, None)
 
 
 def test_new_adapters_forget_exactly_nothing(hub):
