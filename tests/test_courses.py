@@ -9,6 +9,7 @@ import torch
 from conftest import toy_answers, toy_task
 from test_cli import write_task
 
+from adapterhub_chat import AdapterHub
 from adapterhub_chat.courses import _rank
 from adapterhub_chat.errors import ConfigError
 from adapterhub_chat.learner import Trained
@@ -159,3 +160,24 @@ def test_a_mixture_s_adapter_is_measured_on_its_members(hub, tmp_path, monkeypat
     found = hub.train([mixture("both", tasks)], **QUICK)
     assert found["both"].training.tasks == ("films", "plays")
     assert {s.task for s in hub.evaluate(["both"], limit=4)} == {"films", "plays"}
+
+
+def test_an_adapter_trained_on_4_bits_says_so_and_is_measured_on_the_whole_backbone_too(
+    pico_folder, tmp_path
+):
+    pytest.importorskip("bitsandbytes")
+    quantized = AdapterHub(
+        str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu", quantize="nf4"
+    )
+    options = {**QUICK, "max_steps": 20, "learning_rate": 1e-2, "test_examples": 8}
+    found = quantized.train([toy_task()], **options)["toy"]
+    assert found.fingerprint.quantization == "nf4"
+    assert [(s.precision, s.n) for s in found.scores] == [("nf4", 8), ("float32", 8)]
+    record = found.training
+    assert 0 < record.backbone_bytes < AdapterHub(str(pico_folder), dtype="fp32").backbone.nbytes
+    assert record.peak_bytes > record.backbone_bytes
+    plain = AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
+    with pytest.warns(UserWarning, match="'toy' is compatible"):
+        (score,) = plain.evaluate(["toy"], [toy_task()], limit=8)
+    assert score == found.scores[1]
+    assert "float32" in (tmp_path / "pool" / "toy" / "README.md").read_text()
