@@ -45,6 +45,7 @@ def tell_warnings_and_logs() -> None:
     handler = RichHandler(console=err, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("adapterhub_chat").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses optional kernels aloud
     warnings.showwarning = lambda message, *_, **__: tell("note", str(message), "yellow")
 
 
@@ -62,15 +63,20 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def print_scores(title: str, scores: Iterable[Score]) -> None:
-    """Print scores with their intervals, beside the backbone's."""
-    columns = ("adapter", "task", "metric", "score", "95 % interval", "backbone", "n")
-    print_table(title, columns, map(_score_row, scores))
+    """Print scores with their intervals, beside the backbone's; its precision, where they differ in it."""
+    listed = list(scores)
+    columns = ["adapter", "task", "metric", "score", "95 % interval", "backbone", "n"]
+    rows = [_score_row(score) for score in listed]
+    if len({score.precision for score in listed}) > 1:
+        columns.append("precision")
+        rows = [[*row, s.precision] for row, s in zip(rows, listed, strict=True)]
+    print_table(title, columns, rows)
 
 
-def _score_row(s: Score) -> tuple[str, ...]:
+def _score_row(s: Score) -> list[str]:
     interval = f"{number(s.low)} to {number(s.high)}"
     beside = number(s.backbone_value)
-    return s.adapter, s.task, s.metric, number(s.value), interval, beside, str(s.n)
+    return [s.adapter, s.task, s.metric, number(s.value), interval, beside, str(s.n)]
 
 
 def print_finished(done: Finished, pool: str, folder: Path, say: Say) -> None:
