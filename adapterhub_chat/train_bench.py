@@ -100,9 +100,15 @@ def _row(kind: str, answers: Sequence[Mapping[str, Any]], end: Mapping[str, Any]
 
 
 def _flat(settings: Mapping[str, Any], counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Return the cost of an example with so many adapters in the run, one row of each a step."""
+    """Return the cost of an example with so many adapters in the run.
+
+    All learn the first task, and share out the same number of rows: only the number of adapters differs.
+    """
+    rows = max(counts)
+    alike = {**settings, "tasks": settings["tasks"][:1]}
     workers = [
-        Worker(__name__, "here", {**settings, "adapters": n, "rows_per_step": 1}) for n in counts
+        Worker(__name__, "here", {**alike, "adapters": n, "rows_per_step": rows // n})
+        for n in counts
     ]
     times: list[list[float]] = [[] for _ in workers]
     for _ in range(repeats):
