@@ -106,7 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test-examples", type=int, default=100)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    settings = {"max_steps": options.steps, "epochs": 1e6, "patience": 0, "train_examples": 4000}
+    settings = {
+        "max_steps": options.steps,
+        "epochs": 1e6,
+        "patience": 0,
+        "train_examples": 4000,
+        "eval_examples": 48,
+    }
     with Bars(Console(stderr=True), show=not options.json) as bars:
         found = compare(
             AdapterHub(options.backbone),
