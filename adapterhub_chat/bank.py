@@ -63,6 +63,15 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     )
 
 
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (in, out) of every linear layer that can carry adapters, by module name."""
+    return {
+        member: (site.in_features, out)
+        for site in find_sites(model)
+        for member, out in zip(site.members, site.out_features, strict=True)
+    }
+
+
 class Bank:
     """A fixed number of slots for adapters: loading one copies numbers, shapes never change.
 

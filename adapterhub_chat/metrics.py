@@ -121,8 +121,14 @@ def _mean_of(rows: Rows) -> Any:
     return rows[..., 0].mean(axis=-1)
 
 
+def mean_loss(rows: npt.ArrayLike) -> Any:
+    """Return the mean negative log likelihood of a token, over rows of `likelihood_rows`."""
+    numbers = np.asarray(rows, float)
+    return numbers[..., 0].sum(axis=-1) / numbers[..., 1].sum(axis=-1)
+
+
 def _perplexity_of(rows: Rows) -> Any:
-    return np.exp(rows[..., 0].sum(axis=-1) / rows[..., 1].sum(axis=-1))
+    return np.exp(mean_loss(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,3 +199,20 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def paired_difference(
+    one: npt.ArrayLike, other: npt.ArrayLike, statistic: Statistic
+) -> tuple[float, float, float]:
+    """Return statistic(one) - statistic(other) over the same items, and its 95 % interval.
+
+    An item's two rows are resampled together, so that what is hard for both sides cancels out.
+    """
+    both = np.stack([np.asarray(one, float), np.asarray(other, float)], axis=1)
+    width = both.shape[-1]
+
+    def difference(rows: Rows) -> Any:
+        return statistic(rows[..., :width]) - statistic(rows[..., width:])
+
+    flat = both.reshape(len(both), -1)
+    return (float(difference(flat)), *bootstrap_interval(flat, difference))

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from adapterhub_chat.backbone import Backbone
-from adapterhub_chat.bank import Bank, Site, find_sites
+from adapterhub_chat.bank import Bank, Site, find_sites, linear_shapes
 from adapterhub_chat.batches import Batch
 from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
@@ -62,11 +62,7 @@ class AdapterModel:
         """Attach the (inactive) LoRA layers to the backbone."""
         self.backbone = backbone
         self.sites = find_sites(backbone.model)
-        self.shapes = {
-            module: (site.in_features, out)
-            for site in self.sites
-            for module, out in zip(site.members, site.out_features, strict=True)
-        }
+        self.shapes = linear_shapes(backbone.model)
         self._detach = attach(backbone.model, self.sites)
         head = backbone.model.get_output_embeddings()
         self._head = head.register_forward_pre_hook(_keep_positions)

@@ -16,17 +16,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from adapterhub_chat.backbone import load_backbone, peak_memory
+from adapterhub_chat.bank import linear_shapes
 from adapterhub_chat.batches import epochs, pack
 from adapterhub_chat.bench import Worker, interleaved, machine, median, serve
 from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.evaluate import sequence_losses
 from adapterhub_chat.jobs import Job, make_job
+from adapterhub_chat.learner import schedule
 from adapterhub_chat.losses import token_losses
+from adapterhub_chat.metrics import (
+    bootstrap_interval,
+    mean_loss,
+    paired_difference,
+)
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import load_task
 from adapterhub_chat.template import Encoded
 from adapterhub_chat.train import Run
+from adapterhub_chat.types import as_mix
+from adapterhub_chat.weights import initial_weights
 
 TASKS = ("sentiment", "qa", "generation")
 PAD_STEP = 16
@@ -56,6 +67,7 @@ def bench_train(
         "rows_per_step": rows_per_step,
         "row_length": row_length,
         "steps": steps,
+        "total_steps": steps * (repeats + 1),
     }
     kinds = ["here", "one", "floor"] + ["peft"] * (importlib.util.find_spec("peft") is not None)
     workers = [Worker(__name__, kind, settings) for kind in kinds]
@@ -83,7 +95,32 @@ def bench_train(
         "settings": {**settings, "repeats": repeats},
         "rows": rows,
         "ratios": ratios,
+        "validation": _compared(ends),
     }
+
+
+def _compared(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return each adapter's loss on validation, here and with `peft`, and the paired difference.
+
+    A loss is the mean over the answers' tokens; intervals of 95 % resample the examples.
+    """
+    if "peft" not in ends:
+        return {}
+    found = {}
+    for name, own in ends["here"]["validation"].items():
+        theirs = ends["peft"]["validation"][name]
+        difference, low, high = paired_difference(own, theirs, mean_loss)
+        found[name] = {
+            "here": _loss(own),
+            "peft": _loss(theirs),
+            "difference": {"loss": difference, "low": low, "high": high},
+        }
+    return found
+
+
+def _loss(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    low, high = bootstrap_interval(rows, mean_loss)
+    return {"loss": float(mean_loss(rows)), "low": low, "high": high}
 
 
 def _row(kind: str, answers: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +132,6 @@ def _row(kind: str, answers: Sequence[Mapping[str, Any]], end: Mapping[str, Any]
         "examples_per_second": median(answers, "examples") / seconds,
         "peak_bytes": end["peak_bytes"],
         "losses": answers[-1].get("losses", {}),
-        "validation": end.get("validation", {}),
     }
 
 
@@ -135,7 +171,7 @@ def main() -> None:
 
     def told(what: str) -> Mapping[str, Any]:
         if what == "end":
-            return {**end(), "peak_bytes": peak_memory(backbone.device)}
+            return {"peak_bytes": peak_memory(backbone.device), **end()}
         started = time.perf_counter()
         done = work()
         return {**done, "seconds": time.perf_counter() - started}
@@ -154,11 +190,12 @@ def jobs_of(backbone: Any, settings: Mapping[str, Any]) -> list[Job]:
             rows_per_step=settings["rows_per_step"],
             row_length=settings["row_length"],
             learning_rate=5e-4,
-            schedule="constant",
-            warmup=0.0,
+            warmup=0.25,
             train_examples=1000,
             eval_examples=48,
+            eval_every=10**9,  # validation is not timed
             epochs=1e6,
+            max_steps=settings["total_steps"] + 1,  # the last step would validate
             seed=n,
         )
         jobs.append(make_job(backbone.tokenizer, f"{task.name}-{n}", task, config))
@@ -199,9 +236,21 @@ def _joint(run: Run, steps: int) -> tuple[Work, Work]:
         return {**tokens_of(learnt), "losses": dict(losses)}
 
     def end() -> Mapping[str, Any]:
-        return {"validation": {x.job.name: run.held_out_loss(x) for x in learners}}
+        found = {}
+        for learner in learners:
+            name, examples = learner.job.name, learner.job.validation
+            run.model.load(name, learner.weights())
+            losses = sequence_losses(run.model, examples, as_mix(name)).flatten().tolist()
+            found[name] = _rows(examples, losses)
+        return {"validation": found}
 
     return work, end
+
+
+def _rows(examples: Sequence[Encoded], losses: Sequence[float]) -> list[list[float]]:
+    """Return each example's summed loss and how many tokens its answer has."""
+    lengths = [float(len(e.continuations[0])) for e in examples]
+    return [list(row) for row in zip(losses, lengths, strict=True)]
 
 
 def _noted(draw: Callable[[], Any], learnt: list[Encoded]) -> Callable[[], Any]:
@@ -235,46 +284,40 @@ def floor(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
 
 def peft(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
     """Train the adapters with `peft`, one after another, each step's examples padded to the longest."""
-    library: Any = importlib.import_module("peft")
-    backbone.model.set_attn_implementation("sdpa")
     jobs = jobs_of(backbone, settings)
-    lora = library.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings["rank"],
-        lora_alpha=2 * settings["rank"],
-        target_modules="all-linear",
-    )
-    model = library.get_peft_model(
-        backbone.model, lora, adapter_name="0", autocast_adapter_dtype=False
-    )
-    for n in range(1, len(jobs)):
-        model.add_adapter(str(n), lora, autocast_adapter_dtype=False)
+    model = _peft_model(backbone, jobs)
     parts = []
-    for n, (job, stream) in enumerate(zip(jobs, _streams(jobs), strict=True)):
+    for n, stream in enumerate(_streams(jobs)):
         model.set_adapter(str(n))
         parameters = [p for p in model.parameters() if p.requires_grad]
-        rate = job.config.learning_rate
-        parts.append((parameters, stream, torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)))
+        parts.append((parameters, stream, torch.optim.AdamW(parameters, weight_decay=0.0)))
 
     def moved(examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         batch = padded(examples, backbone.tokenizer.pad_token_id)
         return {name: tensor.to(backbone.device) for name, tensor in batch.items()}
 
+    done = 0
+
     def work() -> Mapping[str, Any]:
+        nonlocal done
         learnt: list[Encoded] = []
         losses = {}
         model.train()
         for n, (job, (parameters, stream, optimizer)) in enumerate(zip(jobs, parts, strict=True)):
             model.set_adapter(str(n))
-            for _ in range(settings["steps"]):
+            for step in range(done, done + settings["steps"]):
                 examples = [e for row in next(stream) for e in row]
                 loss = model(**moved(examples)).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, job.config.clip)
+                part = 1 / job.config.max_steps
+                share = schedule(step * part, part, job.config)
+                optimizer.param_groups[0]["lr"] = share * job.config.learning_rate
                 optimizer.step()
                 optimizer.zero_grad()
                 learnt += examples
             losses[job.name] = float(loss.detach())
+        done += settings["steps"]
         return {**tokens_of(learnt), "losses": losses}
 
     @torch.no_grad()
@@ -283,16 +326,41 @@ def peft(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
         found = {}
         for n, job in enumerate(jobs):
             model.set_adapter(str(n))
-            total = count = 0.0
+            losses: list[float] = []
             for start in range(0, len(job.validation), 16):
-                examples = job.validation[start : start + 16]
-                tokens = sum(len(e.continuations[0]) for e in examples)
-                total += float(model(**moved(examples)).loss) * tokens
-                count += tokens
-            found[job.name] = total / count
+                batch = moved(job.validation[start : start + 16])
+                labels = batch.pop("labels")[:, 1:]
+                logits = model(**batch).logits[:, :-1].float()
+                each = functional.cross_entropy(logits.mT, labels, reduction="none")
+                losses += each.sum(1).tolist()
+            found[job.name] = _rows(job.validation, losses)
         return {"validation": found}
 
     return work, end
+
+
+def _peft_model(backbone: Any, jobs: Sequence[Job]) -> Any:
+    """Return the backbone with an adapter for each job, with the initial weights that it has here."""
+    library: Any = importlib.import_module("peft")
+    backbone.model.set_attn_implementation("sdpa")
+    shapes, model = linear_shapes(backbone.model), None
+    for n, config in enumerate(job.config for job in jobs):
+        lora = library.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules="all-linear",
+        )
+        options = {"adapter_name": str(n), "autocast_adapter_dtype": False}
+        if model is None:
+            model = library.get_peft_model(backbone.model, lora, **options)
+        else:
+            model.add_adapter(peft_config=lora, **options)
+        start = initial_weights(shapes, rank=config.rank, alpha=config.alpha, seed=config.seed)
+        for module, (a, _) in start.factors.items():
+            layer = model.get_base_model().get_submodule(module)
+            layer.lora_A[str(n)].weight.data.copy_(a)
+    return model
 
 
 def padded(examples: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:

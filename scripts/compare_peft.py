@@ -25,7 +25,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -39,7 +38,7 @@ from adapterhub_chat.evaluate import judge
 from adapterhub_chat.folder import read_folder
 from adapterhub_chat.jobs import Job, make_job, sample
 from adapterhub_chat.learner import schedule, total_steps
-from adapterhub_chat.metrics import METRICS, Rows, Statistic, bootstrap_interval
+from adapterhub_chat.metrics import METRICS, Rows, bootstrap_interval, paired_difference
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.targets import targeted
 from adapterhub_chat.task import Task, load_task
@@ -218,16 +217,12 @@ def row_of(
 ) -> Row:
     """Return the table's row, with the paired bootstrap of the difference (same items resampled)."""
     metric = METRICS[task.metric]
-    statistic, columns = metric.statistic, here.shape[1]
 
-    def gap(rows: Rows) -> Any:
-        return statistic(rows[..., :columns]) - statistic(rows[..., columns:])
+    def measured(rows: Rows) -> Measured:
+        return Measured(metric.aggregate(rows), *bootstrap_interval(rows, metric.statistic))
 
-    def measured(rows: Rows, of: Statistic) -> Measured:
-        return Measured(float(of(rows)), *bootstrap_interval(rows, of))
-
-    theirs = measured(peft, statistic)
-    difference = measured(np.concatenate([here, peft], axis=1), gap)
+    theirs = measured(peft)
+    difference = Measured(*paired_difference(here, peft, metric.statistic))
     point = POINT * theirs.value if metric.kind == "likelihood" else POINT
     verdict = "apart"
     if abs(difference.value) <= point:
@@ -239,7 +234,7 @@ def row_of(
         metric=metric.name,
         n=len(here),
         backbone=metric.aggregate(bare),
-        here=measured(here, statistic),
+        here=measured(here),
         peft=theirs,
         difference=difference,
         verdict=verdict,

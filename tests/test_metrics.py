@@ -19,7 +19,9 @@ from adapterhub_chat.metrics import (
     label_rows,
     likelihood_rows,
     macro_f1,
+    mean_loss,
     normalize_answer,
+    paired_difference,
     perplexity,
     token_f1,
 )
@@ -164,3 +166,15 @@ def test_one_item_has_no_width_and_none_is_an_error():
     assert bootstrap_interval([0.5], METRICS["token_f1"].statistic) == (0.5, 0.5)
     with pytest.raises(DataError, match="no items"):
         bootstrap_interval([], METRICS["token_f1"].statistic)
+
+
+def test_a_paired_difference_forgets_what_is_hard_for_both_sides():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 100, 200)
+    one = np.stack([hard + rng.normal(1, 0.1, 200), np.ones(200)], axis=1)
+    other = np.stack([hard, np.ones(200)], axis=1)
+    value, low, high = paired_difference(one, other, mean_loss)
+    assert value == pytest.approx(mean_loss(one) - mean_loss(other))
+    assert 0.9 < low < value < high < 1.1
+    alone = bootstrap_interval(one, mean_loss)
+    assert alone[1] - alone[0] > 50 * (high - low)
