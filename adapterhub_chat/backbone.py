@@ -86,14 +86,11 @@ class Backbone:
         """Token id that ends an answer."""
         return int(self.tokenizer.eos_token_id)
 
-    def new_cache(self) -> dict[str, Any]:
-        """Return an empty key-value cache, transformers' own, under the name that `forward` takes it by.
-
-        It grows with what is decoded; from transformers 5.24 on the old name is deprecated.
-        """
+    @property
+    def cache_name(self) -> str:
+        """The name by which `forward` takes a key-value cache: from transformers 5.24 on, another one."""
         takes = inspect.signature(self.model.forward).parameters
-        name = "cache" if "cache" in takes else "past_key_values"
-        return {name: transformers.DynamicCache(config=self.model.config)}
+        return "cache" if "cache" in takes else "past_key_values"
 
 
 def load_backbone(

@@ -72,6 +72,10 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
+Layout = tuple[tuple[Site, ...], int]
+"""What the numbers of a slot are: sites and rank."""
+
+
 class Bank:
     """A fixed number of slots for adapters: loading one copies numbers, shapes never change.
 
@@ -95,6 +99,7 @@ class Bank:
         """Allocate `slots` x `rank` for the given sites."""
         self.sites = {site.name: site for site in sites}
         self.slots, self.rank, self.trainable = slots, rank, trainable
+        self.layout: Layout = (tuple(sites), rank)
         self.dtype, self.device = dtype, torch.device(device)
         self.home = {m: (s.name, j) for s in sites for j, m in enumerate(s.members)}
         self._a = {s.name: (len(s.members) * rank, s.in_features) for s in sites}
@@ -124,6 +129,13 @@ class Bank:
             first, second = self._places(self.A, self.B, module, weights.rank(module))
             first[slot].copy_(a)
             second[slot].copy_((b.float() * weights.scale(module)).T)
+
+    @torch.no_grad()
+    def read(self, slot: int, like: AdapterWeights) -> AdapterWeights:
+        """Return the adapter in a slot, fp32, with the modules, ranks and alphas of `like`."""
+        found = self.weights(self.flat[slot].detach().float(), like)
+        scales = {m: like.scale(m) or 1.0 for m in found.factors}
+        return found.with_factors({m: (a, b / scales[m]) for m, (a, b) in found.factors.items()})
 
     @torch.no_grad()
     def put(self, slot: int, vector: Tensor, scale: float) -> None:
@@ -164,6 +176,16 @@ class Bank:
             a, b = self._places(first, second, module, like.rank(module))
             factors[module] = (a[0].cpu().clone(), b[0].T.cpu().contiguous())
         return like.with_factors(factors)
+
+    @property
+    def places(self) -> list[tuple[Bank, int]]:
+        """All slots, in order."""
+        return [(self, slot) for slot in range(self.slots)]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that one slot takes."""
+        return sum(self._sizes) * self.flat.element_size()
 
     def nbytes(self) -> int:
         """Return the bytes that the factors take."""

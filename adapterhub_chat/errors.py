@@ -7,7 +7,9 @@ AdapterHubError
 │   └── DataError                       examples that cannot be trained on or judged
 ├── AssetError            (OSError)     a packaged file could not be fetched, verified or stored
 ├── AdapterError          (ValueError)  an adapter folder that cannot be trusted or does not fit
-└── PoolError             (OSError)     the pool folder cannot be read or written
+├── PoolError             (OSError)     the pool folder cannot be read or written
+├── NoRoomError                         all of a budget is in use; it passes when requests end
+└── QueueFullError                      more requests wait than the engine was told to keep
 """
 
 from collections.abc import Iterable
@@ -58,6 +60,14 @@ class AdapterError(AdapterHubError, ValueError):
 
 class PoolError(AdapterHubError, OSError):
     """The pool folder cannot be read or written."""
+
+
+class NoRoomError(AdapterHubError):
+    """Everything that a budget allows is in use."""
+
+
+class QueueFullError(AdapterHubError):
+    """The engine refuses a request: too many wait already."""
 
 
 def join_misfits(source: str, misfits: Iterable[str]) -> str:

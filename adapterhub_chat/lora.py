@@ -19,19 +19,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterhub_chat.bank import Bank, Site
+from adapterhub_chat.bank import Bank, Layout, Site
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.kernels import Form, choose, in_place, site_products, terms
+from adapterhub_chat.native import Entries, Sites
+
+Place = tuple[Bank, int]
+"""A slot of a bank."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """A part of a mix that one form computes."""
+    """A part of a mix that one form computes, in slots of one layout."""
 
     form: Form
-    slots: Sequence[int]
+    places: Sequence[Place]
     rows: Tensor | None
     """The rows that take part; None is all of them."""
+
+    @property
+    def bank(self) -> Bank:
+        """A bank with the layout of all the places."""
+        return self.places[0][0]
+
+    def pick(self, factors: Callable[[Bank], Tensor], dtype: torch.dtype) -> Tensor:
+        """Return one factor of all the places, (G, ...): a view where they adjoin in one bank."""
+        slots = [slot for _, slot in self.places]
+        first, last = slots[0], slots[-1] + 1
+        if slots == list(range(first, last)) and all(b is self.bank for b, _ in self.places):
+            whole = factors(self.bank)
+            return (whole if last - first == len(whole) else whole[first:last]).to(dtype)
+        return torch.stack([factors(bank)[slot] for bank, slot in self.places]).to(dtype)
 
 
 class Plan:
@@ -41,11 +59,12 @@ class Plan:
     A plan is used by one thread at a time.
     """
 
-    def __init__(self, bank: Bank, mix: Tensor) -> None:
-        """Analyse `mix` (N, S), a CPU tensor of weights."""
-        self.bank, self.num_rows = bank, len(mix)
-        self._terms = [self._term(part) for part in terms(mix)]
-        self._shrunk: dict[str, tuple[Tensor, list[Tensor]]] = {}
+    def __init__(self, places: Sequence[Place], mix: Tensor) -> None:
+        """Analyse `mix` (N, S), a CPU tensor of weights; column s belongs to `places[s]`."""
+        self.num_rows = len(mix)
+        self._alike = [(own, mix[:, columns]) for own, columns in _by_layout(places, mix)]
+        self._terms = [_term(part, own) for own, weights in self._alike for part in terms(weights)]
+        self._shrunk: dict[str, tuple[Tensor, list[Tensor | None]]] = {}
         self._outputs: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._factors: dict[tuple[str, int], tuple[Tensor, ...]] = {}
 
@@ -65,7 +84,7 @@ class Plan:
     ) -> Tensor:
         """Return the layer's output under this mix: base(x) and the update."""
         site = layers.site
-        if self.empty or site.name not in self.bank.A:
+        if not self._acts_on(site):
             return base(x)
         if not (layers.plain and self._whole and torch.is_grad_enabled()):
             return self.add(site, member, x, base(x))
@@ -82,11 +101,13 @@ class Plan:
 
         `y` may be overwritten.
         """
-        if self.empty or site.name not in self.bank.A:
+        if not self._acts_on(site):
             return y
-        rank = self.bank.rank
         shrunk = self._shrink(site, member, x)
         for n, (term, h) in enumerate(zip(self._terms, shrunk, strict=True)):
+            if h is None:
+                continue
+            rank = term.bank.rank
             own = h[..., member * rank : (member + 1) * rank].to(y.dtype)
             b = self._site_factors(site, n, x.dtype)[1 + member].to(y.dtype)
             if term.rows is None:
@@ -97,6 +118,16 @@ class Plan:
             y = rows.index_copy(0, term.rows, added).view(y.shape)
         return y
 
+    def entries(self, dtype: torch.dtype) -> list[Entries]:
+        """Return this mix for the native products, made anew: one item for every layout of bank."""
+        found = []
+        for places, weights in self._alike:
+            bank = places[0][0]
+            if (bank.layout, dtype) not in _SITES:
+                _SITES[bank.layout, dtype] = Sites(bank)
+            found.append(Entries(places, weights, _SITES[bank.layout, dtype], dtype))
+        return found
+
     def release(self) -> None:
         """Forget the last forward's intermediate tensors.
 
@@ -104,23 +135,22 @@ class Plan:
         """
         self._shrunk.clear()
         self._outputs.clear()
-        if self.bank.trainable:
+        if any(term.bank.trainable for term in self._terms):
             self._factors.clear()
 
-    def _term(self, mix: Tensor) -> _Term:
-        used, device = mix != 0, self.bank.device
-        rows = used.any(1).nonzero().flatten()
-        slots = used.any(0).nonzero().flatten().tolist()
-        form = choose(mix[rows][:, slots], device)
-        return _Term(form, slots, None if len(rows) == len(mix) else rows.to(device))
+    def _acts_on(self, site: Site) -> bool:
+        return any(site.name in term.bank.A for term in self._terms)
 
-    def _shrink(self, site: Site, member: int, x: Tensor) -> list[Tensor]:
+    def _shrink(self, site: Site, member: int, x: Tensor) -> list[Tensor | None]:
         """Return each term's h for x: the site's first member computes it, the last one lets it go."""
         kept = self._shrunk.pop(site.name, None)
         if kept is None or kept[0] is not x:
             rows = x.reshape(self.num_rows, -1, x.shape[-1])
-            shrunk = []
+            shrunk: list[Tensor | None] = []
             for n, term in enumerate(self._terms):
+                if site.name not in term.bank.A:
+                    shrunk.append(None)
+                    continue
                 own = rows if term.rows is None else rows.index_select(0, term.rows)
                 shrunk.append(term.form.shrink(own, self._site_factors(site, n, x.dtype)[0]))
             kept = (x, shrunk)
@@ -133,19 +163,34 @@ class Plan:
         key = (site.name, term)
         if (cached := self._factors.get(key)) is not None:
             return cached
-        bank, slots = self.bank, self._terms[term].slots
-        whole = slots == list(range(bank.slots))
-        first, last = slots[0], slots[-1] + 1
-        adjoining = slots == list(range(first, last))
-
-        def pick(tensor: Tensor) -> Tensor:
-            if whole:
-                return tensor.to(dtype)
-            return (tensor[first:last] if adjoining else tensor[slots]).to(dtype)
-
-        factors = (pick(bank.A[site.name]), *(pick(bank.B[m]) for m in site.members))
+        own = self._terms[term]
+        factors = (
+            own.pick(lambda bank: bank.A[site.name], dtype),
+            *(own.pick(lambda bank, m=m: bank.B[m], dtype) for m in site.members),  # type: ignore[misc]
+        )
         self._factors[key] = factors
         return factors
+
+
+_SITES: dict[tuple[Layout, torch.dtype], Sites] = {}
+"""The native products' view of every layout of bank: few, and small."""
+
+
+def _by_layout(places: Sequence[Place], mix: Tensor) -> Iterator[tuple[list[Place], list[int]]]:
+    """Yield the places in use whose banks have one layout, with their columns of the mix."""
+    columns = (mix != 0).any(0).nonzero().flatten().tolist()
+    for layout in dict.fromkeys(places[c][0].layout for c in columns):
+        own = [c for c in columns if places[c][0].layout == layout]
+        yield [places[c] for c in own], own
+
+
+def _term(mix: Tensor, places: Sequence[Place]) -> _Term:
+    used, device = mix != 0, places[0][0].device
+    rows = used.any(1).nonzero().flatten()
+    columns = used.any(0).nonzero().flatten().tolist()
+    form = choose(mix[rows][:, columns], device)
+    own = [places[c] for c in columns]
+    return _Term(form, own, None if len(rows) == len(mix) else rows.to(device))
 
 
 _ACTIVE: ContextVar[Plan | None] = ContextVar("adapterhub_active_plan", default=None)

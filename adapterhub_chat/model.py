@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.bank import Bank, Site, find_sites, linear_shapes
 from adapterhub_chat.batches import Batch
-from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
+from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
-from adapterhub_chat.lora import Plan, activate, active, attach
+from adapterhub_chat.lora import activate, active, attach
+from adapterhub_chat.slots import Slots, plan_of
 from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.weights import AdapterWeights, misfits
 
@@ -33,22 +31,7 @@ RANK_STEP = 8
 KEEP_STEP = 64
 """The number of positions that reach the head is rounded up to a multiple of this."""
 
-Among = Callable[[Sequence[int]], AbstractContextManager[None]]
-
 _KEEP: ContextVar[Tensor | None] = ContextVar("adapterhub_keep", default=None)
-
-
-@dataclass
-class _Table:
-    """One bank and who lives in it. A bank that grows is a new table; running plans keep the old one."""
-
-    bank: Bank
-    slot_of: dict[str, int] = field(default_factory=dict)
-    in_use: Counter[int] = field(default_factory=Counter)
-
-    def free_slot(self) -> int | None:
-        taken = set(self.slot_of.values()) | set(self.in_use)
-        return next((s for s in range(self.bank.slots) if s not in taken), None)
 
 
 class AdapterModel:
@@ -58,32 +41,32 @@ class AdapterModel:
     never overwritten; it is reused when the last reader has left.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        """Attach the (inactive) LoRA layers to the backbone."""
+    def __init__(self, backbone: Backbone, *, budget: int | None = None) -> None:
+        """Attach the (inactive) LoRA layers to the backbone; `budget` bounds the bytes of loaded adapters."""
         self.backbone = backbone
         self.sites = find_sites(backbone.model)
         self.shapes = linear_shapes(backbone.model)
         self._detach = attach(backbone.model, self.sites)
         head = backbone.model.get_output_embeddings()
         self._head = head.register_forward_pre_hook(_keep_positions)
-        self._lock = threading.RLock()
-        self._weights: dict[str, AdapterWeights] = {}
-        self._table = _Table(self.new_bank((), slots=0, rank=0, dtype=backbone.dtype))
+        self.slots = Slots(self._new_slots, budget)
+        self.engine: Any = None
+        """What decodes with this model, once something is decoded (generate.py)."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The loaded adapters, in the order of loading."""
-        return tuple(self._weights)
+        """The loaded adapters."""
+        return self.slots.names
 
     def weights(self, name: str) -> AdapterWeights:
-        """Return a loaded adapter's numbers as they were given."""
-        self._require([name])
-        return self._weights[name]
+        """Return a copy of a loaded adapter's numbers, rounded as they are in its slot."""
+        return self.slots.weights(name)
 
-    def load(self, name: str, weights: AdapterWeights) -> None:
+    def load(self, name: str, weights: AdapterWeights, identity: str | None = None) -> None:
         """Put an adapter into a slot; under a name in use it replaces that adapter for new forwards.
 
-        Raises AdapterError, before anything changes, when modules or shapes do not fit the backbone.
+        `identity` is the hash of its content, where there is one. Raises AdapterError when modules or
+        shapes do not fit the backbone, NoRoomError when the budget is all in use; nothing has changed then.
         """
         if name == BACKBONE:
             raise AdapterError(
@@ -91,22 +74,11 @@ class AdapterModel:
             )
         if found := misfits(weights, self.shapes):
             raise AdapterError(joined(f"adapter {name!r} does not fit {self.backbone.name}", found))
-        with self._lock:
-            wanted = {**self._weights, name: weights}
-            slot = self._table.free_slot()
-            if slot is None or not self._fits(weights):
-                self._table = self._rebuilt(wanted)
-            else:
-                self._table.bank.write(slot, weights)
-                self._table.slot_of[name] = slot
-            self._weights = wanted
+        self.slots.load(name, weights, identity)
 
     def unload(self, name: str) -> None:
         """Free an adapter's slot; forwards that are running end undisturbed."""
-        with self._lock:
-            self._require([name])
-            self._weights = {n: w for n, w in self._weights.items() if n != name}
-            del self._table.slot_of[name]
+        self.slots.unload(name)
 
     @contextmanager
     def mixing(self, mixes: Sequence[Mix]) -> Iterator[None]:
@@ -114,36 +86,8 @@ class AdapterModel:
 
         Raises UnknownNameError for an adapter that is not loaded.
         """
-        with self.holding(mixes) as among, among(range(len(mixes))):
+        with self.slots.holding(mixes) as held, activate(plan_of(held)):
             yield
-
-    @contextmanager
-    def holding(self, mixes: Sequence[Mix]) -> Iterator[Among]:
-        """Keep the adapters of `mixes` as they are now, whatever is loaded or unloaded meanwhile.
-
-        Gives `among(rows)`: a block in which the calling thread's forwards have these rows of `mixes`,
-        in this order. Raises UnknownNameError for an adapter that is not loaded.
-        """
-        with self._lock:
-            self._require(dict.fromkeys(name for mix in mixes for name in mix.names))
-            table = self._table
-            matrix = torch.zeros(len(mixes), table.bank.slots)
-            for row, mix in enumerate(mixes):
-                for name, weight in mix.weights:
-                    matrix[row, table.slot_of[name]] += weight
-            held = Counter((matrix != 0).any(0).nonzero().flatten().tolist())
-            table.in_use.update(held)
-
-        def among(rows: Sequence[int]) -> AbstractContextManager[None]:
-            plan = Plan(table.bank, matrix[list(rows)])
-            return activate(None if plan.empty else plan)
-
-        try:
-            yield among
-        finally:
-            with self._lock:
-                table.in_use.subtract(held)
-                table.in_use += Counter()  # drop what nobody uses any more
 
     def answer_logits(self, batch: Batch) -> Tensor:
         """Return logits (P, V) at the batch's predicting positions alone, under the active mix.
@@ -212,32 +156,13 @@ class AdapterModel:
         device = self.backbone.device
         return Bank(sites, slots=slots, rank=rank, dtype=dtype, device=device, trainable=trainable)
 
+    def _new_slots(self, modules: Sequence[str], slots: int, rank: int) -> Bank:
+        return self.new_bank(modules, slots=slots, rank=rank, dtype=self.backbone.dtype)
+
     def close(self) -> None:
         """Detach from the backbone, which is then as it was."""
         self._detach()
         self._head.remove()
-
-    def _fits(self, weights: AdapterWeights) -> bool:
-        bank = self._table.bank
-        return weights.max_rank <= bank.rank and all(m in bank.home for m in weights.factors)
-
-    def _rebuilt(self, wanted: Mapping[str, AdapterWeights]) -> _Table:
-        """Return a table with room for all of `wanted`: twice the slots when they ran out."""
-        modules = {m for w in wanted.values() for m in w.factors}
-        slots = max(4, self._table.bank.slots)
-        while slots < len(wanted):
-            slots *= 2
-        rank = max(w.max_rank for w in wanted.values())
-        bank = self.new_bank(tuple(modules), slots=slots, rank=rank, dtype=self.backbone.dtype)
-        for slot, weights in enumerate(wanted.values()):
-            bank.write(slot, weights)
-        return _Table(bank, {name: slot for slot, name in enumerate(wanted)})
-
-    def _require(self, names: Sequence[str] | Mapping[str, None]) -> None:
-        for name in names:
-            if name not in self._weights:
-                cure = "Load it first with hub.load(name)."
-                raise UnknownNameError("adapter", name, [*self._weights, BACKBONE], cure)
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

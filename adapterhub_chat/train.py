@@ -198,7 +198,7 @@ class Run:
 
     def _means(self, batch: Batch, mixes: Tensor, owner: Tensor, wanted: Tensor) -> Tensor:
         """Return the sum of each part's losses over all its answer tokens, by their number everywhere."""
-        with activate(Plan(self.bank, mixes)):
+        with activate(Plan(self.bank.places, mixes)):
             logits = self.model.answer_logits(batch)
         losses = token_losses(logits, batch.targets.to(logits.device))
         belongs = owner[batch.keep // self.length].to(losses.device)
@@ -241,7 +241,7 @@ class Run:
             number = turn * count + mine
             batch = pack(batches[number % len(batches)], self.length)
             mix = self._mix(learner).expand(batch.num_rows, -1)
-            with activate(Plan(self.bank, mix)):
+            with activate(Plan(self.bank.places, mix)):
                 logits = self.model.answer_logits(batch)
             if number < len(batches):
                 sums[0] += token_losses(logits, batch.targets.to(logits.device)).sum()

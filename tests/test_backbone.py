@@ -158,7 +158,7 @@ def test_4bit_gradients_survive_an_evaluation(pico_folder, make_weights):
 
     def gradients():
         bank.zero_gradients()
-        with activate(Plan(bank, torch.ones(1, 1))):
+        with activate(Plan(bank.places, torch.ones(1, 1))):
             model.backbone.model(IDS).logits.square().mean().backward()
         return torch.cat([t.grad.flatten() for t in (*bank.A.values(), *bank.B.values())])
 
@@ -217,7 +217,7 @@ def test_4bit_gradients_are_those_of_the_dense_model_before_and_after_an_evaluat
     def gradient(of):
         bank = of.new_bank(list(of.shapes), slots=1, rank=8, dtype=torch.float32, trainable=True)
         bank.write(0, make_weights())
-        with activate(Plan(bank, torch.ones(1, 1))):
+        with activate(Plan(bank.places, torch.ones(1, 1))):
             of.backbone.model(IDS).logits.square().mean().backward()
         return bank.gradient(0, 1.0, bank.scratch)
 

@@ -16,9 +16,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from adapterhub_chat.backbone import load_backbone
 from adapterhub_chat.errors import UnknownNameError, UsageError
-from adapterhub_chat.generate import Request, Sampling, _certain, _Row, generate, next_token_logits
+from adapterhub_chat.generate import Request, Sampling, generate, next_token_logits
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.types import Mix, as_mix
+from adapterhub_chat.writing import Writing, certain
 
 PROMPTS = (
     (5, 9, 31, 7, 120),
@@ -223,11 +224,11 @@ def say(model, text, **rules):
     """Let the real decoding rules run over a given text's bytes, a token each; return pieces."""
     tokenizer, letters = model.backbone.tokenizer, bytes_to_unicode()
     ids = [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in text.encode()]
-    row = _Row(0, Request((1,), sampling=Sampling(max_new_tokens=len(ids) + 1, **rules)))
+    row = Writing(tokenizer, Sampling(max_new_tokens=len(ids) + 1, **rules))
     pieces = []
     for token in [*ids, tokenizer.eos_token_id]:
-        if not row.done:
-            pieces.append(row.take(token, tokenizer))
+        if not row.ended:
+            pieces.append(row.take(token))
     return row.text, pieces
 
 
@@ -261,11 +262,11 @@ def byte_model(pico_folder):
     return AdapterModel(load_backbone(str(pico_folder), dtype="fp32", device="cpu"))
 
 
-def test_what_is_certain():
-    assert _certain("abc", ()) == 3
-    assert _certain("abc\ufffd\ufffd", ()) == 3
-    assert _certain("abc", ("cd", "bcd", "x")) == 1
-    assert _certain("xa\ufffd", ("a你",)) == 1
+def test_what_iscertain():
+    assert certain("abc", ()) == 3
+    assert certain("abc\ufffd\ufffd", ()) == 3
+    assert certain("abc", ("cd", "bcd", "x")) == 1
+    assert certain("xa\ufffd", ("a你",)) == 1
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ def test_no_rows_no_texts(model):
 
 
 def test_an_empty_prompt_is_named(model):
-    with pytest.raises(UsageError, match="prompt 1, 3 is empty"):
+    with pytest.raises(UsageError, match=r"prompt 1 is empty.*prompt 3 is empty"):
         generate(model, [Request((4,)), Request(()), Request((5,)), Request(())])
 
 

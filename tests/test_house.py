@@ -22,9 +22,10 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
-        "tensors": "attention bank kernels weights targets lora losses",
+        "tensors": "attention bank kernels native weights targets lora losses",
     },
-    {"model": "backbone model generate"},
+    {"model": "backbone slots model"},
+    {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {"learning": "jobs learner train sequence courses evaluate"},
     {"keeping": "manifest card folder pool trust shelf runlog checkpoint pictures"},
     {

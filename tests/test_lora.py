@@ -213,7 +213,7 @@ def test_members_with_different_inputs_are_still_right():
     bank.write(0, adapter)
     x, memory = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
     plain = net(x, memory)
-    with activate(Plan(bank, torch.ones(3, 1))):
+    with activate(Plan(bank.places, torch.ones(3, 1))):
         mixed = net(x, memory)
     for name, read, before, after in zip(shapes, (x, memory, memory), plain, mixed, strict=True):
         a, b = adapter.factors[name]
@@ -227,7 +227,7 @@ def test_a_trainable_bank_gives_each_slot_its_own_gradient(model, make_weights):
     bank.write(0, make_weights(seed=1))
     bank.write(1, make_weights(seed=2))
     mix = torch.tensor([[1.0, 0.0]] * 6)
-    with activate(Plan(bank, mix)):
+    with activate(Plan(bank.places, mix)):
         model.backbone.model(IDS).logits.square().mean().backward()
     used, idle = (bank.gradient(n, 1.0, torch.empty(bank.flat.shape[1])) for n in (0, 1))
     assert used.abs().sum() > 0
@@ -260,7 +260,7 @@ def test_a_vector_s_gradient_is_autograd_s(model, make_weights):
     modules = list(weights.factors)
     bank = model.new_bank(modules, slots=2, rank=3, dtype=torch.float32, trainable=True)
     bank.put(1, bank.vector(weights), 4.0)
-    with activate(Plan(bank, torch.tensor([[0.0, 1.0]] * 6))):
+    with activate(Plan(bank.places, torch.tensor([[0.0, 1.0]] * 6))):
         model.backbone.model(IDS).logits.square().mean().backward()
     got = bank.weights(bank.gradient(1, 4.0, torch.empty(bank.flat.shape[1])), weights)
     leaves = {m: tuple(t.clone().requires_grad_() for t in p) for m, p in weights.factors.items()}

@@ -1,0 +1,87 @@
+"""KeyValues: static memory for the keys and values of the rows that are being decoded.
+
+Shapes change only when more rows or longer ones are needed than ever before: a row joins and leaves by
+copies of its own numbers. Legend: N rows, C capacity in tokens, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LENGTH_STEP = 64
+"""Capacities, and what attention looks at, are whole multiples of this: few shapes."""
+
+Heads = Sequence[tuple[int, int]]
+"""(K, D) of every layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first tokens of a row and what the backbone made of them."""
+
+    tokens: tuple[int, ...]
+    keys: Sequence[Tensor]
+    """(K, length, D) of every layer."""
+    values: Sequence[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+
+class KeyValues:
+    """Keys and values, (N, K, C, D) for every layer."""
+
+    def __init__(self, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
+        """Start with room for nothing."""
+        self.rows, self.length = 0, 0
+        self.keys = [torch.empty(0, k, 0, d, dtype=dtype, device=device) for k, d in heads]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the memory takes."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Have room for `rows` rows of `length` tokens; what is there stays."""
+        if rows <= self.rows and length <= self.length:
+            return
+        rows = max(rows, self.rows)
+        length = rounded(max(length, self.length))
+        for tensors in (self.keys, self.values):
+            for n, old in enumerate(tensors):
+                new = old.new_zeros(rows, old.shape[1], length, old.shape[3])
+                new[: self.rows, :, : self.length] = old
+                tensors[n] = new
+        self.rows, self.length = rows, length
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        for tensors in (self.keys, self.values):
+            tensors[:] = [t.new_empty(0, t.shape[1], 0, t.shape[3]) for t in tensors]
+        self.rows = self.length = 0
+
+    def take(self, row: int, tokens: Sequence[int]) -> Prefix:
+        """Return a copy of a row's first tokens."""
+        length = len(tokens)
+        keys, values = (
+            [t[row, :, :length].clone() for t in tensors] for tensors in (self.keys, self.values)
+        )
+        return Prefix(tuple(tokens), keys, values)
+
+    def put(self, row: int, prefix: Prefix, length: int) -> None:
+        """Start a row with the first `length` tokens of a prefix."""
+        for tensors, own in ((self.keys, prefix.keys), (self.values, prefix.values)):
+            for t, part in zip(tensors, own, strict=True):
+                t[row, :, :length] = part[:, :length]
+
+
+def rounded(length: int) -> int:
+    """Return the next multiple of LENGTH_STEP."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP

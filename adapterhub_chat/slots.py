@@ -1,0 +1,225 @@
+"""Slots: which adapter lives where in device memory, under a budget of bytes.
+
+Slots of one layout (sites and rank bucket) are allocated a few at a time and used again and again. The least
+recently used adapter makes room; one that is in use or pinned is never evicted nor overwritten: a name that
+is loaded anew gets another slot, and the old content goes when its last user has left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from adapterhub_chat.bank import Bank
+from adapterhub_chat.errors import NoRoomError, UnknownNameError
+from adapterhub_chat.lora import Place, Plan
+from adapterhub_chat.types import BACKBONE, Mix
+from adapterhub_chat.weights import AdapterWeights
+
+SEGMENT = 4
+"""Slots that are allocated together."""
+SMALLEST_RANK = 8
+"""Ranks are rounded up to a power of two from here on: few layouts, and products of fast widths."""
+
+NewBank = Callable[[Sequence[str], int, int], Bank]
+"""(modules, slots, rank) -> an empty bank."""
+
+_fresh, _clock = itertools.count(), itertools.count()
+
+
+@dataclass(eq=False)
+class Resident:
+    """One adapter's content in a slot."""
+
+    place: Place
+    identity: str
+    """Its content's hash, else something that no other content has."""
+    like: AdapterWeights
+    """Modules, ranks and alphas; the factors have shapes only."""
+    users: int = 0
+    current: bool = True
+    """Whether a name means this content."""
+    used: int = field(default_factory=lambda: next(_clock))
+    """When it was held last: larger is later."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A mix whose adapters stay as they are now, whatever is loaded or unloaded, until it is released."""
+
+    mix: Mix
+    weights: tuple[tuple[Resident, float], ...] = ()
+
+    @property
+    def key(self) -> tuple[tuple[str, float], ...]:
+        """What the mix computes: contents and weights, whatever the adapters are called."""
+        return tuple(sorted((resident.identity, weight) for resident, weight in self.weights))
+
+
+@dataclass(eq=False)
+class _Segment:
+    bank: Bank
+    free: list[int] = field(default_factory=list)
+
+
+class Slots:
+    """Names, slots, users and the budget. Safe from several threads; no lock is held while numbers move."""
+
+    def __init__(self, new_bank: NewBank, budget: int | None = None) -> None:
+        """Start empty; `budget` bounds the bytes of all slots (None: no bound)."""
+        self.budget = budget
+        self.pinned: set[str] = set()
+        self._new_bank = new_bank
+        self._names: dict[str, Resident] = {}
+        self._segments: list[_Segment] = []
+        self._lock = threading.RLock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are here, in the order of loading."""
+        return tuple(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether an adapter of that name is here."""
+        return name in self._names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(segment.bank.nbytes() for segment in self._segments)
+
+    def load(self, name: str, weights: AdapterWeights, identity: str | None = None) -> None:
+        """Put an adapter into a slot; under a name in use it replaces that adapter for new users.
+
+        Raises NoRoomError, with nothing changed, when the budget is spent on adapters in use.
+        """
+        with self._lock:
+            bank, slot = place = self._room(weights, name)
+        try:
+            bank.write(slot, weights)
+        except BaseException:
+            self._give_back(place)
+            raise
+        like = weights.with_factors(
+            {m: (a.to("meta"), b.to("meta")) for m, (a, b) in weights.factors.items()}
+        )
+        with self._lock:
+            self._forget(name)
+            own = f"unnamed content {next(_fresh)}" if identity is None else identity
+            self._names[name] = Resident(place, own, like)
+
+    def unload(self, name: str) -> None:
+        """Take the name away; the slot is free when its last user has left."""
+        with self._lock:
+            self._resident(name)
+            self._forget(name)
+
+    def weights(self, name: str) -> AdapterWeights:
+        """Return a copy of an adapter's numbers, as they were rounded when it was loaded."""
+        with self.holding([Mix(((name, 1.0),))]) as (held,):
+            (((bank, slot), like),) = [(r.place, r.like) for r, _ in held.weights]
+            return bank.read(slot, like)
+
+    def hold(self, mix: Mix) -> Held:
+        """Keep the mix's adapters until `release`; raise UnknownNameError for one that is not here."""
+        with self._lock:
+            found = tuple((self._resident(name), weight) for name, weight in mix.weights)
+            for resident, _ in found:
+                resident.users += 1
+                resident.used = next(_clock)
+            return Held(mix, found)
+
+    def release(self, held: Held) -> None:
+        """End what `hold` began."""
+        with self._lock:
+            for resident, _ in held.weights:
+                resident.users -= 1
+                if not resident.users and not resident.current:
+                    self._give_back(resident.place)
+
+    @contextmanager
+    def holding(self, mixes: Sequence[Mix]) -> Iterator[list[Held]]:
+        """Hold several mixes inside a block."""
+        held: list[Held] = []
+        try:
+            with self._lock:
+                held.extend(map(self.hold, mixes))
+            yield held
+        finally:
+            for one in held:
+                self.release(one)
+
+    # -- inside, under the lock --------------------------------------------------------------------
+
+    def _resident(self, name: str) -> Resident:
+        if name not in self._names:
+            cure = "Load it first with hub.load(name)."
+            raise UnknownNameError("adapter", name, [*self._names, BACKBONE], cure)
+        return self._names[name]
+
+    def _forget(self, name: str) -> None:
+        old = self._names.pop(name, None)
+        if old is not None:
+            old.current = False
+            if not old.users:
+                self._give_back(old.place)
+
+    def _give_back(self, place: Place) -> None:
+        with self._lock:
+            segment = next(s for s in self._segments if s.bank is place[0])
+            segment.free.append(place[1])
+
+    def _room(self, weights: AdapterWeights, name: str) -> Place:
+        """Return a slot of the right layout that nobody has: a free one, a new one, or after evictions."""
+        rank = SMALLEST_RANK
+        while rank < weights.max_rank:
+            rank *= 2
+        trial = self._new_bank(tuple(weights.factors), 0, rank)
+        size = trial.slot_bytes
+        while True:
+            for segment in self._segments:
+                if segment.bank.layout == trial.layout and segment.free:
+                    return segment.bank, segment.free.pop()
+            left = SEGMENT if self.budget is None else (self.budget - self.nbytes) // size
+            if left >= 1:
+                bank = self._new_bank(tuple(weights.factors), min(left, SEGMENT), rank)
+                self._segments.append(_Segment(bank, list(range(bank.slots))))
+            elif not self._drop_an_empty_segment():
+                self._evict(name, size)
+
+    def _drop_an_empty_segment(self) -> bool:
+        for segment in self._segments:
+            if len(segment.free) == segment.bank.slots:
+                self._segments.remove(segment)
+                return True
+        return False
+
+    def _evict(self, wanted: str, size: int) -> None:
+        idle = [n for n, r in self._names.items() if not r.users and n not in self.pinned]
+        if idle:
+            self._forget(min(idle, key=lambda name: self._names[name].used))
+            return
+        raise NoRoomError(
+            f"adapter {wanted!r} needs {size / 2**20:.1f} MiB, and the {(self.budget or 0) / 2**20:.1f} MiB "
+            f"for loaded adapters are all in use ({', '.join(self._names) or 'nothing is loaded'}); "
+            "unload or unpin some, wait for running requests, or raise the budget"
+        )
+
+
+def plan_of(held: Sequence[Held]) -> Plan | None:
+    """Return the plan that gives row i the mix `held[i]`; None when no row has an adapter."""
+    residents = list(dict.fromkeys(r for one in held for r, _ in one.weights))
+    if not residents:
+        return None
+    column = {resident: n for n, resident in enumerate(residents)}
+    matrix = torch.zeros(len(held), len(residents))
+    for row, one in enumerate(held):
+        for resident, weight in one.weights:
+            matrix[row, column[resident]] += weight
+    plan = Plan([resident.place for resident in residents], matrix)
+    return None if plan.empty else plan
