@@ -59,22 +59,56 @@ inline void put(bf16 *at, float x) {  // to the nearest, ties to even; NaN stays
     at->bits = static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-// exp by powers of two (Cody and Waite) and a polynomial, good to 2e-7 of the value: loops over it become vectors.
-inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float whole = std::floor(x * 1.44269504f + 0.5f);
-    float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t Wide __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint16_t Narrow __attribute__((vector_size(32)));
+
+constexpr int LANES = 16;
+inline Lanes get_lanes(const float *at) {
+    Lanes lanes;
+    std::memcpy(&lanes, at, sizeof lanes);
+    return lanes;
+}
+inline Lanes get_lanes(const bf16 *at) {
+    Narrow narrow;
+    std::memcpy(&narrow, at, sizeof narrow);
+    return (Lanes)(__builtin_convertvector(narrow, Wide) << 16);
+}
+
+inline void put_lanes(float *at, Lanes x) { std::memcpy(at, &x, sizeof x); }
+inline void put_lanes(bf16 *at, Lanes x) {
+    const Wide wide = (Wide)x;
+    const Wide rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    const Wide nan = (Wide)((wide & 0x7fffffff) > 0x7f800000);
+    const Narrow narrow = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Narrow);
+    std::memcpy(at, &narrow, sizeof narrow);
+}
+
+// exp by powers of two (Cody and Waite) and a polynomial, good to 2e-7 of the value; 0 below -87.
+inline Lanes fast_exp(Lanes x) {
+    const Lanes low = x - x - 87.0f, high = x - x + 88.0f;
+    x = x < low ? low : (x > high ? high : x);
+    const Lanes turns = x * 1.44269504f;
+    const Ints whole = __builtin_convertvector(turns < 0 ? turns - 0.5f : turns + 0.5f, Ints);
+    const Lanes n = __builtin_convertvector(whole, Lanes);
+    const Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t power = (static_cast<int32_t>(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, 4);
-    return p * scale;
+    return p * (Lanes)((whole + 127) << 23);
+}
+
+inline float fast_exp(float x) { return fast_exp(Lanes{} + x)[0]; }
+
+template <typename T>
+inline Lanes rounded(Lanes x) {
+    T kept[LANES];
+    put_lanes(kept, x);
+    return get_lanes(kept);
 }
 
 inline float dot(const float *a, const float *b, int64_t n) {
@@ -100,33 +134,8 @@ inline float dot(const bf16 *a, const bf16 *b, int64_t n) {
     return sum;
 }
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Wide __attribute__((vector_size(64)));
-typedef uint16_t Narrow __attribute__((vector_size(32)));
-
-constexpr int LANES = 16;
 constexpr int TILE = 64;  // columns of an output that are held in registers
 constexpr int SIDE = 4;   // rows that share one pass over a tile of B
-
-inline Lanes get_lanes(const float *at) {
-    Lanes lanes;
-    std::memcpy(&lanes, at, sizeof lanes);
-    return lanes;
-}
-inline Lanes get_lanes(const bf16 *at) {
-    Narrow narrow;
-    std::memcpy(&narrow, at, sizeof narrow);
-    return (Lanes)(__builtin_convertvector(narrow, Wide) << 16);
-}
-
-inline void put_lanes(float *at, Lanes x) { std::memcpy(at, &x, sizeof x); }
-inline void put_lanes(bf16 *at, Lanes x) {
-    const Wide wide = (Wide)x;
-    const Wide rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-    const Wide nan = (Wide)((wide & 0x7fffffff) > 0x7f800000);
-    const Narrow narrow = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Narrow);
-    std::memcpy(at, &narrow, sizeof narrow);
-}
 
 // y[c][0 : width] += h[c] B for COUNT rows; B (rank, out) begins at the tile's first column.
 template <typename T, int COUNT>
@@ -136,6 +145,7 @@ inline void expand(const float *const *h, T *const *y, const T *b, int64_t rank,
         for (int64_t r = 0; r < rank; r++) {
             const T *row = b + r * out;
             __builtin_prefetch(row + 4 * TILE);
+            __builtin_prefetch(row + 4 * TILE + TILE / 2);
 #pragma GCC unroll 4
             for (int j = 0; j < TILE / LANES; j++) {
                 const Lanes own = get_lanes(row + j * LANES);
@@ -230,12 +240,16 @@ void silu(const T *both, T *out, int64_t rows, int64_t width) {
     for (int64_t task = 0; task < rows * parts; task++) {
         const int64_t n = task / parts, from = task % parts * 256, end = from + 256 < width ? from + 256 : width;
         const T *gate = both + 2 * n * width, *up = gate + width;
-#pragma omp simd
-        for (int64_t i = from; i < end; i++) {
+int64_t i = from;
+        for (; i + LANES <= end; i += LANES) {
+            const Lanes g = get_lanes(gate + i);
+            put_lanes(out + n * width + i, rounded<T>(g / (1.0f + fast_exp(-g))) * get_lanes(up + i));
+        }
+        for (; i < end; i++) {
             const float g = get(gate[i]);
-            T rounded;
-            put(&rounded, g / (1.0f + fast_exp(-g)));
-            put(out + n * width + i, get(rounded) * get(up[i]));
+            T one;
+            put(&one, g / (1.0f + fast_exp(-g)));
+            put(out + n * width + i, get(one) * get(up[i]));
         }
     }
 }
@@ -276,12 +290,11 @@ void attend(const Step &step, const T *qkv, T *keys, T *values, T *out) {
                 p[t] = step.scale * dot(turned, own_keys + t * width, width);
                 most = p[t] > most ? p[t] : most;
             }
-#pragma omp simd reduction(+ : total)
-            for (int64_t t = 0; t < length; t++) {
-                p[t] = fast_exp(p[t] - most);
-                total += p[t];
-            }
-            for (int64_t t = 0; t < length; t++) {
+            int64_t t = 0;
+            for (; t + LANES <= length; t += LANES) put_lanes(p + t, fast_exp(get_lanes(p + t) - most));
+            for (; t < length; t++) p[t] = fast_exp(p[t] - most);
+            for (t = 0; t < length; t++) total += p[t];
+            for (t = 0; t < length; t++) {
                 const T *value = own_values + t * width;
 #pragma omp simd
                 for (int64_t i = 0; i < width; i++) sums[i] += p[t] * get(value[i]);
