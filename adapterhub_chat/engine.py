@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from adapterhub_chat.assets import cache_dir
@@ -25,6 +25,8 @@ from adapterhub_chat.types import Mix
 
 AHEAD = 4
 """Waiting requests whose adapters are fetched before there is a row for them."""
+PAUSE = 0.05
+"""Seconds after which a thread that waits looks again."""
 
 
 class Engine:
@@ -78,15 +80,19 @@ class Engine:
         return len(self._waiting)
 
     def submit(
-        self, request: Request, on_text: Callable[[str], None] | None = None, *, wait: bool = False
+        self,
+        request: Request,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        patient: bool = False,
     ) -> Ticket:
         """Queue a request; `on_text` hears of each piece of text as it comes, in the driving thread.
 
         Raises UsageError for a prompt that is empty or longer than the backbone's positions, and
-        QueueFullError when too many wait already; with `wait` it drives the engine until there is room.
+        QueueFullError when too many wait already; when `patient`, it drives the engine until there is room.
         """
         self.check([request])
-        if wait:
+        if patient:
             self.drive(lambda: len(self._waiting) < self.max_queue)
         ticket = Ticket(request, self, on_text)
         with self._changed:
@@ -111,7 +117,7 @@ class Engine:
                         self._changed.notify_all()
             else:
                 with self._changed:
-                    self._changed.wait(timeout=0.05)
+                    self._changed.wait(PAUSE)
 
     def serve(self, stopping: threading.Event) -> None:
         """Make steps as long as there are requests, and sleep while there are none, until `stopping`."""
@@ -119,7 +125,7 @@ class Engine:
             self.drive(lambda: stopping.is_set() or not (self._batch.rows or self._waiting))
             with self._changed:
                 if not (self._waiting or stopping.is_set()):
-                    self._changed.wait(timeout=0.1)
+                    self._changed.wait(PAUSE)
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise one UsageError for all prompts that cannot be answered."""
@@ -158,7 +164,7 @@ class Engine:
         self._batch.step()
         self._retire()
         if not self._batch.rows and self._fetched:  # nothing to do but to wait for an adapter
-            next(iter(self._fetched.values())).exception()
+            wait(self._fetched.values(), timeout=PAUSE, return_when=FIRST_COMPLETED)
 
     def _end_the_unwanted(self) -> None:
         for ticket in [t for t in self._waiting if t.unwanted]:

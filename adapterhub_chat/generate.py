@@ -42,7 +42,7 @@ def generate(
     try:
         for row, request in enumerate(requests):
             listener = None if on_text is None else partial(on_text, row)
-            tickets.append(engine.submit(request, listener, wait=True))
+            tickets.append(engine.submit(request, listener, patient=True))
         return [ticket.result().text for ticket in tickets]
     finally:
         for ticket in tickets:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -133,6 +133,30 @@ class Slots:
                 resident.users += 1
                 resident.used = next(_clock)
             return Held(mix, found)
+
+    def gather(self, mix: Mix, load: Callable[[str], None]) -> Held:
+        """Hold a mix after `load(name)` for each adapter that is not here.
+
+        Each is held as soon as it is there, so that the next one's load cannot evict it. Raises what
+        `load` raises, NoRoomError for one.
+        """
+        with ExitStack() as stack:
+            for name in mix.names:
+                stack.enter_context(self._one(name, load))
+            return self.hold(mix)
+
+    @contextmanager
+    def _one(self, name: str, load: Callable[[str], None]) -> Iterator[None]:
+        held = None
+        while held is None:
+            if name not in self:
+                load(name)
+            with suppress(UnknownNameError):  # evicted in between, by somebody else's load
+                held = self.hold(Mix(((name, 1.0),)))
+        try:
+            yield
+        finally:
+            self.release(held)
 
     def release(self, held: Held) -> None:
         """End what `hold` began."""

@@ -1,0 +1,475 @@
+"""The engine: whatever joins, leaves, is cancelled, evicted or published anew, a row is what it is alone."""
+
+import math
+import random
+import threading
+import time
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.decoder import FusedDecoder, ModuleDecoder
+from adapterhub_chat.engine import Engine
+from adapterhub_chat.errors import NoRoomError, QueueFullError, UnknownNameError, UsageError
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.requests import Request
+from adapterhub_chat.sampling import Sampling
+from adapterhub_chat.types import Mix, as_mix
+from adapterhub_chat.weights import initial_weights
+
+LONG = Sampling(max_new_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture
+def loaded(model, make_weights):
+    for n in range(6):
+        model.load(f"a{n}", make_weights(seed=n, rank=3 + 2 * n))
+    return model
+
+
+@pytest.fixture
+def engine(loaded, tmp_path_factory):
+    return Engine(loaded, rows=8, chunk=32)
+
+
+def alone(model, request):
+    """What a request gives in an engine of its own."""
+    return Engine(model, prefix_bytes=0).submit(request).result()
+
+
+def some_requests(count, seed=0, names=6, mixed=True):
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        prompt = tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(1, 70)))
+        choices = [None, *(f"a{n}" for n in range(names))]
+        name = rng.choice([*choices, {"a0": 0.5, "a1": -1.0}] if mixed else choices)
+        rules = Sampling(max_new_tokens=rng.randrange(1, 20), ignore_eos=rng.random() < 0.5)
+        found.append(Request(prompt, as_mix(name), rules))
+    return found
+
+
+# ---- rows are alone ------------------------------------------------------------------------------
+
+
+def test_requests_that_join_and_leave_give_what_they_give_alone(engine, loaded):
+    requests = some_requests(40)
+    tickets = [engine.submit(r) for r in requests[:10]]
+    for request in requests[10:]:
+        engine.step()  # the others are in the middle of their texts
+        tickets.append(engine.submit(request))
+    for request, ticket in zip(requests, tickets, strict=True):
+        assert ticket.result().ids == alone(loaded, request).ids
+    assert engine.running == engine.waiting == 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_decoders_agree(loaded, native, monkeypatch, tmp_path):
+    """Fused, with and without native products, and transformers' own modules: one row, one text."""
+    monkeypatch.setenv("ADAPTERHUB_NATIVE", "1" if native else "0")
+    engines = [Engine(loaded, folder=tmp_path), Engine(loaded, folder=tmp_path)]
+    decoder = engines[0].decoder
+    assert isinstance(decoder, FusedDecoder)
+    assert (decoder._products is not None) == native
+    engines[1].decoder = engines[1]._batch.decoder = ModuleDecoder(loaded)
+    for request in some_requests(12, seed=1):
+        first, second = (engine.submit(request).result().ids for engine in engines)
+        assert first == second
+
+
+def test_four_bits_give_one_text_together_and_alone(pico_folder, make_weights):
+    """The 4-bit backbone goes through its own layers' products; rows do not meet there either."""
+    model = AdapterModel(
+        load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
+    )
+    for n in range(6):
+        model.load(f"a{n}", make_weights(seed=n))
+    requests = some_requests(24, seed=2)
+    together = Engine(model, rows=8)
+    tickets = [together.submit(r) for r in requests]
+    for request, ticket in zip(requests, tickets, strict=True):
+        assert ticket.result().ids == alone(model, request).ids
+
+
+class Library:
+    """Versions of adapters by name; loads the newest when it is asked for, as a pool does."""
+
+    def __init__(self, model, make_weights, count):
+        self.model, self.make, self.lock = model, make_weights, threading.Lock()
+        self.versions = {f"a{n}": [make_weights(seed=n, rank=4)] for n in range(count)}
+
+    def load(self, name):
+        with self.lock:
+            version = len(self.versions[name]) - 1
+            self.model.load(name, self.versions[name][version], identity=f"{name}@{version}")
+
+    def acquire(self, mix):
+        return self.model.slots.gather(mix, self.load)
+
+    def publish(self, name, seed):
+        with self.lock:
+            self.versions[name].append(self.make(seed=seed, rank=4))
+        if name in self.model.slots:
+            self.load(name)
+
+    def weights(self, identity):
+        name, version = identity.split("@")
+        return name, self.versions[name][int(version)]
+
+
+@pytest.mark.slow
+def test_five_hundred_requests_over_fifty_adapters(model, make_weights):
+    """Joins, cancels, evictions and re-publishes go on: a request is answered by the content that its
+    adapter's name had when it began, and by no other."""
+    library, began, rng = Library(model, make_weights, 50), {}, random.Random(7)
+    model.slots.budget = 20 * make_size(model, library.versions["a0"][0])
+    engine = Engine(model, acquire=library.acquire, rows=12, chunk=64)
+    start = engine._batch.start
+    engine._batch.start = lambda row: (began.update({row.ticket: row.held.key}), start(row))
+    tickets = []
+    for n, request in enumerate(some_requests(500, seed=3, names=50, mixed=False)):
+        tickets.append(engine.submit(request))
+        if rng.random() < 0.6:
+            engine.step()
+        if rng.random() < 0.1:
+            rng.choice(tickets).cancel()
+        if rng.random() < 0.1:
+            library.publish(f"a{rng.randrange(50)}", seed=1000 + n)
+    done = [ticket.result() for ticket in tickets]
+    assert engine.running == engine.waiting == 0
+    assert model.slots.nbytes <= model.slots.budget
+    reasons = [completion.reason for completion in done]
+    assert reasons.count("cancelled") > 10
+    assert len(reasons) - reasons.count("cancelled") > 400
+    for ticket in began:
+        check_against_its_content(ticket, began[ticket], library)
+
+
+def check_against_its_content(ticket, key, library):
+    """The text, or its beginning when it was cancelled, is what the content gives alone."""
+    request, got, mix = ticket.request, ticket.completion, Mix()
+    if key:
+        name, weights = library.weights(key[0][0])
+        assert name == request.mix.names[0]
+        library.model.load("probe", weights)
+        mix = as_mix("probe")
+    wanted = alone(library.model, Request(request.prompt, mix, request.sampling))
+    assert got.ids == (wanted.ids[: len(got.ids)] if got.reason == "cancelled" else wanted.ids)
+
+
+def make_size(model, weights):
+    """Bytes of a slot for such weights."""
+    bank = model._new_slots(tuple(weights.factors), 0, 8)
+    return bank.slot_bytes
+
+
+# ---- prompts in chunks, prefixes -------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(engine):
+    first = engine.submit(Request((5, 6), sampling=LONG), lambda piece: heard.append(piece))
+    heard = []
+    engine.step()
+    long = engine.submit(Request(tuple(range(3, 253)), sampling=Sampling(max_new_tokens=2)))
+    before = len(first.engine._batch.rows[0].writing.ids)
+    for _ in range(4):
+        engine.step()
+    assert len(engine._batch.rows[0].writing.ids) == before + 4  # a token a step, all along
+    assert not long.done
+    assert long.result().prompt_tokens == 250
+
+
+def test_a_shared_beginning_is_computed_once(loaded):
+    engine, start = Engine(loaded), tuple(range(3, 60))
+    first = engine.submit(Request((*start, 7), as_mix("a1"), LONG)).result()
+    again = Request((*start, 9, 11), as_mix("a1"), LONG)
+    second = engine.submit(again).result()
+    assert first.reused_tokens == 0
+    assert second.reused_tokens == len(start)
+    assert second.ids == alone(loaded, again).ids
+
+
+def test_a_prefix_belongs_to_the_content_not_to_the_name(loaded, make_weights):
+    engine, prompt = Engine(loaded), tuple(range(3, 60))
+    engine.submit(Request(prompt, as_mix("a1"), LONG)).result()
+    loaded.load("a1", make_weights(seed=99))
+    fresh = engine.submit(Request(prompt, as_mix("a1"), LONG)).result()
+    assert fresh.reused_tokens == 0
+    assert fresh.ids == alone(loaded, Request(prompt, as_mix("a1"), LONG)).ids
+    for other in (None, "a2", {"a1": 0.5}):
+        assert engine.submit(Request(prompt, as_mix(other), LONG)).result().reused_tokens == 0
+
+
+def test_the_same_content_under_two_names_shares_prefixes(model, make_weights):
+    weights, prompt = make_weights(seed=4), tuple(range(3, 60))
+    for name in ("one", "two"):
+        model.load(name, weights, identity="the same bytes")
+    engine = Engine(model)
+    engine.submit(Request(prompt, as_mix("one"), LONG)).result()
+    reused = engine.submit(Request(prompt, as_mix("two"), LONG)).result()
+    assert reused.reused_tokens == len(prompt) - 1  # the last one gives the logits
+
+
+# ---- rules ----------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models_own(engine, loaded):
+    rules = Sampling(max_new_tokens=5, ignore_eos=True, logprobs=3)
+    done = engine.submit(Request((44, 45), as_mix("a2"), rules)).result()
+    assert [p.token for p in done.logprobs] == list(done.ids)
+    ids = [44, 45]
+    for item in done.logprobs:
+        with torch.no_grad(), loaded.mixing([as_mix("a2")]):
+            wanted = loaded.backbone.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert item.logprob == pytest.approx(float(wanted[item.token]), abs=1e-4)
+        assert [t for t, _ in item.likeliest] == wanted.topk(3).indices.tolist()
+        assert item.likeliest[0] == (item.token, item.logprob)
+        ids.append(item.token)
+
+
+def test_top_k_leaves_the_likeliest_alone(engine, loaded):
+    greedy = engine.submit(Request((44,), sampling=LONG)).result()
+    hot = Sampling(max_new_tokens=24, ignore_eos=True, temperature=5.0, top_k=1, seed=1)
+    assert engine.submit(Request((44,), sampling=hot)).result().ids == greedy.ids
+    wide = Sampling(
+        max_new_tokens=24, ignore_eos=True, temperature=5.0, top_k=3, seed=1, logprobs=3
+    )
+    for item in engine.submit(Request((44,), sampling=wide)).result().logprobs:
+        assert item.token in {token for token, _ in item.likeliest}
+
+
+def test_a_strong_repetition_penalty_repeats_nothing(engine):
+    free = engine.submit(Request((44,), sampling=LONG)).result()
+    assert len(set(free.ids)) < len(free.ids)
+    rules = Sampling(max_new_tokens=24, ignore_eos=True, repetition_penalty=1e4)
+    done = engine.submit(Request((44,), sampling=rules)).result()
+    assert len({*done.ids, 44}) == 25
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
+        ("logprobs", 21),
+        ("repetition_penalty", math.inf),
+    ],
+)
+def test_a_rule_without_meaning_is_refused(field, value):
+    with pytest.raises(UsageError, match=field):
+        Sampling(**{field: value})
+
+
+# ---- ends ----------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_request_ends_with_what_there_is(engine, loaded):
+    request = Request((44, 5), as_mix("a1"), LONG)
+    running, waiting = engine.submit(request), engine.submit(request)
+    for _ in range(5):
+        engine.step()
+    running.cancel()
+    done = running.result()
+    assert done.reason == "cancelled"
+    assert 1 <= len(done.ids) < 24
+    assert done.ids == waiting.result().ids[: len(done.ids)]
+    assert not any(r.users for r in loaded.slots._names.values())
+
+
+def test_a_deadline_ends_a_request_wherever_it_is(loaded):
+    engine = Engine(loaded, rows=1)
+    slow = engine.submit(Request((44,), sampling=Sampling(max_new_tokens=400, ignore_eos=True)))
+    late = engine.submit(Request((44,), sampling=LONG, deadline=0.0))
+    time.sleep(0.01)
+    assert late.result().reason == "deadline"
+    assert late.result().text == ""
+    assert not slow.done
+    slow.cancel()
+    ends = engine.submit(Request((44,), sampling=Sampling(400, ignore_eos=True), deadline=0.05))
+    assert ends.result().reason in {"deadline", "length"}
+
+
+def test_a_full_queue_refuses_and_a_patient_caller_waits(loaded):
+    engine = Engine(loaded, rows=1, queue=2)
+    first = [engine.submit(Request((44,), sampling=LONG)) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        engine.submit(Request((44,)))
+    third = engine.submit(Request((44,), sampling=LONG), patient=True)
+    assert third.result().ids == first[0].result().ids
+
+
+def test_a_listener_that_fails_ends_its_own_request_alone(engine):
+    def broken(piece):
+        raise ValueError("no more")
+
+    bad = engine.submit(Request((44,), as_mix("a1"), LONG), broken)
+    good = engine.submit(Request((44,), as_mix("a1"), LONG))
+    assert len(good.result().ids) == 24
+    with pytest.raises(ValueError, match="no more"):
+        bad.result()
+
+
+def test_a_failed_step_ends_the_running_requests_and_the_next_ones_are_answered(engine, loaded):
+    request = Request((44, 5), as_mix("a1"), LONG)
+    running = engine.submit(request)
+    engine.step()
+    forward = engine._batch.decoder.forward
+
+    def fails(*_):
+        engine._batch.decoder.forward = forward
+        raise RuntimeError("out of memory")
+
+    engine._batch.decoder.forward = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        running.result()
+    assert not any(r.users for r in loaded.slots._names.values())
+    assert engine.submit(request).result().ids == alone(loaded, request).ids
+
+
+def test_unknown_adapters_fail_alone(engine):
+    lost, fine = (engine.submit(Request((44,), as_mix(name), LONG)) for name in ("nobody", "a1"))
+    with pytest.raises(UnknownNameError, match="nobody"):
+        lost.result()
+    assert len(fine.result().ids) == 24
+
+
+def test_prompts_that_cannot_be_answered_are_all_named(engine):
+    with pytest.raises(
+        UsageError, match=r"prompt 0 is empty.*prompt 2 has 600 tokens.*at most 511"
+    ):
+        engine.check([Request(()), Request((1,)), Request((1,) * 600)])
+
+
+def test_a_text_ends_where_the_backbone_ends(loaded):
+    engine = Engine(loaded)
+    done = engine.submit(
+        Request(tuple([7] * 500), sampling=Sampling(max_new_tokens=100, ignore_eos=True))
+    ).result()
+    assert (len(done.ids), done.reason) == (12, "length")
+
+
+def test_many_threads_share_one_engine(engine, loaded):
+    requests = some_requests(24, seed=5)
+    wanted = [alone(loaded, r).ids for r in requests]
+    got = [None] * len(requests)
+
+    def ask(n):
+        got[n] = engine.submit(requests[n]).result().ids
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert got == wanted
+
+
+def test_a_served_engine_answers_without_its_callers_help(engine):
+    stopping = threading.Event()
+    server = threading.Thread(target=engine.serve, args=(stopping,))
+    server.start()
+    try:
+        ticket = engine.submit(Request((44,), as_mix("a1"), LONG))
+        until = time.monotonic() + 30
+        while not ticket.done and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(ticket.completion.ids) == 24
+    finally:
+        stopping.set()
+        server.join(10)
+    assert not server.is_alive()
+
+
+# ---- adapters that are not there yet ---------------------------------------------------------------
+
+
+def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
+    gate = threading.Event()
+
+    def acquire(mix):
+        if "late" in mix.names and "late" not in loaded.slots:
+            assert gate.wait(30)
+            loaded.load("late", make_weights(seed=50))
+        return loaded.slots.hold(mix)
+
+    engine = Engine(loaded, acquire=acquire)
+    late = engine.submit(Request((44,), as_mix("late"), LONG))
+    quick = engine.submit(Request((44,), as_mix("a1"), LONG))
+    assert len(quick.result().ids) == 24
+    assert not late.done
+    gate.set()
+    assert late.result().ids == alone(loaded, Request((44,), as_mix("late"), LONG)).ids
+
+
+def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_weights):
+    library = Library(model, make_weights, 4)
+    model.slots.budget = 2 * make_size(model, library.versions["a0"][0])
+    engine = Engine(model, acquire=library.acquire)
+    tickets = [engine.submit(Request((44, n), as_mix(f"a{n}"), LONG)) for n in range(4)]
+    assert [len(t.result().ids) for t in tickets] == [24] * 4
+    assert model.slots.nbytes <= model.slots.budget
+    three = as_mix({f"a{n}": 0.25 for n in range(3)})
+    with pytest.raises(NoRoomError, match=r"unload or unpin some"):
+        engine.submit(Request((44,), three, LONG)).result()
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=30))
+def test_slots_keep_their_promises(slots_of, events):
+    slots, weights, size = slots_of
+    slots.budget, held = 3 * size, []
+    for n, what in events:
+        name = f"n{n}"
+        if what == 0:
+            try:
+                slots.load(name, weights)
+            except NoRoomError:
+                assert len({r for h in held for r, _ in h.weights}) >= 3
+        elif what == 1 and name in slots:
+            held.append(slots.hold(as_mix(name)))
+        elif held:
+            slots.release(held.pop(n % len(held)))
+        assert slots.nbytes <= slots.budget
+        places = [r.place for r in slots._names.values()]
+        places += [r.place for r in {r for h in held for r, _ in h.weights} if not r.current]
+        assert len({(id(bank), slot) for bank, slot in places}) == len(places)
+    for one in held:
+        slots.release(one)
+    for name in slots.names:
+        slots.unload(name)
+    assert all(len(s.free) == s.bank.slots for s in slots._segments)
+
+
+@pytest.fixture(scope="module")
+def slots_of(pico_folder):
+    model = AdapterModel(load_backbone(str(pico_folder), dtype="fp32", device="cpu"))
+    weights = initial_weights(model.shapes, rank=4, alpha=8, seed=0)
+    return model.slots, weights, make_size(model, weights)
+
+
+def test_a_pinned_adapter_stays(model, make_weights):
+    model.slots.budget = 2 * make_size(model, make_weights(rank=4))
+    model.slots.pinned.add("x0")
+    for n in range(5):
+        model.load(f"x{n}", make_weights(seed=n, rank=3))
+    assert model.names == ("x0", "x4")
+
+
+def test_ranks_have_buckets(model, make_weights):
+    """A large adapter does not make the small ones large, and rows of both kinds meet in one batch."""
+    model.load("small", make_weights(rank=4, seed=1))
+    before = model.slots.nbytes
+    model.load("large", make_weights(rank=60, seed=2))
+    assert {s.bank.rank for s in model.slots._segments} == {8, 64}
+    assert model.slots.nbytes == before * 9
+    names = ["small", "large", None, {"small": 0.5, "large": 2.0}]
+    engine = Engine(model)
+    tickets = [engine.submit(Request((44, 45), as_mix(n), LONG)) for n in names]
+    for name, ticket in zip(names, tickets, strict=True):
+        assert ticket.result().ids == alone(model, Request((44, 45), as_mix(name), LONG)).ids
+        with torch.no_grad(), model.mixing([as_mix(name)]):
+            logits = model.backbone.model(torch.tensor([[44, 45]])).logits[0, -1]
+        assert ticket.result().ids[0] == int(logits.argmax())
