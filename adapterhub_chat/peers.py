@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from adapterhub_chat import assets
 from adapterhub_chat.errors import UsageError
 
 FOLDER = "ADAPTERHUB_PEERS"
@@ -49,6 +50,22 @@ def installed(folder: str | Path | None = None) -> dict[str, str]:
     return found
 
 
+def able(folder: str | Path | None, backbone: str) -> dict[str, str]:
+    """Return the versions of the installed engines that can serve this backbone, by name."""
+    return {
+        name: version
+        for name, version in installed(folder).items()
+        if name != "llamacpp" or gguf_of(backbone) is not None
+    }
+
+
+def gguf_of(backbone: str) -> Path | None:
+    """Return the GGUF file behind a backbone's name, None where it is something else."""
+    asset = assets.ASSETS.get(backbone)
+    path = assets.backbone_path(backbone) if asset and asset.kind == "backbone" else Path(backbone)
+    return path.expanduser().absolute() if path.suffix == ".gguf" else None
+
+
 def python_of(folder: str | Path | None, name: str) -> str:
     """Return the interpreter of an engine's own environment."""
     return str(Path(folder or os.environ[FOLDER], name, "bin", "python").absolute())
@@ -65,11 +82,16 @@ class Server:
     """A server process and all that it starts, in a process group of their own; a context manager."""
 
     def __init__(
-        self, command: Sequence[str], port: int, folder: Path, variables: Mapping[str, str]
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        folder: Path,
+        variables: Mapping[str, str],
     ) -> None:
         """Start `command`, which listens on `port`, in `folder`; what it prints goes into a log there."""
-        self.name, self.port = Path(command[0]).parent.parent.name, port
-        self.log = folder / f"{self.name}-{port}.log"
+        self.name, self.port = name, port
+        self.log = folder / f"{name}-{port}.log"
         kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
