@@ -26,7 +26,7 @@ from adapterhub_chat.peers import Server, free_port
 from adapterhub_chat.types import as_mix
 
 ENGINE = """
-import json, os, pathlib, subprocess, sys, threading
+import json, os, signal, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 args = sys.argv[1:]
@@ -35,6 +35,14 @@ if "--fail" in args:
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 with open("PIDS", "a") as file:
     file.write(f"{os.getpid()} {child.pid}\\n")
+
+
+def leave(*_):
+    open("LEFT", "w").close()
+    os._exit(0)
+
+
+signal.signal(signal.SIGTERM, leave)
 gate, lock = threading.Event(), threading.Lock()
 waiting = []
 
@@ -182,7 +190,9 @@ def test_a_server_answers_stops_goes_on_and_ends_with_its_children(start, tmp_pa
     answer = server.ask("/v1/completions", {"max_tokens": 3})
     assert answer == {"usage": {"completion_tokens": 3}}
     server.pause()
-    server.close()  # stopped ones end, too
+    assert become(pids, STOPPED) == STOPPED
+    server.close()  # stopped ones end, too, and by themselves
+    assert (tmp_path / "LEFT").exists()
     assert become(pids, GONE) <= GONE
     server.close()
 
