@@ -345,12 +345,21 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Interleaved repeats; medians are shown.")
     ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(
+            help="mixed: folder of scripts/install_peers.", show_default="$ADAPTERHUB_PEERS"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure this project, and the peers that are installed, in one interleaved run."""
     if kind not in BENCHES:
         raise UsageError(f"bench {kind!r}: allowed are {', '.join(BENCHES)}")
-    result = BENCHES[kind](**({} if repeats is None else {"repeats": repeats}))
+    if peers and kind != "mixed":
+        raise UsageError("--peers: only bench mixed measures other engines; leave it out")
+    given = {"repeats": repeats, "peers": peers}
+    result = BENCHES[kind](**{name: value for name, value in given.items() if value})
     if as_json:
         print_json(result)
         return

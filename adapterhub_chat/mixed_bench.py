@@ -2,7 +2,7 @@
 
 Every way continues the same prompts by the same number of tokens, greedily and past every end of turn, with
 random adapters on all linear layers. here: one mixed batch. peft: `generate` with `adapter_names`.
-generate: transformers alone, one prompt. Engines that serve over HTTP are not started here: null.
+generate: transformers alone. vllm, llamacpp: where they are installed (peers.py), else their ratios are null.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from adapterhub_chat.backbone import load_backbone
 from adapterhub_chat.bench import Worker, machine, median, serve
 from adapterhub_chat.generate import Request, Sampling, generate
 from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.peers import NAMES, able
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import AdapterWeights, initial_weights
 
@@ -28,6 +31,10 @@ CASES = ((1, 0), (16, 0), (16, 1), (16, 8), (16, 16), (32, 0), (32, 32))
 """Rows and adapters of a batch; 0 adapters is the backbone."""
 PROMPT = 16
 """Tokens of a prompt."""
+PEERS = "adapterhub_chat.peers_bench"
+"""The module of the workers that are other engines' servers."""
+BESIDE = {"mixed8": (16, 8), "mixed32": (32, 32), "backbone": (16, 0), "single": (1, 0)}
+"""The cases whose ratios over the peers are shown."""
 
 Decode = Callable[[int, int], None]
 
@@ -39,32 +46,46 @@ def bench_mixed(
     tokens: int = 32,
     repeats: int = 3,
     cases: Sequence[tuple[int, int]] = CASES,
+    peers: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Return tokens per second of every way at every case, and the ratios."""
+    """Return tokens per second of every way at every case, and the ratios.
+
+    `peers` is the folder of `scripts/install_peers`; None takes ADAPTERHUB_PEERS, if it is set.
+    """
     most = max(adapters for _, adapters in cases)
     settings = {"backbone": backbone, "rank": rank, "tokens": tokens, "adapters": most}
     kinds = ["here", "generate"] + ["peft"] * (importlib.util.find_spec("peft") is not None)
-    workers = [Worker(__name__, kind, settings) for kind in kinds]
+    served = able(peers, backbone)
+    theirs = {**settings, "rows": max(rows for rows, _ in cases), "peers": peers and str(peers)}
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for _ in range(repeats):
-        for rows, adapters in cases:
-            for worker in workers:
-                if worker.kind == "here" or (worker.kind == "peft") == (adapters > 0):
-                    what = json.dumps([rows, adapters])
-                    found.setdefault((worker.kind, rows, adapters), []).append(worker.measure(what))
-    for worker in workers:
-        worker.close()
+    with ExitStack() as stack:
+        workers = []
+        for module, kind in [*((__name__, k) for k in kinds), *((PEERS, k) for k in served)]:
+            workers.append(Worker(module, kind, settings if module == __name__ else theirs))
+            stack.callback(workers[-1].close)
+        for _ in range(repeats):
+            for rows, adapters in cases:
+                for worker in workers:
+                    if _does(worker.kind, adapters):
+                        done = worker.measure(json.dumps([rows, adapters]))
+                        found.setdefault((worker.kind, rows, adapters), []).append(done)
     speeds = {key: key[1] * tokens / median(done, "seconds") for key, done in found.items()}
     return {
         "bench": "mixed",
         "machine": machine(),
         "settings": {**settings, "repeats": repeats},
+        "peers": served,
         "rows": [
             {"kind": kind, "rows": rows, "adapters": adapters, "tokens_per_second": speed}
             for (kind, rows, adapters), speed in speeds.items()
         ],
         "ratios": _ratios(speeds),
     }
+
+
+def _does(kind: str, adapters: int) -> bool:
+    """Return whether a way is measured: transformers without adapters, `peft` with, all others in both."""
+    return {"generate": adapters == 0, "peft": adapters > 0}.get(kind, True)
 
 
 def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | None]:
@@ -75,9 +96,12 @@ def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | N
         "mixed8_over_backbone": ratio(("here", 16, 8), ("here", 16, 0)),
         "mixed32_over_backbone": ratio(("here", 32, 32), ("here", 32, 0)),
         "mixed8_over_peft": ratio(("here", 16, 8), ("peft", 16, 8)),
-        "mixed8_over_vllm": None,
-        "backbone_over_vllm": None,
         "single_over_generate": ratio(("here", 1, 0), ("generate", 1, 0)),
+        **{
+            f"{name}_over_{peer}": ratio(("here", *case), (peer, *case))
+            for peer in NAMES
+            for name, case in BESIDE.items()
+        },
     }
 
 

@@ -639,6 +639,13 @@ def test_bench_knows_its_kinds(run):
     assert (failed.code, "'speed': allowed are kernels, mixed, train" in failed.err) == (2, True)
 
 
+def test_bench_takes_peers_where_they_are_measured(run):
+    failed = run("bench", "kernels", "--peers", "there", backbone=False)
+    assert (failed.code, "only bench mixed measures other engines" in failed.err) == (2, True)
+    failed = run("bench", "mixed", "--peers", "nowhere", backbone=False)
+    assert (failed.code, "make it with scripts/install_peers nowhere" in failed.err) == (2, True)
+
+
 # ---- wrong input ---------------------------------------------------------------------------------
 
 

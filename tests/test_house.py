@@ -27,10 +27,10 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {"learning": "jobs learner train sequence courses evaluate"},
-    {"keeping": "manifest card folder pool trust shelf runlog checkpoint pictures"},
+    {"keeping": "manifest card folder gguf_adapter pool trust shelf runlog checkpoint pictures"},
     {
         "doors": "__init__ __main__ api bench chat cli demo kernels_bench lines mixed_bench options orders "
-        "progress terminal train_bench workshop"
+        "peers peers_bench progress terminal train_bench workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -40,6 +40,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 DOORS = {
     "accelerate": "train",
     "datasets": "task_file",
+    "gguf": "gguf_adapter",
     "numpy": "metrics",
     "pydantic": "config manifest options task_file",
     "pydantic_core": "config",

