@@ -46,6 +46,9 @@ ARCHITECTURE_KEYS = (
 """Settings that decide what the weights mean; all others may differ between transformers versions."""
 PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好\uff0c世界 ε→∞ 🙂 don't"
 
+LIBRARIES = {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+"""The versions that decide how a forward is computed."""
+
 PACKED = "adapterhub_packed"
 """Name under which transformers knows `_attention`."""
 
