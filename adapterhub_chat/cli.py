@@ -35,10 +35,11 @@ from adapterhub_chat.options import (
 from adapterhub_chat.orders import carry_out, resumed
 from adapterhub_chat.pool import Pool
 from adapterhub_chat.progress import Bars
+from adapterhub_chat.swap_bench import bench_swap
 from adapterhub_chat.terminal import (
     Say,
+    adapter_row,
     err,
-    number,
     print_finished,
     print_json,
     print_scores,
@@ -59,6 +60,7 @@ app = typer.Typer(
 BENCHES: Mapping[str, Callable[..., dict[str, Any]]] = {
     "kernels": bench_kernels,
     "mixed": bench_mixed,
+    "swap": bench_swap,
     "train": bench_train,
 }
 INTERRUPTED = 130
@@ -284,21 +286,7 @@ def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = Fal
         tell("note", f"there are no adapters in {pool}", "yellow")
         return
     columns = ("adapter", "task", "metric", "score", "backbone", "made on")
-    print_table(str(pool), columns, [_adapter_row(n, m) for n, m in manifests.items()])
-
-
-def _adapter_row(name: str, manifest: Manifest | None) -> tuple[str, ...]:
-    if manifest is None:
-        return name, "", "", "", "", "unverified (no manifest)"
-    score = manifest.scores[0] if manifest.scores else None
-    return (
-        name,
-        ", ".join(manifest.training.tasks),
-        manifest.metric,
-        f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else "not measured",
-        number(score.backbone_value if score else None),
-        manifest.backbone,
-    )
+    print_table(str(pool), columns, [adapter_row(n, m) for n, m in manifests.items()])
 
 
 @app.command()
@@ -317,6 +305,22 @@ def show(
         typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
     else:
         typer.echo(render_card(manifest))
+
+
+@app.command()
+def rollback(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
+    pool: PoolOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Put an adapter's earlier version back; once more returns to the newer one."""
+    manifest = Pool(pool).rollback(adapter).manifest
+    sha256, created = (manifest.sha256, manifest.created) if manifest else ("", "")
+    if as_json:
+        print_json({"adapter": adapter, "sha256": sha256, "created": created})
+    else:
+        made = f"made {created or 'at a time unknown'}, sha256 {sha256[:12] or 'unknown'}"
+        typer.echo(f"{adapter}: the other version is in its place now ({made})")
 
 
 @app.command()

@@ -497,6 +497,20 @@ def test_show_gives_the_card_or_the_manifest(run):
     assert "nothing about it is verified" in run("show", "qa", backbone=False).out
 
 
+def test_rollback_exchanges_the_two_versions(run):
+    first = manifest("qa")
+    assert run("train", "qa", "--max-steps", "1", "--seed", "7", "--test-examples", "0").code == 0
+    second = manifest("qa")
+    assert second["sha256"] != first["sha256"]
+    done = run("rollback", "qa", "--json", backbone=False)
+    told = {"adapter": "qa", "sha256": first["sha256"], "created": first["created"]}
+    assert (done.code, done.json, manifest("qa")) == (0, told, first)
+    again = run("rollback", "qa", backbone=False)
+    assert second["sha256"][:12] in again.out
+    assert manifest("qa") == second
+    assert run("verify", "qa").code == 0
+
+
 def test_verify_says_ok_by_its_exit_code(run, other_folder):
     good = run("verify", "qa", "--json")
     assert (good.code, good.json) == (0, {"ok": True, "status": "exact", "problems": []})
@@ -636,7 +650,10 @@ def test_demo_prints_what_a_newcomer_needs(run, monkeypatch):
 
 def test_bench_knows_its_kinds(run):
     failed = run("bench", "speed", backbone=False)
-    assert (failed.code, "'speed': allowed are kernels, mixed, train" in failed.err) == (2, True)
+    assert (failed.code, "'speed': allowed are kernels, mixed, swap, train" in failed.err) == (
+        2,
+        True,
+    )
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
@@ -654,6 +671,11 @@ def test_bench_knows_its_kinds(run):
         (("chat", "--adapter", "nobody"), "unknown adapter 'nobody'"),
         (("show", "nobody"), "unknown adapter 'nobody'"),
         (("verify", "nobody"), "unknown adapter 'nobody'"),
+        (("rollback", "nobody"), "unknown adapter 'nobody'"),
+        (
+            ("rollback", "qa"),
+            "adapter 'qa' has no earlier version in the pool adapters: one is kept",
+        ),
         (("train", "nothing"), "unknown task 'nothing'; known: "),
         (("train", "no/such.toml"), "unknown task 'no/such.toml'"),
         (("train",), "nothing to train: name tasks"),

@@ -29,7 +29,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"keeping": "manifest card folder pool trust shelf runlog checkpoint pictures"},
     {
         "doors": "__init__ __main__ api bench chat cli demo kernels_bench lines mixed_bench options orders "
-        "progress terminal train_bench workshop"
+        "progress swap_bench terminal train_bench workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -54,6 +54,7 @@ LAZY = {
     ("runlog", "importlib.import_module"),
     ("mixed_bench", "importlib.import_module"),  # peft, the peer
     ("pictures", "importlib.import_module"),
+    ("swap_bench", "importlib.import_module"),  # peft, the peer
     ("train_bench", "importlib.import_module"),  # peft, the peer
 }
 """The doors of heavy or optional libraries: what may be imported inside a function."""
