@@ -122,18 +122,16 @@ class Bank:
         row = self.flat[slot]
         if weights.num_parameters < len(row):
             row.zero_()
-        scales = {weights.scale(module) for module in weights.factors}
-        # B is rounded once: numbers of the bank's own type can be copied first and scaled all at once
-        alike = len(scales) == 1 and all(b.dtype == self.dtype for _, b in weights.factors.values())
         for module, (a, b) in weights.factors.items():
             site, j = self.home[module]
             rank, start = a.shape[0], j * self.rank
             self.A[site][slot, start : start + rank].copy_(a)
-            scaled = b if alike else b.float() * weights.scale(module)
-            # into three dimensions: torch's own way of copying a transposed matrix takes twice as long
-            self.B[module][slot : slot + 1, :rank].copy_(scaled.T)
-        if alike:
-            row[self._num_a :].mul_(scales.pop())
+            # three dimensions: torch's own way of copying a transposed matrix takes twice as long
+            place, scale = self.B[module][slot : slot + 1, :rank], weights.scale(module)
+            if b.dtype == self.dtype:
+                place.copy_(b.T).mul_(scale)
+            else:  # rounded once, after scaling
+                place.copy_((b.float() * scale).T)
 
     @torch.no_grad()
     def put(self, slot: int, vector: Tensor, scale: float) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import operator
 import re
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
@@ -135,16 +136,21 @@ def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any], str]:
             f"{folder} cannot be loaded: its peft_type is {kind!r}; only 'LORA' can be mixed row by row"
         )
     data = _read_bytes(folder / WEIGHTS)
-    factors, alphas = _checked_factors(folder, data, config)
-    weights = AdapterWeights(factors, alphas, bool(config.get("use_rslora")))
-    return weights, config, hashlib.sha256(_buffer(data)).hexdigest()
+    digest = hashlib.sha256()
+    hashing = threading.Thread(target=digest.update, args=(_buffer(data),))  # on another core
+    hashing.start()
+    try:
+        weights = _weights(folder, data, config)
+        weights.finite()  # remembered: whoever asks later need not wait
+    finally:
+        hashing.join()
+    return weights, config, digest.hexdigest()
 
 
-def _checked_factors(
-    folder: Path, data: torch.Tensor, config: Mapping[str, Any]
-) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, float]]:
-    """Return factors and alphas by module; raise AdapterError for all that is not plain LoRA."""
-    pairs, foreign = _pairs(_tensors(folder / WEIGHTS, data))
+def _weights(folder: Path, data: torch.Tensor, config: Mapping[str, Any]) -> AdapterWeights:
+    """Return what the bytes of a weights file say; raise AdapterError for all that is not plain LoRA."""
+    tensors, buffer = _tensors(folder / WEIGHTS, data)
+    pairs, foreign = _pairs(tensors)
     found = _config_misfits(config) + _pair_misfits(pairs)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -158,7 +164,7 @@ def _checked_factors(
     alphas = {
         m: float(_pattern(config.get("alpha_pattern"), m, config["lora_alpha"])) for m in pairs
     }
-    return factors, alphas
+    return AdapterWeights(factors, alphas, bool(config.get("use_rslora")), buffer)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -187,30 +193,22 @@ def _buffer(data: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _tensors(path: Path, data: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file: views of its bytes where it is laid out as usual."""
-    if (views := _views(data)) is not None:
-        return views
+def _tensors(path: Path, data: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Return the tensors of a safetensors file; as views of a vector, and that, where it is simple."""
+    start = 8 + int.from_bytes(_buffer(data[:8]), "little")
+    if 8 < start <= min(len(data), MAX_HEADER):
+        layout = _layout(bytes(_buffer(data[8:start])), len(data) - start)
+        if layout is not None and start % layout[0].itemsize == 0:
+            dtype, sizes, shapes = layout
+            buffer = data[start:].view(dtype)
+            parts = zip(shapes.items(), buffer.split(sizes), strict=True)
+            return {name: part.view(shape) for (name, shape), part in parts}, buffer
     try:
-        tensors: dict[str, torch.Tensor] = load(bytes(_buffer(data)))
+        return load(bytes(_buffer(data))), None
     except KeyError as error:
         raise AdapterError(f"{path} holds numbers of type {error}, which LoRA has not") from error
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-    return tensors
-
-
-def _views(data: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """Return the tensors without copying a number, or None for a file that is not quite simple."""
-    start = 8 + int.from_bytes(_buffer(data[:8]), "little")
-    if not 8 < start <= min(len(data), MAX_HEADER):
-        return None
-    layout = _layout(bytes(_buffer(data[8:start])), len(data) - start)
-    if layout is None or start % layout[0].itemsize:
-        return None
-    dtype, sizes, shapes = layout
-    parts = data[start:].view(dtype).split(sizes)
-    return {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 @lru_cache(maxsize=16)  # the adapters of one backbone mostly have one header

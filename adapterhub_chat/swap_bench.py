@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def here(settings: Mapping[str, Any]) -> Work:
             return {"seconds": _timed(lambda: hub.load(what))}
         names = hub.model.names
         turns = [names[n % len(names)] for n in range(settings["switches"])]
-        return {"seconds": [_timed(lambda name=name: _switch(hub, name)) for name in turns]}
+        return {"seconds": [_timed(partial(_switch, hub, name)) for name in turns]}
 
     return told
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -22,6 +22,8 @@ class AdapterWeights:
     alphas: Mapping[str, float]
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r."""
+    buffer: Tensor | None = field(default=None, repr=False, compare=False)
+    """A vector of just these numbers, where all factors are views of one."""
     _finite: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def rank(self, module: str) -> int:
@@ -46,20 +48,17 @@ class AdapterWeights:
     def finite(self) -> bool:
         """Return whether all numbers are finite; they are looked at once, for they do not change.
 
-        The factors of a file are views of one buffer: its smallest and largest number tell of all of
-        them (a NaN is both), in a thirtieth of the time that hundreds of `isfinite` take.
+        One look at the buffer takes a thirtieth of the time of hundreds of looks at the factors.
         """
         if not self._finite:
-            tensors = [tensor.detach() for pair in self.factors.values() for tensor in pair]
-            self._finite.append(
-                all(_span_is_finite(*span) for span in _spans(tensors))
-                or all(bool(tensor.isfinite().all()) for tensor in tensors)
-            )
+            factors = (factor for pair in self.factors.values() for factor in pair)
+            vectors = factors if self.buffer is None else (self.buffer,)
+            self._finite.append(all(_is_finite(vector.detach()) for vector in vectors))
         return self._finite[0]
 
     def with_factors(self, factors: Factors) -> AdapterWeights:
         """Return the same adapter with other numbers of the same shapes."""
-        return replace(self, factors=MappingProxyType(dict(factors)))
+        return replace(self, factors=MappingProxyType(dict(factors)), buffer=None)
 
     def to(self, dtype: torch.dtype) -> AdapterWeights:
         """Return the adapter rounded to `dtype`."""
@@ -68,27 +67,9 @@ class AdapterWeights:
         )
 
 
-def _spans(tensors: Collection[Tensor]) -> Collection[tuple[Tensor, int, int]]:
-    """Return for each piece of memory a tensor in it, the first and the last place of all in it."""
-    spans: dict[tuple[int, torch.dtype], tuple[Tensor, int, int]] = {}
-    for tensor in tensors:
-        size = tensor.numel()
-        if size and not tensor.is_contiguous():
-            steps = zip(tensor.stride(), tensor.shape, strict=True)
-            size = 1 + sum(stride * (n - 1) for stride, n in steps)
-        begin = int(tensor.storage_offset())
-        end = begin + size
-        key = tensor.untyped_storage().data_ptr(), tensor.dtype
-        _, first, last = spans.get(key, (tensor, begin, end))
-        spans[key] = tensor, min(first, begin), max(last, end)
-    return spans.values()
-
-
-def _span_is_finite(tensor: Tensor, first: int, last: int) -> bool:
-    if first == last:
-        return True
-    low, high = tensor.as_strided((last - first,), (1,), first).aminmax()
-    return bool(low.isfinite() and high.isfinite())
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, by the smallest and the largest: a NaN is both."""
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def concatenate(adapters: Sequence[AdapterWeights]) -> AdapterWeights:
