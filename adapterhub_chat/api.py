@@ -15,15 +15,16 @@ from torch import Tensor
 from adapterhub_chat import evaluate as judging
 from adapterhub_chat.backbone import Quantize, load_backbone
 from adapterhub_chat.config import RunOptions, read_settings
+from adapterhub_chat.engine import Engine
 from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
-from adapterhub_chat.generate import Request, Sampling
+from adapterhub_chat.generate import Request, Sampling, engine_of
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
 from adapterhub_chat.inputs import conversation, listed, text, unanswered
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.pool import Pool, Stored
-from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.pool import Pool
+from adapterhub_chat.shelf import Known, Shelf
 from adapterhub_chat.task import Task, load_task
 from adapterhub_chat.template import encode_prompts
 from adapterhub_chat.trust import Status, Verdict, status_of
@@ -73,9 +74,10 @@ class AdapterHub:
 
     `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that
     keeps adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the best that the hardware
-    computes natively; `device` None takes CUDA when there is one. Methods may be called from several
-    threads. Wherever an adapter may be named, weights by name ({"qa": 0.5, "generation": 0.5}) make a
-    mixture and None or "backbone" means no adapter.
+    computes natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of
+    loaded adapters: the least recently used make room, and are loaded again when they are asked for
+    (None: no bound). Methods may be called from several threads. Wherever an adapter may be named, weights
+    by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter.
     """
 
     def __init__(
@@ -86,11 +88,12 @@ class AdapterHub:
         quantize: Quantize | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        adapter_bytes: int | None = None,
     ) -> None:
         """Load the backbone and open the pool."""
         self.pool = Pool(pool)
         self.backbone = load_backbone(backbone, dtype=dtype, device=device, quantize=quantize)
-        self.model = AdapterModel(self.backbone)
+        self.model = AdapterModel(self.backbone, budget=adapter_bytes)
         self._shelf = Shelf(self.model, self.pool)
         self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 
@@ -105,15 +108,30 @@ class AdapterHub:
         """
         return self._shelf.load(source, name)
 
+    @property
+    def engine(self) -> Engine:
+        """What decodes: submit requests to it one by one, cancel them, stream, ask for log-probabilities."""
+        return engine_of(self.model)
+
     def unload(self, name: str) -> None:
         """Free the adapter's slot; the pool keeps it."""
         self._shelf.unload(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is in the pool and what is loaded."""
-        loaded = {n: s for n in self.model.names if (s := self._shelf.stored(n)) is not None}
+        loaded = {n: h for n in self.model.names if (h := self._shelf.known(n)) is not None}
         names = sorted({*self.pool.names(), *loaded})
         return [self._info(name, loaded.get(name)) for name in names]
+
+    def rollback(self, name: str) -> Manifest | None:
+        """Put the earlier version of a pool member back; return its manifest (None: plain PEFT's).
+
+        Saving other weights under a name keeps the version before them. The two are exchanged in one step
+        on disk, so that a second call returns to the newer one; where the name is loaded, what came back
+        is checked and loaded, and new requests get it. Raises UsageError when there is no earlier version
+        and AdapterError when it may not be loaded here, with nothing changed.
+        """
+        return self._shelf.rollback(name)
 
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter against this backbone: bytes, shapes, fingerprint, and the recorded probe."""
@@ -313,18 +331,18 @@ class AdapterHub:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _info(self, name: str, stored: Stored | None) -> AdapterInfo:
+    def _info(self, name: str, held: Known | None) -> AdapterInfo:
         try:
-            manifest = stored.manifest if stored else self.pool.manifest(name)
+            manifest = held.manifest if held else self.pool.manifest(name)
         except AdapterError:  # its manifest cannot be read
             return AdapterInfo(name, loaded=False, status="refused")
         return AdapterInfo(
             name=name,
-            loaded=stored is not None,
+            loaded=held is not None,
             status=status_of(manifest, self.backbone.fingerprint),
             task=", ".join(manifest.training.tasks) if manifest else "",
-            rank=stored.weights.max_rank if stored else 0,
-            parameters=stored.weights.num_parameters if stored else 0,
+            rank=held.rank if held else 0,
+            parameters=held.parameters if held else 0,
             scores=manifest.scores if manifest else (),
         )
 
@@ -333,8 +351,8 @@ class AdapterHub:
     ) -> list[tuple[Task, list[tuple[str, Mix]]]]:
         groups: dict[str, list[tuple[str, Mix]]] = {}
         for name, mix in named:
-            stored = self._shelf.stored(name)
-            trained_on = stored.manifest.training.tasks if stored and stored.manifest else ()
+            held = self._shelf.known(name)
+            trained_on = held.manifest.training.tasks if held and held.manifest else ()
             if not trained_on:
                 raise UsageError(
                     f"adapter {name!r} does not say what it was trained on; name tasks"

@@ -46,6 +46,9 @@ ARCHITECTURE_KEYS = (
 """Settings that decide what the weights mean; all others may differ between transformers versions."""
 PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好\uff0c世界 ε→∞ 🙂 don't"
 
+LIBRARIES = {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+"""The versions that decide how a forward is computed."""
+
 PACKED = "adapterhub_packed"
 """Name under which transformers knows `_attention`."""
 
@@ -168,6 +171,15 @@ def peak_memory(device: torch.device) -> int:
     except OSError:
         return 0
     return next((int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM")), 0)
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that this process has now (0 where nobody counts)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -124,11 +124,19 @@ class Bank:
     @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:
         """Put an adapter into a slot; the slot's former content is gone."""
-        self.flat[slot].zero_()
+        row = self.flat[slot]
+        if weights.num_parameters < len(row):
+            row.zero_()
         for module, (a, b) in weights.factors.items():
-            first, second = self._places(self.A, self.B, module, weights.rank(module))
-            first[slot].copy_(a)
-            second[slot].copy_((b.float() * weights.scale(module)).T)
+            site, j = self.home[module]
+            rank, start = a.shape[0], j * self.rank
+            self.A[site][slot, start : start + rank].copy_(a)
+            # three dimensions: torch's own way of copying a transposed matrix takes twice as long
+            place, scale = self.B[module][slot : slot + 1, :rank], weights.scale(module)
+            if b.dtype == self.dtype:
+                place.copy_(b.T).mul_(scale)
+            else:  # rounded once, after scaling
+                place.copy_((b.float() * scale).T)
 
     @torch.no_grad()
     def read(self, slot: int, like: AdapterWeights) -> AdapterWeights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,15 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.benches import BENCHES, told
 from adapterhub_chat.card import render_card
 from adapterhub_chat.chat import ChatSession
 from adapterhub_chat.config import RunConfig, read_run, read_sweep
 from adapterhub_chat.demo import run_demo
 from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
-from adapterhub_chat.kernels_bench import bench_kernels
 from adapterhub_chat.lines import read_lines, sink
 from adapterhub_chat.manifest import Manifest
-from adapterhub_chat.mixed_bench import bench_mixed
 from adapterhub_chat.options import (
     BackboneOption,
     DeviceOption,
@@ -37,8 +36,8 @@ from adapterhub_chat.pool import Pool
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.terminal import (
     Say,
+    adapter_row,
     err,
-    number,
     print_finished,
     print_json,
     print_scores,
@@ -47,7 +46,6 @@ from adapterhub_chat.terminal import (
     tell_warnings_and_logs,
 )
 from adapterhub_chat.train import first_process, leave
-from adapterhub_chat.train_bench import bench_train
 from adapterhub_chat.types import BACKBONE
 
 app = typer.Typer(
@@ -56,11 +54,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-BENCHES: Mapping[str, Callable[..., dict[str, Any]]] = {
-    "kernels": bench_kernels,
-    "mixed": bench_mixed,
-    "train": bench_train,
-}
 INTERRUPTED = 130
 """Exit code after Ctrl-C, typer's too."""
 
@@ -284,21 +277,7 @@ def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = Fal
         tell("note", f"there are no adapters in {pool}", "yellow")
         return
     columns = ("adapter", "task", "metric", "score", "backbone", "made on")
-    print_table(str(pool), columns, [_adapter_row(n, m) for n, m in manifests.items()])
-
-
-def _adapter_row(name: str, manifest: Manifest | None) -> tuple[str, ...]:
-    if manifest is None:
-        return name, "", "", "", "", "unverified (no manifest)"
-    score = manifest.scores[0] if manifest.scores else None
-    return (
-        name,
-        ", ".join(manifest.training.tasks),
-        manifest.metric,
-        f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else "not measured",
-        number(score.backbone_value if score else None),
-        manifest.backbone,
-    )
+    print_table(str(pool), columns, [adapter_row(n, m) for n, m in manifests.items()])
 
 
 @app.command()
@@ -317,6 +296,22 @@ def show(
         typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
     else:
         typer.echo(render_card(manifest))
+
+
+@app.command()
+def rollback(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
+    pool: PoolOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Put an adapter's earlier version back; once more returns to the newer one."""
+    manifest = Pool(pool).rollback(adapter).manifest
+    sha256, created = (manifest.sha256, manifest.created) if manifest else ("", "")
+    if as_json:
+        print_json({"adapter": adapter, "sha256": sha256, "created": created})
+    else:
+        made = f"made {created or 'at a time unknown'}, sha256 {sha256[:12] or 'unknown'}"
+        typer.echo(f"{adapter}: the other version is in its place now ({made})")
 
 
 @app.command()
@@ -363,13 +358,8 @@ def bench(
     if as_json:
         print_json(result)
         return
-    for row in result["rows"]:
-        columns = [(n, v) for n, v in row.items() if isinstance(v, int | float | str)]
-        typer.echo(
-            "  ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in columns)
-        )
-    for name, ratio in result["ratios"].items():
-        typer.echo(f"{name}: {'not measured' if ratio is None else f'{ratio:.3f}'}")
+    for line in told(result):
+        typer.echo(line)
 
 
 def _hub(

@@ -62,6 +62,7 @@ class Engine:
         )
         self._waiting: deque[Ticket] = deque()
         self._fetched: dict[Ticket, Future[Held]] = {}
+        self._alone: Ticket | None = None  # whose adapters were fetched last while nothing ran
         self._no_room = False  # the last fetch found none; only an ending request changes that
         self._loader = ThreadPoolExecutor(1, "adapterhub-loader")
         self._turn = threading.Lock()
@@ -199,7 +200,7 @@ class Engine:
             held = self._held(ticket)
         except NoRoomError as error:
             self._no_room = True
-            if not (self._batch.rows or self._fetched):  # nobody will ever make room
+            if ticket is self._alone:  # nobody was there who could have made room
                 self._drop(ticket)
                 self._finish(ticket, error=error)
             return True
@@ -234,6 +235,8 @@ class Engine:
         if self.acquire is None or all(name in self.model.slots for name in mix.names):
             return False
         if ticket not in self._fetched and len(self._fetched) < AHEAD and not self._no_room:
+            if not (self._batch.rows or self._fetched):
+                self._alone = ticket
             self._fetched[ticket] = self._loader.submit(self.acquire, mix)
         return True
 

@@ -6,10 +6,15 @@ folders are read strictly: only plain LoRA, only tensors that belong to it, ever
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import operator
 import re
+import threading
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Numbers that a factor may be made of, by their names in a safetensors file."""
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header, as the library bounds them."""
 SIZES = "between 0 and a million"
 
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -104,8 +117,11 @@ def write_weights(path: Path, weights: AdapterWeights) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file hides the OSError
 
 
-def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
-    """Return a folder's weights and its config; raise AdapterError naming everything that does not fit."""
+def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any], str]:
+    """Return a folder's weights, its config, and the sha256 of the very bytes that the weights came from.
+
+    Raises AdapterError naming everything that does not fit.
+    """
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -119,7 +135,22 @@ def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
         raise AdapterError(
             f"{folder} cannot be loaded: its peft_type is {kind!r}; only 'LORA' can be mixed row by row"
         )
-    pairs, foreign = _pairs(_read_tensors(folder / WEIGHTS))
+    data = _read_bytes(folder / WEIGHTS)
+    digest = hashlib.sha256()
+    hashing = threading.Thread(target=digest.update, args=(_buffer(data),))  # on another core
+    hashing.start()
+    try:
+        weights = _weights(folder, data, config)
+        weights.finite()  # remembered: whoever asks later need not wait
+    finally:
+        hashing.join()
+    return weights, config, digest.hexdigest()
+
+
+def _weights(folder: Path, data: torch.Tensor, config: Mapping[str, Any]) -> AdapterWeights:
+    """Return what the bytes of a weights file say; raise AdapterError for all that is not plain LoRA."""
+    tensors, buffer = _tensors(folder / WEIGHTS, data)
+    pairs, foreign = _pairs(tensors)
     found = _config_misfits(config) + _pair_misfits(pairs)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -133,7 +164,7 @@ def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
     alphas = {
         m: float(_pattern(config.get("alpha_pattern"), m, config["lora_alpha"])) for m in pairs
     }
-    return AdapterWeights(factors, alphas, bool(config.get("use_rslora"))), config
+    return AdapterWeights(factors, alphas, bool(config.get("use_rslora")), buffer)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -146,15 +177,64 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors in memory of their own: a mapped file could change, or end, under us."""
+def _read_bytes(path: Path) -> torch.Tensor:
+    """Return a file's bytes in memory of their own: a mapped file could change, or end, under us."""
     try:
-        tensors: dict[str, torch.Tensor] = load(path.read_bytes())
+        with path.open("rb") as file:
+            data = torch.empty(path.stat().st_size, dtype=torch.uint8)
+            return data[: file.readinto(_buffer(data))]
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+
+
+def _buffer(data: torch.Tensor) -> memoryview:
+    """Return the memory of a vector of bytes, for calls that do not know torch."""
+    array: Any = data.numpy()
+    return memoryview(array)
+
+
+def _tensors(path: Path, data: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Return the tensors of a safetensors file; as views of a vector, and that, where it is simple."""
+    start = 8 + int.from_bytes(_buffer(data[:8]), "little")
+    if 8 < start <= min(len(data), MAX_HEADER):
+        layout = _layout(bytes(_buffer(data[8:start])), len(data) - start)
+        if layout is not None and start % layout[0].itemsize == 0:
+            dtype, sizes, shapes = layout
+            buffer = data[start:].view(dtype)
+            parts = zip(shapes.items(), buffer.split(sizes), strict=True)
+            return {name: part.view(shape) for (name, shape), part in parts}, buffer
+    try:
+        return load(bytes(_buffer(data))), None
     except KeyError as error:
         raise AdapterError(f"{path} holds numbers of type {error}, which LoRA has not") from error
-    except (safetensors.SafetensorError, OSError) as error:
+    except safetensors.SafetensorError as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-    return tensors
+
+
+@lru_cache(maxsize=16)  # the adapters of one backbone mostly have one header
+def _layout(
+    header: bytes, size: int
+) -> tuple[torch.dtype, list[int], dict[str, tuple[int, ...]]] | None:
+    """Return dtype, sizes and shapes of the tensors in a safetensors file of `size` bytes of numbers.
+
+    None where it is not quite simple: numbers of one type that a factor may have, every byte in exactly
+    one tensor. Such a file is left to the library, which also finds the words for what is wrong with it.
+    """
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        (kind,) = {entry["dtype"] for entry in entries.values()}
+        dtype, place, sizes, shapes = DTYPES[kind], 0, [], {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            shapes[name] = shape = tuple(map(operator.index, entry["shape"]))
+            sizes.append(math.prod(shape))
+            end = place + sizes[-1] * dtype.itemsize
+            if entry["data_offsets"] != [place, end] or min(shape) < 1:
+                return None
+            place = end
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return (dtype, sizes, shapes) if place == size else None
 
 
 def _config_misfits(config: Mapping[str, Any]) -> list[str]:
@@ -208,8 +288,9 @@ def _pairs(
 
 def _pair_misfits(pairs: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
     found = [] if pairs else ["there is not one LoRA factor in it"]
+    allowed = set(DTYPES.values())
     for module, pair in pairs.items():
-        kinds = {str(tensor.dtype) for tensor in pair.values() if tensor.dtype not in DTYPES}
+        kinds = {str(tensor.dtype) for tensor in pair.values() if tensor.dtype not in allowed}
         if set(pair) != {"A", "B"}:
             found.append(f"{module} has lora_{next(iter(pair))} but not the other factor")
         elif pair["A"].ndim != 2 or pair["B"].ndim != 2:

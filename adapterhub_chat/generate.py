@@ -20,7 +20,7 @@ from adapterhub_chat.template import Encoded
 def engine_of(model: AdapterModel) -> Engine:
     """Return the model's engine; the first call makes it."""
     if model.engine is None:
-        model.engine = Engine(model)
+        model.engine = Engine(model, acquire=model.acquire)
     engine: Engine = model.engine
     return engine
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from adapterhub_chat.batches import Batch
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
 from adapterhub_chat.lora import activate, active, attach
-from adapterhub_chat.slots import Slots, plan_of
+from adapterhub_chat.slots import Held, Slots, plan_of
 from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.weights import AdapterWeights, misfits
 
@@ -50,6 +50,8 @@ class AdapterModel:
         head = backbone.model.get_output_embeddings()
         self._head = head.register_forward_pre_hook(_keep_positions)
         self.slots = Slots(self._new_slots, budget)
+        self.acquire: Callable[[Mix], Held] = self.slots.hold
+        """How a mix's adapters are held; a shelf loads those first that are not here."""
         self.engine: Any = None
         """What decodes with this model, once something is decoded (generate.py)."""
 
@@ -86,8 +88,13 @@ class AdapterModel:
 
         Raises UnknownNameError for an adapter that is not loaded.
         """
-        with self.slots.holding(mixes) as held, activate(plan_of(held)):
-            yield
+        with ExitStack() as stack:
+            held = []
+            for mix in mixes:
+                held.append(self.acquire(mix))
+                stack.callback(self.slots.release, held[-1])
+            with activate(plan_of(held)):
+                yield
 
     def answer_logits(self, batch: Batch) -> Tensor:
         """Return logits (P, V) at the batch's predicting positions alone, under the active mix.

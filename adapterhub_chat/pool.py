@@ -1,7 +1,8 @@
 """Pool: the folder that keeps adapters, one sub-folder each. A save is all or nothing.
 
 A new version is written beside the old one and takes its place in one rename; whatever a killed run left
-behind is swept up by the next one that opens the pool.
+behind is swept up by the next one that opens the pool. The version before it lies in a sub-folder of the
+new one, so that one rename changes both; `rollback` exchanges them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 RESERVED = (BACKBONE, "auto")
 CARD = "README.md"
 TEMPORARY, ASIDE = ".tmp-", ".old-"
+EARLIER = ".earlier"
+"""Sub-folder of an adapter with the version before it."""
+PROBES, MOST_PROBES = ".probes", 10_000
+"""File of the pool that names the probes which were answered rightly, and how many it names."""
+PROBE_KEY = re.compile(r"[0-9a-f]{64}")
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
@@ -98,8 +104,10 @@ class Pool:
     ) -> Stored:
         """Write an adapter, or a new version of it, in one step; on any failure the pool is as it was.
 
-        The manifest's `sha256` is set to that of the written weights. Raises PoolError for a full disk or
-        missing rights, UsageError for a name that cannot be a folder.
+        The version before it is kept for `rollback`, and the one before that is gone; the same weights
+        and config again are no new version. The manifest's `sha256` is set to that of the written
+        weights. Raises PoolError for a full disk or missing rights, UsageError for a name that cannot be
+        a folder.
         """
         check_name(name)
         with self._changing(f"saving {name!r}") as scratch:
@@ -109,6 +117,7 @@ class Pool:
                 update={"name": name, "sha256": file_sha256(scratch / WEIGHTS)}
             )
             _write_words(scratch, final)
+            self._keep_earlier(scratch, name)
             self._replace(scratch, name)
         return Stored(name, self.root / name, weights, dict(config), final)
 
@@ -127,8 +136,51 @@ class Pool:
             _write_words(scratch, manifest)
             self._replace(scratch, name)
 
+    def earlier(self, name: str) -> Stored:
+        """Read the version of an adapter that `rollback` would put back.
+
+        Raises UsageError when there is none, AdapterError when its bytes are not what its manifest says.
+        """
+        folder = self.path(name) / EARLIER
+        if not folder.is_dir():
+            raise UsageError(
+                f"adapter {name!r} has no earlier version in the pool {self.root}: one is kept when other "
+                "weights are saved under its name"
+            )
+        return read_stored(folder, name)
+
+    def rollback(self, name: str) -> Stored:
+        """Exchange an adapter with its earlier version in one step; return what is in its place now.
+
+        A second call returns to the newer version. Raises as `earlier` does, with nothing changed.
+        """
+        source = self.path(name)
+        with self._changing(f"rolling back {name!r}") as scratch:
+            restored = self.earlier(name)
+            _link_version(source / EARLIER, scratch)
+            _link_version(source, scratch / EARLIER)
+            self._replace(scratch, name)
+        return replace(restored, path=source)
+
+    def answered(self) -> list[str]:
+        """Return the keys that `note_answered` was given; what cannot be read was never noted."""
+        try:
+            lines = (self.root / PROBES).read_text("ascii", errors="replace").splitlines()
+        except OSError:
+            return []
+        return [line for line in lines if PROBE_KEY.fullmatch(line)]
+
+    def note_answered(self, key: str) -> None:
+        """Note that the probe with this key was answered rightly, where the pool can be written to."""
+        if not self.root.is_dir():
+            return
+        with suppress(PoolError), self._changing("noting a probe") as scratch:
+            kept = [*dict.fromkeys((*self.answered(), key))][-MOST_PROBES:]
+            (scratch / PROBES).write_text("\n".join(kept) + "\n", "ascii")
+            os.replace(scratch / PROBES, self.root / PROBES)
+
     def delete(self, name: str) -> None:
-        """Remove an adapter."""
+        """Remove an adapter, and its earlier version with it."""
         source = self.path(name)
         with self._alone(f"deleting {name!r}"):
             # renamed, not moved into a new folder: the disk may be full
@@ -190,6 +242,15 @@ class Pool:
             shutil.rmtree(aside, ignore_errors=True)
         _sync(self.root)
 
+    def _keep_earlier(self, scratch: Path, name: str) -> None:
+        """Put into a new version's folder the version before it: the pool's, when that has other content."""
+        old = self.root / name
+        if name not in self:
+            return
+        again = all(_same_file(old / file, scratch / file) for file in (WEIGHTS, CONFIG))
+        if (source := old / EARLIER if again else old).is_dir():
+            _link_version(source, scratch / EARLIER)
+
     def _sweep(self) -> None:
         """Remove what killed runs left, unless another process is at work here right now."""
         if not any((*self.root.glob(f"{TEMPORARY}*"), *self.root.glob(f"{ASIDE}*"))):
@@ -246,9 +307,9 @@ def _version(folder: Path) -> tuple[int, int]:
 
 
 def _read_once(folder: Path, name: str) -> Stored:
-    weights, config = read_folder(folder)
+    weights, config, actual = read_folder(folder)
     manifest = read_manifest(folder)
-    if manifest is not None and (actual := file_sha256(folder / WEIGHTS)) != manifest.sha256:
+    if manifest is not None and actual != manifest.sha256:
         raise AdapterError(
             f"{folder / WEIGHTS} is not the file that {MANIFEST} describes: sha256 {actual[:12]}..., "
             f"expected {manifest.sha256[:12]}...; pull or train the adapter again"
@@ -261,6 +322,18 @@ def _write_words(folder: Path, manifest: Manifest) -> None:
     for file, text in ((MANIFEST, dump_manifest(manifest)), (CARD, render_card(manifest))):
         (folder / file).unlink(missing_ok=True)
         (folder / file).write_text(text, encoding="utf-8")
+
+
+def _link_version(source: Path, target: Path) -> None:
+    """Give the files of one version, without those of its earlier one, a second place."""
+    without = shutil.ignore_patterns(EARLIER)
+    shutil.copytree(source, target, copy_function=_link, ignore=without, dirs_exist_ok=True)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if not one.is_file() or one.stat().st_size != other.stat().st_size:
+        return False
+    return file_sha256(one) == file_sha256(other)
 
 
 def _link(source: str, target: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterhub_chat.errors import AdapterError
@@ -15,9 +17,21 @@ from adapterhub_chat.folder import config_of
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
-from adapterhub_chat.trust import Verdict, check_fit, make_probe, probe_problem
+from adapterhub_chat.slots import Held
+from adapterhub_chat.trust import Verdict, check_fit, make_probe, probe_key, probe_problem
 from adapterhub_chat.types import AdapterChoice, Mix, PromptContract, Score, as_mix
 from adapterhub_chat.weights import AdapterWeights
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an adapter that was loaded; its numbers are the model's alone."""
+
+    path: Path
+    manifest: Manifest | None
+    """None: made by plain PEFT, nothing about it is verified."""
+    rank: int
+    parameters: int
 
 
 class Shelf:
@@ -26,33 +40,40 @@ class Shelf:
     def __init__(self, model: AdapterModel, pool: Pool) -> None:
         """Start with nothing loaded."""
         self.model, self.pool = model, pool
-        self._stored: dict[str, Stored] = {}
+        self._known: dict[str, Known] = {}
+        self._answered: set[str] = set()
+        model.acquire = self.acquire
 
-    def stored(self, name: str) -> Stored | None:
-        """Return a loaded adapter as it was read, None when it is not loaded."""
-        return self._stored.get(name)
+    def known(self, name: str) -> Known | None:
+        """Return what is known of an adapter, None when it was not loaded."""
+        return self._known.get(name)
 
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Check and load a pool member or a folder; return its name. See AdapterHub.load."""
         stored = self.find(source, name)
-        verdict = check_fit(stored, self.model)
-        problems = "; ".join(verdict.problems)
-        if not verdict.ok:
-            backbone = self.model.backbone.name
-            raise AdapterError(f"adapter {stored.name!r} is refused on {backbone}: {problems}")
-        if verdict.status != "exact":
-            note = f"adapter {stored.name!r} is {verdict.status}: {problems}"
+        if note := self._accepted(stored):
             warnings.warn(note, stacklevel=3)
-        if problem := self._probed(stored, verdict):
-            raise AdapterError(f"adapter {stored.name!r} does not do what it did: {problem}")
-        self.model.load(stored.name, stored.weights)
-        self._stored[stored.name] = stored
+        self._hold(stored)
         return stored.name
+
+    def rollback(self, name: str) -> Manifest | None:
+        """Exchange a pool member with its earlier version, here too where it is loaded. See AdapterHub."""
+        held, note = self._known.get(name), ""
+        if mine := held is not None and held.path == self.pool.root / name:
+            note = self._accepted(self.pool.earlier(name))
+        restored = self.pool.rollback(name)
+        if mine:
+            self._accepted(restored)  # another process may have saved in between
+            self._hold(restored)
+        if note:
+            warnings.warn(note, stacklevel=3)
+        return restored.manifest
 
     def unload(self, name: str) -> None:
         """Free the adapter's slot; the pool keeps it."""
-        self.model.unload(name)
-        self._stored.pop(name, None)
+        if name in self.model.slots or name not in self._known:  # else it was evicted
+            self.model.unload(name)
+        self._known.pop(name, None)
 
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter without loading it: bytes, shapes, fingerprint, probe."""
@@ -61,7 +82,7 @@ class Shelf:
         except AdapterError as error:
             return Verdict(False, "refused", (str(error),))
         verdict = check_fit(stored, self.model)
-        if verdict.ok and (problem := self._probed(stored, verdict)):
+        if verdict.ok and (problem := self._asked(stored, verdict)):
             return Verdict(False, "refused", (problem,))
         return verdict
 
@@ -79,17 +100,26 @@ class Shelf:
         """Return the mixes, after loading from the pool what they name and is not loaded yet."""
         mixes = [as_mix(choice) for choice in choices]
         for name in dict.fromkeys(n for mix in mixes for n in mix.names):
-            if name not in self.model.names:
+            if name not in self.model.slots and name not in self._known:
                 self.load(name)
         return mixes
+
+    def acquire(self, mix: Mix) -> Held:
+        """Hold a mix's adapters; those that are not in a slot, or not any more, are loaded first."""
+        return self.model.slots.gather(mix, self._load_again)
+
+    def _load_again(self, name: str) -> None:
+        known = self._known.get(name)
+        outside = known is not None and known.path != self.pool.root / name
+        self.load(known.path if known is not None and outside else name, name)
 
     def contract(self, mix: Mix) -> PromptContract | None:
         """Return the contract of the mix's heaviest adapter, None when it has none."""
         if not mix.weights:
             return None
         heaviest = max(mix.weights, key=lambda pair: abs(pair[1]))[0]
-        stored = self._stored.get(heaviest)
-        return stored.manifest.contract if stored and stored.manifest else None
+        held = self._known.get(heaviest)
+        return held.manifest.contract if held and held.manifest else None
 
     def keep(
         self, weights: AdapterWeights, manifest: Manifest, *, probing: bool = True
@@ -106,25 +136,59 @@ class Shelf:
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
         stored = self.pool.save(manifest.name, weights, config, draft)
-        self.model.load(stored.name, weights)
-        self._stored[stored.name] = stored
+        self._note(probe_key(stored, self.model))
+        self._hold(stored)
         assert stored.manifest is not None
         return stored.manifest
 
     def record(self, scores: Sequence[Score]) -> None:
         """Write scores into the manifests and cards of the pool members that they belong to."""
         for name in dict.fromkeys(score.adapter for score in scores):
-            stored = self._stored.get(name)
-            if stored and stored.manifest and stored.path == self.pool.root / name:
+            held = self._known.get(name)
+            if held and held.manifest and held.path == self.pool.root / name:
                 own = [score for score in scores if score.adapter == name]
-                self.describe(name, stored.manifest.with_scores(own))
+                self.describe(name, held.manifest.with_scores(own))
 
     def describe(self, name: str, manifest: Manifest) -> None:
         """Replace the manifest of a loaded pool member, on disk and here."""
         self.pool.describe(name, manifest)
-        self._stored[name] = replace(self._stored[name], manifest=manifest)
+        self._known[name] = replace(self._known[name], manifest=manifest)
 
-    def _probed(self, stored: Stored, verdict: Verdict) -> str:
+    def _hold(self, stored: Stored) -> None:
+        """Load what was accepted, and keep all but its numbers."""
+        weights = stored.weights
+        self.model.load(stored.name, weights, _identity(stored))
+        self._known[stored.name] = Known(
+            stored.path, stored.manifest, weights.max_rank, weights.num_parameters
+        )
+
+    def _accepted(self, stored: Stored) -> str:
+        """Return what is worth a warning; raise AdapterError for what may not be loaded here."""
+        verdict = check_fit(stored, self.model)
+        problems = "; ".join(verdict.problems)
+        if not verdict.ok:
+            backbone = self.model.backbone.name
+            raise AdapterError(f"adapter {stored.name!r} is refused on {backbone}: {problems}")
+        key = probe_key(stored, self.model)
+        if not self._knows(key):
+            if problem := self._asked(stored, verdict):
+                raise AdapterError(f"adapter {stored.name!r} does not do what it did: {problem}")
+            self._note(key)
+        exact = verdict.status == "exact"
+        return "" if exact else f"adapter {stored.name!r} is {verdict.status}: {problems}"
+
+    def _knows(self, key: str) -> bool:
+        """Return whether the probe with this key was answered rightly, here or as the pool says."""
+        if key and key not in self._answered:
+            self._answered.update(self.pool.answered())
+        return key in self._answered
+
+    def _note(self, key: str) -> None:
+        if key and not self._knows(key):
+            self._answered.add(key)
+            self.pool.note_answered(key)
+
+    def _asked(self, stored: Stored, verdict: Verdict) -> str:
         """Return what the adapter's answer to its probe is wrong in; it is in no name's slot yet."""
         probe = stored.manifest.probe if stored.manifest else None
         if probe is None:
@@ -141,3 +205,11 @@ class Shelf:
             yield trial
         finally:
             self.model.unload(trial)
+
+
+def _identity(stored: Stored) -> str | None:
+    """Return a digest of all that an adapter computes: its numbers and their scaling; None if unverified."""
+    if stored.manifest is None:
+        return None
+    config = json.dumps(dict(stored.config), sort_keys=True)
+    return hashlib.sha256(f"{stored.manifest.sha256} {config}".encode()).hexdigest()

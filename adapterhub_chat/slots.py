@@ -74,6 +74,8 @@ class Slots:
         """Start empty; `budget` bounds the bytes of all slots (None: no bound)."""
         self.budget = budget
         self.pinned: set[str] = set()
+        self.loads = 0
+        """How often an adapter was put into a slot."""
         self._new_bank = new_bank
         self._names: dict[str, Resident] = {}
         self._segments: list[_Segment] = []
@@ -112,6 +114,7 @@ class Slots:
             self._forget(name)
             own = f"unnamed content {next(_fresh)}" if identity is None else identity
             self._names[name] = Resident(place, own, like)
+            self.loads += 1
 
     def unload(self, name: str) -> None:
         """Take the name away; the slot is free when its last user has left."""

@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.orders import Finished
 from adapterhub_chat.sequence import Ledger
 from adapterhub_chat.types import Score
@@ -122,3 +123,18 @@ def print_ledger(ledger: Ledger) -> None:
 def number(value: float | None) -> str:
     """Return a score as a person reads it; nothing where there is none."""
     return "" if value is None else f"{value:.3f}"
+
+
+def adapter_row(name: str, manifest: Manifest | None) -> tuple[str, ...]:
+    """Return what `list` shows of an adapter."""
+    if manifest is None:
+        return name, "", "", "", "", "unverified (no manifest)"
+    score = manifest.scores[0] if manifest.scores else None
+    return (
+        name,
+        ", ".join(manifest.training.tasks),
+        manifest.metric,
+        f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else "not measured",
+        number(score.backbone_value if score else None),
+        manifest.backbone,
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from adapterhub_chat.backbone import LIBRARIES
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.generate import Request, next_token_logits
 from adapterhub_chat.manifest import Manifest, Probe
@@ -106,6 +109,27 @@ def probe_problem(model: AdapterModel, name: str, probe: Probe | None, status: S
     if not off <= limit:
         return f"a log-probability of its probe is off by {off:.2f}, more than {limit:.2f}"
     return ""
+
+
+def probe_key(stored: Stored, model: AdapterModel) -> str:
+    """Return a digest (64 hex digits) of all that the answer to an adapter's probe depends on.
+
+    Once it has been right, it is right for every load under the same key: the same weights, scaling and
+    probe on the same backbone, device and libraries. Empty for an adapter without a probe.
+    """
+    manifest, backbone = stored.manifest, model.backbone
+    if manifest is None or manifest.probe is None:
+        return ""
+    asked = (
+        manifest.sha256,
+        dict(stored.config),
+        manifest.probe.model_dump(),
+        asdict(manifest.fingerprint),
+        asdict(backbone.fingerprint),
+        backbone.device.type,
+        LIBRARIES,
+    )
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _change(logits: Tensor, tokens: Sequence[int], recorded: Sequence[float]) -> float:

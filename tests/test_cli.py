@@ -121,7 +121,7 @@ def manifest(name, pool="adapters"):
 
 # ---- help ----------------------------------------------------------------------------------------
 
-VERBS = ("demo", "train", "eval", "predict", "chat", "list", "show", "verify", "bench")
+VERBS = ("demo", "train", "eval", "predict", "chat", "list", "show", "rollback", "verify", "bench")
 
 
 def test_help_names_every_verb(run):
@@ -497,6 +497,20 @@ def test_show_gives_the_card_or_the_manifest(run):
     assert "nothing about it is verified" in run("show", "qa", backbone=False).out
 
 
+def test_rollback_exchanges_the_two_versions(run):
+    first = manifest("qa")
+    assert run("train", "qa", "--max-steps", "1", "--seed", "7", "--test-examples", "0").code == 0
+    second = manifest("qa")
+    assert second["sha256"] != first["sha256"]
+    done = run("rollback", "qa", "--json", backbone=False)
+    told = {"adapter": "qa", "sha256": first["sha256"], "created": first["created"]}
+    assert (done.code, done.json, manifest("qa")) == (0, told, first)
+    again = run("rollback", "qa", backbone=False)
+    assert second["sha256"][:12] in again.out
+    assert manifest("qa") == second
+    assert run("verify", "qa").code == 0
+
+
 def test_verify_says_ok_by_its_exit_code(run, other_folder):
     good = run("verify", "qa", "--json")
     assert (good.code, good.json) == (0, {"ok": True, "status": "exact", "problems": []})
@@ -636,7 +650,13 @@ def test_demo_prints_what_a_newcomer_needs(run, monkeypatch):
 
 def test_bench_knows_its_kinds(run):
     failed = run("bench", "speed", backbone=False)
-    assert (failed.code, "'speed': allowed are kernels, mixed, train" in failed.err) == (2, True)
+    assert (
+        failed.code,
+        "'speed': allowed are kernels, mixed, pool, swap, train" in failed.err,
+    ) == (
+        2,
+        True,
+    )
 
 
 def test_bench_takes_peers_where_they_are_measured(run):
@@ -661,6 +681,11 @@ def test_bench_takes_peers_where_they_are_measured(run):
         (("chat", "--adapter", "nobody"), "unknown adapter 'nobody'"),
         (("show", "nobody"), "unknown adapter 'nobody'"),
         (("verify", "nobody"), "unknown adapter 'nobody'"),
+        (("rollback", "nobody"), "unknown adapter 'nobody'"),
+        (
+            ("rollback", "qa"),
+            "adapter 'qa' has no earlier version in the pool adapters: one is kept",
+        ),
         (("train", "nothing"), "unknown task 'nothing'; known: "),
         (("train", "no/such.toml"), "unknown task 'no/such.toml'"),
         (("train",), "nothing to train: name tasks"),
@@ -699,7 +724,7 @@ def test_errors_are_one_message_and_change_nothing(run, here, args, wanted):
         'metric = "speed"\nabuot = "x"\n[data]\npath = "no.csv"\n[columns]\ntext = "t"\nanswer = "a"'
     )
     before = snapshot(here)
-    failed = run(*args, backbone=args[0] not in ("list", "show"))
+    failed = run(*args, backbone=args[0] not in ("list", "show", "rollback"))
     assert (failed.code, failed.out) == (2, "")
     assert failed.err.splitlines()[-1 - failed.err.count("\n  - ")].startswith("error: ")
     assert wanted in failed.err

@@ -180,7 +180,7 @@ def test_our_config_is_complete_for_peft(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_written_is_read_bit_for_bit(dtype, tmp_path, model, make_weights):
     weights = make_weights(rank=5, alpha=2.5, rslora=True).to(dtype)
-    read, _ = read_folder(write(tmp_path / "one", model, weights))
+    read, *_ = read_folder(write(tmp_path / "one", model, weights))
     assert read.rslora
     assert dict(read.alphas) == dict(weights.alphas)
     for module, (a, b) in weights.factors.items():
@@ -196,14 +196,14 @@ def test_factors_that_share_memory_or_are_views_can_be_written(tmp_path, model, 
     weights = make_weights(rank=4, only=("q_proj",))
     square = torch.randn(32, 32)
     views = dict.fromkeys(weights.factors, (square[:4], square.T[:, :4]))
-    read, _ = read_folder(write(tmp_path / "adapter", model, weights.with_factors(views)))
+    read, *_ = read_folder(write(tmp_path / "adapter", model, weights.with_factors(views)))
     for a, b in read.factors.values():
         assert torch.equal(a, square[:4])
         assert torch.equal(b, square.T[:, :4])
 
 
 def test_what_was_read_does_not_change_with_the_file(folder):
-    read, _ = read_folder(folder)
+    read, *_ = read_folder(folder)
     kept = {m: a.clone() for m, (a, _) in read.factors.items()}
     with (folder / WEIGHTS).open("r+b") as file:
         size = file.seek(0, 2)
@@ -447,7 +447,7 @@ def test_any_damage_is_either_harmless_or_an_adapter_error(data, folder, tmp_pat
     keep = data.draw(st.integers(0, len(content)) | st.just(len(content)))
     (torn / file).write_bytes(content[:keep])
     with contextlib.suppress(AdapterError):
-        weights, _ = read_folder(torn)
+        weights, *_ = read_folder(torn)
         assert all(math.isfinite(weights.scale(m)) for m in weights.factors)
 
 

@@ -29,8 +29,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"learning": "jobs learner train sequence courses evaluate"},
     {"keeping": "manifest card folder gguf_adapter pool trust shelf runlog checkpoint pictures"},
     {
-        "doors": "__init__ __main__ api bench chat cli demo kernels_bench lines mixed_bench options orders "
-        "peers peers_bench progress terminal train_bench workshop"
+        "doors": "__init__ __main__ api bench benches chat cli demo kernels_bench lines mixed_bench "
+        "options orders peers peers_bench pool_bench progress swap_bench terminal train_bench workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -56,6 +56,7 @@ LAZY = {
     ("runlog", "importlib.import_module"),
     ("mixed_bench", "importlib.import_module"),  # peft, the peer
     ("pictures", "importlib.import_module"),
+    ("swap_bench", "importlib.import_module"),  # peft, the peer
     ("train_bench", "importlib.import_module"),  # peft, the peer
 }
 """The doors of heavy or optional libraries: what may be imported inside a function."""

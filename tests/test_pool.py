@@ -26,7 +26,7 @@ from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, Us
 from adapterhub_chat.folder import CONFIG, WEIGHTS, config_of
 from adapterhub_chat.manifest import FILE as MANIFEST
 from adapterhub_chat.manifest import Manifest, file_sha256
-from adapterhub_chat.pool import Pool, check_name, read_stored
+from adapterhub_chat.pool import EARLIER, PROBES, Pool, check_name, read_stored
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 from adapterhub_chat.weights import AdapterWeights
 
@@ -113,6 +113,131 @@ def test_saving_over_a_name_leaves_only_the_new_version(pool):
     assert complete_version(pool.load("a")) == 2
     assert complete_version(pool.load("b")) == 7
     assert leftovers(pool) == []
+
+
+def test_the_version_before_a_save_is_kept_and_no_other(pool):
+    for number in (1, 2, 3):
+        save(pool, "a", number)
+    assert complete_version(pool.earlier("a")) == 2
+    assert complete_version(pool.load("a")) == 3
+    assert not (pool.root / "a" / EARLIER / EARLIER).exists()
+    assert pool.names() == ["a"]
+
+
+def test_rolling_back_exchanges_the_two_versions(pool):
+    save(pool, "a", 1)
+    save(pool, "a", 2)
+    (pool.root / "a" / EARLIER / "LICENSE").write_text("free")
+    both = contents(pool.root / "a")
+    assert complete_version(pool.rollback("a")) == 1
+    assert complete_version(pool.load("a")) == 1
+    assert complete_version(pool.earlier("a")) == 2
+    assert (pool.root / "a" / "LICENSE").read_text() == "free"
+    assert leftovers(pool) == []
+    assert complete_version(Pool(pool.root).rollback("a")) == 2
+    assert contents(pool.root / "a") == both
+    save(pool, "a", 3)
+    assert complete_version(pool.rollback("a")) == 2
+
+
+def test_without_an_earlier_version_rolling_back_says_so(pool):
+    save(pool, "a", 1)
+    before = contents(pool.root)
+    with pytest.raises(UsageError, match=r"'a' has no earlier version in the pool .*: one is kept"):
+        pool.rollback("a")
+    with pytest.raises(UnknownNameError, match="known: a"):
+        pool.rollback("b")
+    assert contents(pool.root) == before
+    assert leftovers(pool) == []
+
+
+def test_the_same_content_again_is_no_new_version(pool):
+    save(pool, "a", 1)
+    save(pool, "a", 2)
+    weights, config, manifest = version(2.0)
+    saved = pool.save("a", weights, config, manifest.model_copy(update={"about": "version 2.0"}))
+    pool.describe("a", saved.manifest.with_scores([score()]))
+    assert complete_version(pool.earlier("a")) == 1
+    pool.save("a", weights, {**config, "lora_alpha": 9}, manifest)  # computes something else
+    assert complete_version(pool.earlier("a")) == 2
+
+
+def test_a_damaged_earlier_version_is_not_put_back(pool):
+    save(pool, "a", 1)
+    save(pool, "a", 2)
+    path = pool.root / "a" / EARLIER / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(AdapterError, match="is not the file that adapterhub"):
+        pool.rollback("a")
+    assert complete_version(pool.load("a")) == 2
+
+
+def test_a_damaged_version_is_kept_as_it_is_under_a_new_one(pool):
+    save(pool, "a", 1)
+    (pool.root / "a" / WEIGHTS).unlink()
+    save(pool, "a", 2)
+    assert complete_version(pool.load("a")) == 2
+    assert set(contents(pool.root / "a" / EARLIER)) == {CONFIG, MANIFEST, "README.md"}
+
+
+def test_delete_removes_the_earlier_version_too(pool):
+    save(pool, "a", 1)
+    save(pool, "a", 2)
+    pool.delete("a")
+    save(pool, "a", 3)
+    with pytest.raises(UsageError, match="no earlier version"):
+        pool.rollback("a")
+
+
+def test_versions_work_where_files_cannot_be_linked_or_exchanged(pool, monkeypatch):
+    def no_links(*_names, **_options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save(pool, "a", 1)
+    save_over_without_exchange(pool)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_names, **_options: object())
+    assert complete_version(pool.rollback("a")) == 1
+    assert complete_version(pool.rollback("a")) == 2
+    assert leftovers(pool) == []
+
+
+# ---- probes that were answered -------------------------------------------------------------------
+
+KEYS = [f"{n:064x}" for n in range(3)]
+
+
+def test_what_was_noted_is_known_to_the_next(pool):
+    save(pool, "a", 1)
+    for key in (*KEYS, KEYS[0]):
+        pool.note_answered(key)
+    assert Pool(pool.root).answered() == KEYS
+    assert pool.names() == ["a"]
+    assert leftovers(pool) == []
+
+
+def test_notes_that_are_absent_or_damaged_are_no_notes(pool):
+    pool.note_answered(KEYS[0])
+    assert not pool.root.exists()  # nothing is made for a note
+    save(pool, "a", 1)
+    assert pool.answered() == []
+    (pool.root / PROBES).write_bytes(b"\xff\x00" + KEYS[0].encode() + b"\n" + KEYS[1].encode()[:9])
+    assert pool.answered() == []
+    pool.note_answered(KEYS[2])
+    assert pool.answered() == [KEYS[2]]
+    (pool.root / PROBES).unlink()
+    (pool.root / PROBES).mkdir()
+    pool.note_answered(KEYS[2])
+    assert pool.answered() == []
+    assert complete_version(Pool(pool.root).load("a")) == 1
+
+
+def test_the_oldest_notes_are_forgotten_first(pool, monkeypatch):
+    monkeypatch.setattr("adapterhub_chat.pool.MOST_PROBES", 2)
+    save(pool, "a", 1)
+    for key in KEYS:
+        pool.note_answered(key)
+    assert pool.answered() == KEYS[1:]
 
 
 def test_others_may_read_what_was_saved(pool):
@@ -323,6 +448,8 @@ ACTIONS = {
     "deleting": lambda pool: pool.delete("a"),
     "looking": lambda pool: pool.check_writable(),
 }
+MORE_ACTIONS = {**ACTIONS, "rolling back": lambda pool: pool.rollback("a")}
+"""With those that need a version before."""
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -414,7 +541,7 @@ def die_at(step, action, pool):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    ACTIONS[action](pool)
+    MORE_ACTIONS[action](pool)
     os._exit(0)
 
 
@@ -451,6 +578,31 @@ def test_kill_9_at_every_step_leaves_a_complete_version(action, after, pool):
     assert all(versions in ({"a": 1}, after) for versions, _ in found)
     assert found[0][0] == {"a": 1}
     assert found[-1][0] == after
+
+
+@pytest.mark.parametrize(
+    ("action", "after"), [("saving over", (2, 1)), ("rolling back", (5, 1)), ("describing", (1, 5))]
+)
+def test_kill_9_at_every_step_leaves_both_versions(action, after, pool):
+    found = in_child(both_after_every_step, pool.root, action)
+    assert len(found) > 10
+    assert set(found) == {(1, 5), after}
+    assert (found[0], found[-1]) == ((1, 5), after)
+
+
+def both_after_every_step(root, action):
+    found, status = [], 1
+    while status:
+        shutil.rmtree(root, ignore_errors=True)
+        for number in (5, 1):
+            save(Pool(root), "a", number)
+        if (child := os.fork()) == 0:
+            die_at(len(found) + 1, action, Pool(root))
+        _, status = os.waitpid(child, 0)
+        fresh = Pool(root)
+        assert leftovers(fresh) == []
+        found.append((complete_version(fresh.load("a")), complete_version(fresh.earlier("a"))))
+    return found
 
 
 def test_leftovers_are_swept_up_unless_somebody_is_at_work(pool):

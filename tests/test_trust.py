@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapterhub_chat import AdapterHub
+from adapterhub_chat.backbone import LIBRARIES
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, config_of
 from adapterhub_chat.manifest import FILE as MANIFEST
 from adapterhub_chat.manifest import Manifest, file_sha256
-from adapterhub_chat.pool import Pool
+from adapterhub_chat.pool import EARLIER, PROBES, Pool
 from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.trust import probe_key
 from adapterhub_chat.types import PromptContract, Score, as_mix
 
 PROMPTS = ["a good film", "bad"]
@@ -277,6 +280,154 @@ def test_an_adapter_that_has_learnt_nothing_yet_may_do_nothing(hub, shelf, make_
     assert hub.verify("a").status == "exact"
 
 
+# ---- the probe is remembered ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def forwards(hub):
+    """How often the hub's backbone has run."""
+    seen = []
+    hub.backbone.model.register_forward_hook(lambda *_all: seen.append(1))
+    return seen
+
+
+def test_a_probe_that_keeping_has_made_is_not_asked_on_load(hub, kept, forwards):
+    hub.load("a")
+    assert forwards == []
+    hub.verify("a")
+    assert len(forwards) == 1  # verifying always asks
+    assert hub.pool.answered() == [probe_key(hub.pool.load("a"), hub.model)]
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(b"\xff\n" * 9)])
+def test_without_the_notes_a_probe_is_asked_once(damage, hub, kept, forwards, pico_folder):
+    damage(hub.pool.root / PROBES)
+    for _ in range(3):
+        hub.load("a")
+    assert len(forwards) == 1
+    there = AdapterHub(str(pico_folder), hub.pool.root, dtype="fp32", device="cpu")
+    there.backbone.model.register_forward_hook(lambda *_all: forwards.append(1))
+    there.load("a")
+    assert len(forwards) == 1  # the first one has noted it for the second
+
+
+def test_where_nothing_can_be_noted_the_process_remembers(hub, kept, forwards):
+    (hub.pool.root / PROBES).unlink()
+    (hub.pool.root / PROBES).mkdir()  # in the way, as on a disk that may only be read
+    for _ in range(3):
+        hub.load("a")
+    assert len(forwards) == 1
+    assert hub.pool.answered() == []
+
+
+def test_a_probe_with_a_wrong_answer_is_asked_every_time(hub, kept, forwards):
+    edit_json(kept / MANIFEST, lambda values: values["probe"].update(logprobs=[-90.0] * 5))
+    for count in (1, 2):
+        with pytest.raises(AdapterError, match="is off by"):
+            hub.load("a")
+        assert len(forwards) == count
+
+
+def test_the_key_is_another_for_all_that_an_answer_depends_on(hub, kept, monkeypatch, pico_folder):
+    stored = hub.pool.load("a")
+    keys = {probe_key(stored, hub.model)}
+    for change in (
+        {"sha256": "0"},
+        {"probe": stored.manifest.probe.model_copy(update={"shift": 9})},
+    ):
+        other = replace(stored, manifest=stored.manifest.model_copy(update=change))
+        keys.add(probe_key(other, hub.model))
+    keys.add(probe_key(replace(stored, config={**stored.config, "lora_alpha": 9}), hub.model))
+    there = AdapterHub(str(pico_folder), hub.pool.root, dtype="bf16", device="cpu")
+    keys.add(probe_key(stored, there.model))
+    monkeypatch.setitem(LIBRARIES, "torch", "9.9")
+    keys.add(probe_key(stored, hub.model))
+    monkeypatch.setitem(LIBRARIES, "transformers", "9.9")
+    keys.add(probe_key(stored, hub.model))
+    assert len(keys) == 7
+    assert all(len(key) == 64 for key in keys)
+    assert probe_key(replace(stored, manifest=None), hub.model) == ""
+
+
+def test_new_words_about_the_same_weights_ask_no_probe(hub, kept, shelf, forwards):
+    score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
+    shelf.record([score])
+    assert hub.pool.manifest("a").scores == (score,)
+    hub.load("a")
+    assert forwards == []
+
+
+# ---- rolling back --------------------------------------------------------------------------------
+
+
+def two_versions(shelf, make_weights):
+    """Keep `a` twice; return each version's manifest and answers."""
+    found = []
+    for seed in (1, 2):
+        manifest = shelf.keep(
+            make_weights(seed=seed), draft(shelf.model.backbone, about=f"v{seed}")
+        )
+        found.append((manifest, answers(shelf.model)))
+    return found
+
+
+def answers(model):
+    ids = torch.tensor([[4, 5, 6]])
+    with model.mixing([as_mix("a")]), torch.no_grad():
+        return model.backbone.model(ids).logits
+
+
+def test_rolling_back_gives_new_requests_the_earlier_version(shelf, make_weights):
+    (old, before), (new, after) = two_versions(shelf, make_weights)
+    assert shelf.rollback("a") == shelf.known("a").manifest == shelf.pool.manifest("a") == old
+    assert torch.equal(answers(shelf.model), before)
+    assert shelf.rollback("a") == new
+    assert torch.equal(answers(shelf.model), after)
+    assert not torch.equal(before, after)
+
+
+def test_a_running_request_ends_with_the_version_it_began_with(shelf, make_weights):
+    (_, before), (_, after) = two_versions(shelf, make_weights)
+    ids = torch.tensor([[4, 5, 6]])
+    with shelf.model.mixing([as_mix("a")]), torch.no_grad():
+        shelf.rollback("a")
+        assert torch.equal(shelf.model.backbone.model(ids).logits, after)
+    assert torch.equal(answers(shelf.model), before)
+
+
+def test_rolling_back_loads_nothing_that_is_not_loaded(shelf, hub, make_weights, tmp_path):
+    (old, _), _ = two_versions(shelf, make_weights)
+    shutil.copytree(shelf.pool.root / "a", tmp_path / "elsewhere")
+    hub.load(tmp_path / "elsewhere", name="a")
+    loaded = hub.next_token_logits(PROMPTS, ["a", "a"])
+    assert hub.rollback("a") == old  # the pool's; the loaded one came from another folder
+    assert torch.equal(hub.next_token_logits(PROMPTS, ["a", "a"]), loaded)
+    hub.unload("a")
+    hub.rollback("a")
+    assert hub.model.names == ()
+
+
+def test_an_earlier_version_that_is_refused_is_not_put_back(hub, shelf, make_weights):
+    two_versions(shelf, make_weights)
+    edit_tensors(shelf.pool.root / "a" / EARLIER, lambda _name, t: t * float("nan"))
+    hub.load("a")
+    before = contents(hub.pool.root), hub.next_token_logits(PROMPTS, ["a", None])
+    with pytest.raises(AdapterError, match="some numbers are not finite"):
+        hub.rollback("a")
+    assert contents(hub.pool.root) == before[0]
+    assert torch.equal(hub.next_token_logits(PROMPTS, ["a", None]), before[1])
+
+
+def test_rolling_back_to_another_precision_warns_the_caller(shelf, make_weights, pico_folder):
+    two_versions(shelf, make_weights)
+    hub = AdapterHub(str(pico_folder), shelf.pool.root, dtype="bf16", device="cpu")
+    with pytest.warns(UserWarning, match="compatible"):
+        hub.load("a")
+    with pytest.warns(UserWarning, match="adapter 'a' is compatible") as heard:
+        hub.rollback("a")
+    assert heard[0].filename == __file__
+
+
 # ---- damage --------------------------------------------------------------------------------------
 
 
@@ -375,7 +526,7 @@ def test_what_is_kept_is_loaded_saved_and_loads_again(shelf, hub, make_weights):
     weights = make_weights()
     manifest = shelf.keep(weights, draft(shelf.model.backbone))
     assert shelf.model.names == ("a",)
-    assert shelf.stored("a").manifest == manifest == shelf.pool.manifest("a")
+    assert shelf.known("a").manifest == manifest == shelf.pool.manifest("a")
     hub.load("a")
     with shelf.model.mixing([as_mix("a")]), torch.no_grad():
         ids = torch.tensor([[4, 5, 6]])
@@ -401,7 +552,7 @@ def test_what_cannot_be_saved_is_not_loaded_either(shelf, make_weights):
     assert shelf.model.names == ("a",)
     for module, (a, b) in shelf.model.weights("a").factors.items():
         torch.testing.assert_close((a, b), old.factors[module])
-    assert shelf.stored("a").manifest == manifest
+    assert shelf.known("a").manifest == manifest
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -450,13 +601,13 @@ def test_what_a_mix_names_is_loaded_from_the_pool_once(hub, kept):
     with pytest.raises(UnknownNameError, match="known: a"):
         fresh.ready(["a", "nobody"])
     fresh.unload("a")
-    assert fresh.stored("a") is None
+    assert fresh.known("a") is None
 
 
 def test_a_score_is_written_into_the_pool_and_known_here(shelf, kept):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
-    shelf.describe("a", shelf.stored("a").manifest.with_scores([score]))
-    assert shelf.stored("a").manifest.scores == (score,)
+    shelf.describe("a", shelf.known("a").manifest.with_scores([score]))
+    assert shelf.known("a").manifest.scores == (score,)
     assert shelf.pool.load("a").manifest.scores == (score,)
 
 
@@ -465,7 +616,7 @@ def test_a_score_of_an_older_version_is_not_written(shelf, kept, make_weights):
     newer = Shelf(shelf.model, Pool(shelf.pool.root))
     newer.keep(make_weights(seed=5), draft(shelf.model.backbone, about="newer"))
     with pytest.raises(AdapterError, match="load it again"):
-        shelf.describe("a", shelf.stored("a").manifest.with_scores([score]))
+        shelf.describe("a", shelf.known("a").manifest.with_scores([score]))
     assert shelf.pool.load("a").manifest.about == "newer"
 
 

@@ -1,0 +1,194 @@
+"""`bench swap`: what it costs to turn to another adapter, one that is loaded and one that lies on the disk.
+
+A process of its own fills a pool with random adapters on all linear layers, probes and all. Then, in turn,
+here: `hub.load` of one after another, all of which stay loaded. peft: `load_adapter` of some of the same
+folders. At last here: `with hub.use(name)` among the loaded ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.bench import Worker, machine, median, serve
+from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.mixed_bench import random_adapter
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.pool import Pool
+from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.types import PromptContract
+
+ENDS = 10
+"""How many of the first and of the last loads are compared."""
+
+Work = Callable[[str], Mapping[str, Any]]
+
+
+def bench_swap(
+    *,
+    backbone: str = "smollm2-135m",
+    rank: int = 16,
+    adapters: int = 200,
+    switches: int = 500,
+    peft_every: int = 10,
+    repeats: int = 1,
+) -> dict[str, Any]:
+    """Return the milliseconds of a switch and of a load, and the last loads' over the first ones'.
+
+    `peft_every`: `peft` loads every so many of the adapters, as a load of its takes long. Each repeat
+    starts with nothing loaded.
+    """
+    settings = {"backbone": backbone, "rank": rank, "adapters": adapters, "switches": switches}
+    with tempfile.TemporaryDirectory() as pool:
+        given = {**settings, "pool": pool}
+        saver = Worker(__name__, "save", given)
+        saver.close()
+        runs = [_run(given, peft_every) for _ in range(repeats)]
+    here, peft = ([s for run in runs for s in run[kind]] for kind in ("here", "peft"))
+    ends = [_ends(run["here"]) for run in runs]
+    rows = [
+        {
+            "kind": "cold",
+            "parameters": saver.ready["parameters"],
+            **_milliseconds(here),
+            "first_ms": 1000 * statistics.median(first for first, _ in ends),
+            "last_ms": 1000 * statistics.median(last for _, last in ends),
+        },
+        {"kind": "resident", **_milliseconds([s for run in runs for s in run["resident"]])},
+    ]
+    rows += [{"kind": "peft", **_milliseconds(peft)}] if peft else []
+    by = {row["kind"]: row["ms"] for row in rows}
+    return {
+        "bench": "swap",
+        "machine": machine(),
+        "settings": {**settings, "peft_every": peft_every, "repeats": repeats},
+        "rows": rows,
+        "ratios": {
+            "resident_ms": by["resident"],
+            "cold_ms": by["cold"],
+            "cold_peft_ms": by.get("peft"),
+            "cold_last_over_first": statistics.median(last / first for first, last in ends),
+        },
+    }
+
+
+def _run(settings: Mapping[str, Any], peft_every: int) -> dict[str, list[float]]:
+    """Return the seconds of every load and switch, in processes that have loaded nothing yet."""
+    kinds = ["here"] + ["peft"] * (importlib.util.find_spec("peft") is not None)
+    workers = [Worker(__name__, kind, settings) for kind in kinds]
+    found: dict[str, list[float]] = {"here": [], "peft": []}
+    for n in range(settings["adapters"]):
+        for worker in workers:
+            if worker.kind == "here" or n % peft_every == 0:
+                found[worker.kind].append(worker.measure(f"a{n}")["seconds"])
+    found["resident"] = workers[0].measure("switch")["seconds"]
+    for worker in workers:
+        worker.close()
+    return found
+
+
+def _ends(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the medians of the first loads and of the last ones."""
+    size = min(ENDS, len(seconds))
+    return statistics.median(seconds[:size]), statistics.median(seconds[-size:])
+
+
+def _milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "times": len(seconds),
+        "ms": 1000 * median([{"seconds": s} for s in seconds], "seconds"),
+        "worst_ms": 1000 * max(seconds),
+    }
+
+
+# ---- the workers ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Be a worker of the kind that the command line names."""
+    kind, settings = sys.argv[1], json.loads(sys.argv[2])
+    if kind == "save":
+        saved = save(settings)
+        serve(saved.__getitem__, saved)  # all its work was to get ready
+    else:
+        serve(KINDS[kind](settings), {})
+
+
+def save(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill the pool with random adapters in the backbone's dtype; return how large one is."""
+    backbone = load_backbone(settings["backbone"])
+    shelf = Shelf(AdapterModel(backbone), Pool(settings["pool"]))
+    size = 0
+    for n in range(settings["adapters"]):
+        weights = random_adapter(shelf.model, settings["rank"], n).to(backbone.dtype)
+        size = weights.num_parameters
+        manifest = Manifest(
+            name=f"a{n}",
+            backbone=backbone.name,
+            fingerprint=backbone.fingerprint,
+            contract=PromptContract(),
+        )
+        shelf.keep(weights, manifest)
+        shelf.unload(f"a{n}")
+    return {"parameters": size, "itemsize": backbone.dtype.itemsize}
+
+
+def here(settings: Mapping[str, Any]) -> Work:
+    """Load the adapter that is named; at "switch" use the loaded ones in turn."""
+    hub = AdapterHub(settings["backbone"], settings["pool"])
+
+    def told(what: str) -> Mapping[str, Any]:
+        if what != "switch":
+            return {"seconds": _timed(lambda: hub.load(what))}
+        names = hub.model.names
+        turns = [names[n % len(names)] for n in range(settings["switches"])]
+        return {"seconds": [_timed(partial(_switch, hub, name)) for name in turns]}
+
+    return told
+
+
+def _switch(hub: AdapterHub, name: str) -> None:
+    with hub.use(name):
+        pass
+
+
+def peft(settings: Mapping[str, Any]) -> Work:
+    """Load the adapter that is named with `peft`, by its fastest way, beside those loaded before."""
+    library: Any = importlib.import_module("peft")
+    backbone = load_backbone(settings["backbone"])
+    backbone.model.set_attn_implementation("sdpa")
+    folder, options = Path(settings["pool"]), {"low_cpu_mem_usage": True}
+    model = library.PeftModel.from_pretrained(
+        backbone.model, folder / "a0", adapter_name="start", autocast_adapter_dtype=False, **options
+    )
+
+    def told(what: str) -> Mapping[str, Any]:
+        def load() -> None:
+            model.load_adapter(folder / what, what, autocast_adapter_dtype=False, **options)
+
+        return {"seconds": _timed(load)}
+
+    return told
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+KINDS: Mapping[str, Callable[[Mapping[str, Any]], Work]] = {"here": here, "peft": peft}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""`bench swap` on a pico model: loads and switches are timed, the pool is asked for what it holds."""
+
+import json
+
+import pytest
+
+from adapterhub_chat import swap_bench
+from adapterhub_chat.pool import Pool
+
+
+@pytest.fixture
+def settings(pico_folder, tmp_path):
+    given = {"backbone": str(pico_folder), "rank": 4, "adapters": 3, "switches": 7}
+    return {**given, "pool": str(tmp_path / "pool")}
+
+
+def test_the_table_has_every_number(pico_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = swap_bench.bench_swap(
+        backbone=str(pico_folder), rank=4, adapters=6, switches=9, peft_every=3, repeats=2
+    )
+    assert found["bench"] == "swap"
+    rows = {row["kind"]: row for row in found["rows"]}
+    assert {kind: row["times"] for kind, row in rows.items()} == {
+        "cold": 12,
+        "resident": 18,
+        "peft": 4,
+    }
+    assert rows["cold"]["parameters"] > 0
+    assert set(found["ratios"]) == {
+        "resident_ms",
+        "cold_ms",
+        "cold_peft_ms",
+        "cold_last_over_first",
+    }
+    assert all(ratio > 0 for ratio in found["ratios"].values())
+    assert all(row["ms"] <= row["worst_ms"] for row in rows.values())
+    json.dumps(found)
+
+
+def test_without_peft_its_number_is_null(pico_folder, monkeypatch):
+    monkeypatch.setattr(swap_bench.importlib.util, "find_spec", lambda _name: None)
+    found = swap_bench.bench_swap(backbone=str(pico_folder), rank=4, adapters=2, switches=1)
+    assert found["ratios"]["cold_peft_ms"] is None
+
+
+def test_adapters_differ_and_their_probes_are_answered(settings):
+    told = swap_bench.save(settings)
+    pool = Pool(settings["pool"])
+    manifests = [pool.manifest(name) for name in pool.names()]
+    assert len({m.sha256 for m in manifests}) == len(pool.answered()) == 3
+    assert all(m.probe.shift > 0 for m in manifests)
+    assert told["parameters"] == pool.load("a0").weights.num_parameters
+
+
+def test_both_ways_load_what_they_are_told(settings):
+    swap_bench.save(settings)
+    for make in swap_bench.KINDS.values():
+        assert make(settings)("a1")["seconds"] > 0
+
+
+def test_a_switch_is_timed_so_many_times(settings):
+    swap_bench.save(settings)
+    told = swap_bench.here(settings)
+    told("a0")
+    assert len(told("switch")["seconds"]) == 7
+
+
+def test_ends_are_the_first_and_the_last_loads():
+    assert swap_bench._ends([1.0] * 10 + [9.0] * 30 + [2.0] * 10) == (1.0, 2.0)
+    assert swap_bench._ends([1.0, 3.0]) == (2.0, 2.0)
