@@ -21,16 +21,20 @@ import torch
 
 from adapterhub_chat.backbone import load_backbone
 from adapterhub_chat.bench import Worker, machine, median, serve
-from adapterhub_chat.generate import Request, Sampling, generate
+from adapterhub_chat.engine import Engine
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.peers import NAMES, able
+from adapterhub_chat.requests import Request
+from adapterhub_chat.sampling import Sampling
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import AdapterWeights, initial_weights
 
 CASES = ((1, 0), (16, 0), (16, 1), (16, 8), (16, 16), (32, 0), (32, 32))
 """Rows and adapters of a batch; 0 adapters is the backbone."""
-PROMPT = 16
-"""Tokens of a prompt."""
+PROMPT, LONG_PROMPT = 16, 128
+"""Tokens of a prompt, and of one whose reading is timed."""
+ASIDE = {"rank8": 8, "rank64": 64, "prefill": 16}
+"""Further ways here, with their ranks; they are measured with 16 rows only."""
 PEERS = "adapterhub_chat.peers_bench"
 """The module of the workers that are other engines' servers."""
 BESIDE = {"mixed8": (16, 8), "mixed32": (32, 32), "backbone": (16, 0), "single": (1, 0)}
@@ -43,7 +47,7 @@ def bench_mixed(
     *,
     backbone: str = "smollm2-135m",
     rank: int = 16,
-    tokens: int = 32,
+    tokens: int = 64,
     repeats: int = 3,
     cases: Sequence[tuple[int, int]] = CASES,
     peers: str | Path | None = None,
@@ -54,7 +58,8 @@ def bench_mixed(
     """
     most = max(adapters for _, adapters in cases)
     settings = {"backbone": backbone, "rank": rank, "tokens": tokens, "adapters": most}
-    kinds = ["here", "generate"] + ["peft"] * (importlib.util.find_spec("peft") is not None)
+    kinds = ["here", *ASIDE, "generate"]
+    kinds += ["peft"] * (importlib.util.find_spec("peft") is not None)
     served = able(peers, backbone)
     theirs = {**settings, "rows": max(rows for rows, _ in cases), "peers": peers and str(peers)}
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
@@ -66,10 +71,13 @@ def bench_mixed(
         for _ in range(repeats):
             for rows, adapters in cases:
                 for worker in workers:
-                    if _does(worker.kind, adapters):
+                    if _does(worker.kind, rows, adapters):
                         done = worker.measure(json.dumps([rows, adapters]))
                         found.setdefault((worker.kind, rows, adapters), []).append(done)
-    speeds = {key: key[1] * tokens / median(done, "seconds") for key, done in found.items()}
+    speeds = {
+        key: key[1] * done[0].get("tokens", tokens) / median(done, "seconds")
+        for key, done in found.items()
+    }
     return {
         "bench": "mixed",
         "machine": machine(),
@@ -83,8 +91,10 @@ def bench_mixed(
     }
 
 
-def _does(kind: str, adapters: int) -> bool:
+def _does(kind: str, rows: int, adapters: int) -> bool:
     """Return whether a way is measured: transformers without adapters, `peft` with, all others in both."""
+    if kind in ASIDE:
+        return (rows, adapters) in ((16, 0), (16, 8))
     return {"generate": adapters == 0, "peft": adapters > 0}.get(kind, True)
 
 
@@ -95,6 +105,9 @@ def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | N
     return {
         "mixed8_over_backbone": ratio(("here", 16, 8), ("here", 16, 0)),
         "mixed32_over_backbone": ratio(("here", 32, 32), ("here", 32, 0)),
+        "rank8_over_backbone": ratio(("rank8", 16, 8), ("rank8", 16, 0)),
+        "rank64_over_backbone": ratio(("rank64", 16, 8), ("rank64", 16, 0)),
+        "prefill8_over_backbone": ratio(("prefill", 16, 8), ("prefill", 16, 0)),
         "mixed8_over_peft": ratio(("here", 16, 8), ("peft", 16, 8)),
         "single_over_generate": ratio(("here", 1, 0), ("generate", 1, 0)),
         **{
@@ -112,22 +125,30 @@ def main() -> None:
     """Be a worker of the kind that the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
     backbone = load_backbone(settings["backbone"])
+    if kind in ASIDE:
+        settings["rank"], settings["adapters"] = ASIDE[kind], 8
+    if kind == "prefill":
+        settings["prompt"], settings["tokens"] = LONG_PROMPT, 1
     decode = KINDS[kind](backbone, settings)
+    done: set[str] = set()
 
     def told(what: str) -> Mapping[str, Any]:
         rows, adapters = json.loads(what)
-        decode(rows, adapters)  # once to set up shapes
+        if what not in done:
+            decode(rows, adapters)  # once to set up shapes
+            done.add(what)
         started = time.perf_counter()
         decode(rows, adapters)
-        return {"seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "tokens": settings.get("prompt", settings["tokens"])}
 
     serve(told, {"dtype": str(backbone.dtype)})
 
 
-def prompts_of(backbone: Any, rows: int) -> torch.Tensor:
-    """Return prompts (rows, PROMPT), the same ones each time."""
+def prompts_of(backbone: Any, rows: int, length: int = PROMPT) -> torch.Tensor:
+    """Return prompts (rows, length), the same ones each time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(10, backbone.model.config.vocab_size, (rows, PROMPT), generator=generator)
+    return torch.randint(10, backbone.model.config.vocab_size, (rows, length), generator=generator)
 
 
 def random_adapter(model: AdapterModel, rank: int, seed: int) -> AdapterWeights:
@@ -143,19 +164,20 @@ def random_adapter(model: AdapterModel, rank: int, seed: int) -> AdapterWeights:
 
 
 def here(backbone: Any, settings: Mapping[str, Any]) -> Decode:
-    """Decode one mixed batch with this project."""
+    """Decode one mixed batch with this project; nothing is remembered of earlier prompts."""
     model = AdapterModel(backbone)
+    engine = Engine(model, prefix_bytes=0)
+    length = settings.get("prompt", PROMPT)
     for n in range(settings["adapters"]):
         model.load(f"a{n}", random_adapter(model, settings["rank"], n))
     rules = Sampling(max_new_tokens=settings["tokens"], ignore_eos=True)
 
     def decode(rows: int, adapters: int) -> None:
-        prompts = prompts_of(backbone, rows).tolist()
+        prompts = prompts_of(backbone, rows, length).tolist()
         names = [f"a{row % adapters}" if adapters else None for row in range(rows)]
-        generate(
-            model,
-            [Request(tuple(p), as_mix(n), rules) for p, n in zip(prompts, names, strict=True)],
-        )
+        asked = [Request(tuple(p), as_mix(n), rules) for p, n in zip(prompts, names, strict=True)]
+        for ticket in [engine.submit(request) for request in asked]:
+            ticket.result()
 
     return decode
 
@@ -211,6 +233,7 @@ def _generate(model: Any, backbone: Any, rows: int, tokens: int, **options: Any)
 
 KINDS: Mapping[str, Callable[[Any, Mapping[str, Any]], Decode]] = {
     "here": here,
+    **dict.fromkeys(ASIDE, here),
     "generate": plain,
     "peft": peft,
 }

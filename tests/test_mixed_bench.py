@@ -16,6 +16,7 @@ def test_the_table_has_every_way_and_ratio(pico_folder, monkeypatch):
     )
     assert {(row["kind"], row["rows"], row["adapters"]) for row in found["rows"]} == {
         *(("here", rows, adapters) for rows, adapters in cases),
+        *((kind, 16, adapters) for kind in mixed_bench.ASIDE for adapters in (0, 8)),
         ("generate", 1, 0),
         ("generate", 16, 0),
         ("peft", 16, 8),
