@@ -150,6 +150,7 @@ class Running:
 
     def _feed_prompts(self) -> None:
         """Feed a chunk of the first new prompts; rows that are through take their first token."""
+        self._sort_fresh()
         new = self.rows[self._decoding :]
         width = _step_up(min(self.chunk, new[0].left))
         count = 1
@@ -174,6 +175,13 @@ class Running:
             if not row.left:
                 through.append(n)
         self._choose([new[n] for n in through], logits[through])
+
+    def _sort_fresh(self) -> None:
+        """Let rows of one mix lie side by side where nothing of them is in the cache yet."""
+        places = [n for n in range(self._decoding, len(self.rows)) if not self.rows[n].fed]
+        fresh = sorted((self.rows[n] for n in places), key=lambda row: str(row.request.mix))
+        for n, row in zip(places, fresh, strict=True):
+            self.rows[n] = row
 
     def _decode(self) -> None:
         """Feed the last token of every row that is past its prompt, and choose the next."""
