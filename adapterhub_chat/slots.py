@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapterhub_chat.bank import Bank
+from adapterhub_chat.bank import Bank, Layout
 from adapterhub_chat.errors import NoRoomError, UnknownNameError
 from adapterhub_chat.lora import Place, Plan
 from adapterhub_chat.types import BACKBONE, Mix
@@ -79,6 +79,7 @@ class Slots:
         self._new_bank = new_bank
         self._names: dict[str, Resident] = {}
         self._segments: list[_Segment] = []
+        self._layouts: dict[tuple[tuple[str, ...], int], tuple[Layout, int]] = {}
         self._lock = threading.RLock()
 
     @property
@@ -206,15 +207,18 @@ class Slots:
         rank = SMALLEST_RANK
         while rank < weights.max_rank:
             rank *= 2
-        trial = self._new_bank(tuple(weights.factors), 0, rank)
-        size = trial.slot_bytes
+        modules = tuple(weights.factors)
+        if (modules, rank) not in self._layouts:
+            trial = self._new_bank(modules, 0, rank)
+            self._layouts[modules, rank] = trial.layout, trial.slot_bytes
+        layout, size = self._layouts[modules, rank]
         while True:
             for segment in self._segments:
-                if segment.bank.layout == trial.layout and segment.free:
+                if segment.bank.layout == layout and segment.free:
                     return segment.bank, segment.free.pop()
             left = SEGMENT if self.budget is None else (self.budget - self.nbytes) // size
             if left >= 1:
-                bank = self._new_bank(tuple(weights.factors), min(left, SEGMENT), rank)
+                bank = self._new_bank(modules, min(left, SEGMENT), rank)
                 self._segments.append(_Segment(bank, list(range(bank.slots))))
             elif not self._drop_an_empty_segment():
                 self._evict(name, size)
