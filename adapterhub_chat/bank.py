@@ -107,8 +107,7 @@ class Bank:
         self._b = {m: (rank, out) for m, out in outs.items()}
         self._sizes = [n * m for n, m in (*self._a.values(), *self._b.values())]
         self._num_a = sum(self._sizes[: len(self._a)])
-        make = torch.zeros if trainable else torch.empty  # `write` fills a slot, to its last number
-        self.flat = make(slots, sum(self._sizes), dtype=dtype, device=device)
+        self.flat = torch.zeros(slots, sum(self._sizes), dtype=dtype, device=device)
         self.A, self.B = self._views(self.flat)
         self.slopes: Tensor | None = None
         if trainable:
