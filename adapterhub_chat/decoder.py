@@ -7,7 +7,7 @@ row the native products where they exist. Legend: N rows, T new tokens of a row,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,10 @@ FUSED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 COPY_LIMIT = 2 * 2**30
 """Largest backbone, in bytes, whose weights are copied into the order that its products like best."""
 PACKED_ROWS = 16
+FEW_TOKENS = 128
+"""Tokens of an adapter's rows up to which the native products are the faster ones."""
+
+_Add = Callable[[Site, Tensor, Tensor], Tensor]
 
 
 class Decoder(Protocol):
@@ -283,32 +287,40 @@ class FusedDecoder:
         view = _View(cache, first, positions, seen)
         x = self._embed(ids).flatten(0, 1)
         cos, sin = self._rotary(x, positions)
+        add = self._adding(plan, rows, width)
         for layer, block in enumerate(self.blocks):
-            q, k, v = self._mixed(block.qkv, block.norm(x), rows, plan)
+            q, k, v = self._mixed(block.qkv, block.norm(x), add)
             q, k, v = (t.view(rows, width, -1, self.shape[2]).transpose(1, 2) for t in (q, k, v))
             keys, values = view.update(_rotated(k, cos, sin), v, layer)
             out = functional.scaled_dot_product_attention(
                 _rotated(q, cos, sin), keys, values, mask, scale=self.scale, enable_gqa=True
             )
             out = out.transpose(1, 2).reshape(rows * width, -1)
-            x = x + self._mixed(block.out, out, rows, plan)[0]
-            gate, up = self._mixed(block.gate_up, block.second_norm(x), rows, plan)
-            x = x + self._mixed(block.down, functional.silu(gate) * up, rows, plan)[0]
+            x = x + self._mixed(block.out, out, add)[0]
+            gate, up = self._mixed(block.gate_up, block.second_norm(x), add)
+            x = x + self._mixed(block.down, functional.silu(gate) * up, add)[0]
         if plan is not None:
             plan.release()
         last = torch.arange(rows) * width + torch.tensor(lengths) - 1
         return self._logits(self._last_norm(x.index_select(0, last.to(x.device))))
 
-    def _mixed(self, fused: _Fused, x: Tensor, rows: int, plan: Plan | None) -> list[Tensor]:
+    def _mixed(self, fused: _Fused, x: Tensor, add: _Add) -> list[Tensor]:
         """Return the site's outputs under the plan, x (N*T, in) -> (N*T, out) for every member."""
-        parts = list(fused(x).split(fused.site.out_features, dim=-1))
+        return list(add(fused.site, x, fused(x)).split(fused.site.out_features, dim=-1))
+
+    def _adding(self, plan: Plan | None, rows: int, width: int) -> _Add:
+        """Return what adds a plan's update to a site's outputs: (site, x (N*T, in), y) -> y.
+
+        Few tokens an adapter are memory's work, as in a step of one token; many are arithmetic, for which
+        torch's products are better.
+        """
         if plan is None:
-            return parts
-        own = x.view(rows, -1, x.shape[-1])
-        return [
-            plan.add(fused.site, j, own, part.unflatten(0, (rows, -1))).flatten(0, 1)
-            for j, part in enumerate(parts)
-        ]
+            return lambda _site, _x, y: y
+        products = self._products
+        if products is None or rows * width > FEW_TOKENS * plan.num_places:
+            return lambda site, x, y: plan.add_site(site, x.view(rows, -1, x.shape[-1]), y)
+        entries, library = plan.entries(self.backbone.dtype, width), products.library
+        return lambda site, x, y: _plus(y, site, x, entries, library)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self._head_product(x, self._head, self._head_bias)
@@ -337,14 +349,14 @@ class FusedDecoder:
         for layer, block in enumerate(self.blocks):
             keys, values = cache.keys[layer][first:], cache.values[layer][first:]
             own = products.norm(x, delta, block.norm.weight, block.norm.variance_epsilon)
-            qkv = _plus(block.qkv(own), block.qkv, own, entries, library)
+            qkv = _plus(block.qkv(own), block.qkv.site, own, entries, library)
             products.attend(step, qkv, keys, values, attended)
-            delta = _plus(block.out(attended), block.out, attended, entries, library)
+            delta = _plus(block.out(attended), block.out.site, attended, entries, library)
             eps = block.second_norm.variance_epsilon
             own = products.norm(x, delta, block.second_norm.weight, eps)
-            both = _plus(block.gate_up(own), block.gate_up, own, entries, library)
+            both = _plus(block.gate_up(own), block.gate_up.site, own, entries, library)
             own = products.silu(both)
-            delta = _plus(block.down(own), block.down, own, entries, library)
+            delta = _plus(block.down(own), block.down.site, own, entries, library)
         norm = self._last_norm
         return self._logits(products.norm(x, delta, norm.weight, norm.variance_epsilon))
 
@@ -363,11 +375,11 @@ class FusedDecoder:
 
 
 def _plus(
-    y: Tensor, fused: _Fused, x: Tensor, entries: Sequence[native.Entries], library: Any
+    y: Tensor, site: Site, x: Tensor, entries: Sequence[native.Entries], library: Any
 ) -> Tensor:
     """Return y (N, outs) plus the mixed update of x (N, in)."""
     for own in entries:
-        own.add(library, fused.site.name, x, y)
+        own.add(library, site.name, x, y)
     return y
 
 

@@ -7,6 +7,7 @@ Adapters that are not loaded yet are fetched by another thread while the others 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from adapterhub_chat.types import Mix
 
 AHEAD = 4
 """Waiting requests whose adapters are fetched before there is a row for them."""
+FEW_CORES = 4
 PAUSE = 0.05
 """Seconds after which a thread that waits looks again."""
 
@@ -42,16 +44,22 @@ class Engine:
         chunk: int = 512,
         cache_bytes: int = 2 * 2**30,
         prefix_bytes: int = 64 * 2**20,
+        beside: bool | None = None,
         folder: Path | None = None,
     ) -> None:
         """Decode at most `rows` requests together and let at most `queue` wait.
 
         `acquire` fetches and holds a mix's adapters; without it they must be loaded. `chunk` bounds the
         prompt tokens of a step, `cache_bytes` the keys and values (one request may always run),
-        `prefix_bytes` those of finished requests that are kept for others.
+        `prefix_bytes` those of finished requests that are kept for others. `beside`: adapters are fetched by
+        another thread; else between two steps, one at a time, which is the default on a CPU of few cores:
+        there whoever computes beside a step stops it for longer than the fetch takes.
         """
         self.model, self.acquire = model, acquire
         self.max_rows, self.max_queue = rows, queue
+        few = model.backbone.device.type == "cpu" and (os.cpu_count() or 1) <= FEW_CORES
+        self._beside = not few if beside is None else beside
+        self._may_fetch = True  # between these two steps
         self.decoder = make_decoder(model, folder or cache_dir() / "native")
         self._batch = Running(
             model,
@@ -161,6 +169,7 @@ class Engine:
 
     def _advance(self) -> None:
         self._end_the_unwanted()
+        self._may_fetch = True
         self._admit()
         self._batch.step()
         self._retire()
@@ -237,7 +246,11 @@ class Engine:
         if ticket not in self._fetched and len(self._fetched) < AHEAD and not self._no_room:
             if not (self._batch.rows or self._fetched):
                 self._alone = ticket
-            self._fetched[ticket] = self._loader.submit(self.acquire, mix)
+            if self._beside:
+                self._fetched[ticket] = self._loader.submit(self.acquire, mix)
+            elif self._may_fetch:
+                self._may_fetch = False
+                self._fetched[ticket] = _called(self.acquire, mix)
         return True
 
     def _return(self, ticket: Ticket, held: Held) -> None:
@@ -275,3 +288,13 @@ class Engine:
         ticket.completion, ticket.error = None if error else completion, error
         with self._changed:
             self._changed.notify_all()
+
+
+def _called(acquire: Callable[[Mix], Held], mix: Mix) -> Future[Held]:
+    """Return the outcome of a call, made now."""
+    future: Future[Held] = Future()
+    try:
+        future.set_result(acquire(mix))
+    except Exception as error:
+        future.set_exception(error)
+    return future

@@ -67,6 +67,7 @@ class Plan:
         self._shrunk: dict[str, tuple[Tensor, list[Tensor | None]]] = {}
         self._outputs: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._factors: dict[tuple[str, int], tuple[Tensor, ...]] = {}
+        self._side_by_side: dict[str, Tensor] = {}
 
     @property
     def _whole(self) -> bool:
@@ -78,6 +79,11 @@ class Plan:
     def empty(self) -> bool:
         """Whether no row has an adapter."""
         return not self._terms
+
+    @property
+    def num_places(self) -> int:
+        """How many slots are in use."""
+        return sum(len(places) for places, _ in self._alike)
 
     def apply(
         self, layers: Layers, member: int, x: Tensor, base: Callable[[Tensor], Tensor]
@@ -118,14 +124,42 @@ class Plan:
             y = rows.index_copy(0, term.rows, added).view(y.shape)
         return y
 
-    def entries(self, dtype: torch.dtype) -> list[Entries]:
-        """Return this mix for the native products, made anew: one item for every layout of bank."""
+    def add_site(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """Return y (N*T, outs of all members side by side) plus the update of x (N, T, in).
+
+        `y` may be overwritten: where all rows lie in groups, by one product that adds to it.
+        """
+        if not self._acts_on(site):
+            return y
+        if not self._whole:
+            parts = y.unflatten(0, (self.num_rows, -1)).split(site.out_features, dim=-1)
+            added = [self.add(site, j, x, part) for j, part in enumerate(parts)]
+            return (added[0] if len(added) == 1 else torch.cat(added, dim=-1)).flatten(0, 1)
+        a, *b = self._site_factors(site, 0, x.dtype)
+        if site.name not in self._side_by_side:
+            self._side_by_side[site.name] = b[0] if len(b) == 1 else _block_diagonal(b)
+        h = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT)
+        y.view(len(a), -1, y.shape[-1]).baddbmm_(h, self._side_by_side[site.name])
+        return y
+
+    def entries(self, dtype: torch.dtype, tokens: int = 1) -> list[Entries]:
+        """Return this mix for the native products, made anew: one item for every layout of bank.
+
+        With `tokens`, each row stands for so many rows of x, side by side.
+        """
         found = []
         for places, weights in self._alike:
             bank = places[0][0]
             if (bank.layout, dtype) not in _SITES:
                 _SITES[bank.layout, dtype] = Sites(bank)
-            found.append(Entries(places, weights, _SITES[bank.layout, dtype], dtype))
+            found.append(
+                Entries(
+                    places,
+                    weights.repeat_interleave(tokens, 0),
+                    _SITES[bank.layout, dtype],
+                    dtype,
+                )
+            )
         return found
 
     def release(self) -> None:
@@ -174,6 +208,16 @@ class Plan:
 
 _SITES: dict[tuple[Layout, torch.dtype], Sites] = {}
 """The native products' view of every layout of bank: few, and small."""
+
+
+def _block_diagonal(factors: Sequence[Tensor]) -> Tensor:
+    """Return (G, J*R, sum of outs) with the members' B (G, R, out) along the diagonal."""
+    groups, rank = factors[0].shape[:2]
+    outs = [factor.shape[2] for factor in factors]
+    whole = factors[0].new_zeros(groups, rank * len(factors), sum(outs))
+    for j, (part, factor) in enumerate(zip(whole.split(outs, dim=2), factors, strict=True)):
+        part[:, j * rank : (j + 1) * rank] = factor
+    return whole
 
 
 def _by_layout(places: Sequence[Place], mix: Tensor) -> Iterator[tuple[list[Place], list[int]]]:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import toy_answers, toy_task
+from test_engine import alone, some_requests
 from test_train import close, job
 
 from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.engine import Engine
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.train import train
 from adapterhub_chat.types import as_mix
@@ -68,3 +70,13 @@ def test_a_zero_row_is_the_backbone_and_a_row_is_its_own(pico_folder, make_weigh
         with torch.no_grad(), model.mixing([as_mix(name)]):
             alone = model.backbone.model(ids[row : row + 1]).logits
         torch.testing.assert_close(mixed[row], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_requests_that_join_and_leave_give_what_they_give_alone(pico_folder, make_weights):
+    model = on_gpu(pico_folder, dtype="fp32")
+    for n in range(6):
+        model.load(f"a{n}", make_weights(seed=n))
+    engine, requests = Engine(model, rows=8, chunk=32), some_requests(24)
+    tickets = [engine.submit(request) for request in requests]
+    for request, ticket in zip(requests, tickets, strict=True):
+        assert ticket.result().ids == alone(model, request).ids
