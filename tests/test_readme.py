@@ -108,7 +108,8 @@ ROOT_TASK = {f"tasks/{p.name}": ROOT / "tasks" / p.name for p in (ROOT / "tasks"
 
 def test_python_calls_what_the_hub_has():
     calls = [n for n in ast.walk(ast.parse("".join(blocks("python")))) if isinstance(n, ast.Call)]
-    of_hub = {ast.unparse(call.func): call for call in calls if "hub." in ast.unparse(call.func)}
+    named = {ast.unparse(call.func): call for call in calls}
+    of_hub = {name: call for name, call in named.items() if re.fullmatch(r"hub\.\w+", name)}
     assert {"hub.predict", "hub.chat", "hub.use", "hub.train", "hub.load"} <= of_hub.keys()
     for name, call in of_hub.items():
         given = {k.arg for k in call.keywords} - TrainConfig.model_fields.keys()
@@ -144,7 +145,8 @@ def workplace(tmp_path, monkeypatch, pico_folder):
 
 def on_pico(snippet, pico_folder):
     """Return the snippet with the pico model's folder where it names a real model."""
-    assert ("smollm2" in snippet or HUB_ID in snippet) == ("from " in snippet)
+    loads = "AdapterHub(backbone" in snippet or ".from_pretrained(" in snippet
+    assert ("smollm2" in snippet or HUB_ID in snippet) == loads
     return snippet.replace('"smollm2-135m"', f'"{pico_folder}", dtype="fp32"').replace(
         HUB_ID, f'"{pico_folder}"'
     )
@@ -152,7 +154,7 @@ def on_pico(snippet, pico_folder):
 
 @pytest.mark.filterwarnings("ignore:adapter 'mine' is unverified")
 def test_the_python_snippets_run(workplace, pico_folder, capsys):
-    use, train, *interop = (on_pico(snippet, pico_folder) for snippet in blocks("python"))
+    use, ask, train, *interop = (on_pico(snippet, pico_folder) for snippet in blocks("python"))
     AdapterHub(str(pico_folder), "adapters", dtype="fp32").train(
         ["qa", "generation", "sentiment"], max_steps=1, test_examples=0
     )
@@ -160,6 +162,8 @@ def test_the_python_snippets_run(workplace, pico_folder, capsys):
     exec(compile(use, "README.md", "exec"), names)
     assert len(names["answers"]) == 4
     assert capsys.readouterr().out.count("{'bad': ") == 2
+    exec(compile(ask, "README.md", "exec"), names)
+    assert "(TokenLogprob(token=" in capsys.readouterr().out
     exec(compile(train, "README.md", "exec"), names)
     assert [m.scores[0].metric for m in names["manifests"].values()] == [
         "token_f1",
