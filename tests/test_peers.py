@@ -307,7 +307,7 @@ def test_vllm_reads_what_is_written(tmp_path, pico_folder):
     peer.write_adapter(0, weights, backbone)
     again = load_backbone(str(tmp_path / "backbone"), dtype="bf16", device="cpu")
     assert again.fingerprint == backbone.fingerprint
-    read, _ = read_folder(tmp_path / "a0")
+    read, *_ = read_folder(tmp_path / "a0")
     assert read.alphas == weights.alphas
     for module, (a, b) in weights.to(torch.bfloat16).factors.items():
         assert read.factors[module][0].equal(a)
