@@ -411,6 +411,7 @@ def test_a_config_that_is_no_config_is_refused(text, folder, refuses):
 def raw_safetensors(kind, shape, size):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     header = json.dumps({name: {"dtype": kind, "shape": shape, "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + bytes(size)
 
 
@@ -427,11 +428,63 @@ def raw_safetensors(kind, shape, size):
         lambda data: raw_safetensors("F4", [4, 32], 64),
         lambda data: raw_safetensors("NEW", [4, 32], 64),
         lambda data: raw_safetensors("F32", [10**9, 10**9], 64),
+        lambda data: raw_safetensors("F32", [-4, -32], 512),
     ],
 )
 def test_damaged_weights_are_refused(damage, folder, refuses):
     (folder / WEIGHTS).write_bytes(damage((folder / WEIGHTS).read_bytes()))
     refuses(folder, str(folder / WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ([0, 512], [0, 512]),  # one over the other
+        ([0, 512], [256, 768]),
+        ([512, 1024], [512, 1024]),
+        ([0, 512], [516, 1028]),  # a gap
+        ([0, 512], [1024, 1536]),  # after the end
+        ([0, 512], [512, 1020]),  # too short
+        ([-512, 0], [512, 1024]),
+    ],
+)
+def test_tensors_that_do_not_share_out_the_file_are_refused(places, folder, refuses):
+    header = {
+        key(FIRST, factor): {"dtype": "F32", "shape": shape, "data_offsets": place}
+        for factor, shape, place in zip("AB", ([4, 32], [32, 4]), places, strict=True)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    numbers = torch.ones(256).numpy().tobytes()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+    refuses(folder, str(folder / WEIGHTS))
+
+
+@pytest.mark.parametrize("spaces", range(1, 5))
+def test_numbers_that_do_not_lie_on_their_boundary_are_read_as_well(spaces, folder):
+    before, *_ = read_folder(folder)
+    data = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size] + b" " * spaces
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    after, *_ = read_folder(folder)
+    assert (after.buffer is None) == (spaces < 4)
+    for module, pair in before.factors.items():
+        assert all(map(torch.equal, pair, after.factors[module]))
+    assert after.finite()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_single_number_that_is_not_finite_is_found(bad, folder):
+    weights, *_ = read_folder(folder)
+    assert weights.buffer is not None
+    assert weights.finite()
+    a, b = weights.factors[FIRST]
+    broken = b.clone()
+    broken[3, 2] = bad
+    assert not weights.with_factors({**weights.factors, FIRST: (a, broken)}).finite()
+    edit_tensors(folder, lambda tensors: tensors[key(FIRST, "B")][3, 2].fill_(bad))
+    assert not read_folder(folder)[0].finite()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=ONCE_PER_TEST)

@@ -254,6 +254,18 @@ def test_a_slot_holds_what_was_written_with_the_scale_in_b(make_weights):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_slot_of_another_type_is_rounded_once(dtype, make_weights):
+    weights = make_weights(rank=3, alpha=2.3, only=("down_proj",)).to(dtype)
+    sites = [Site(m, (m,), a.shape[1], (b.shape[0],)) for m, (a, b) in weights.factors.items()]
+    bank = Bank(sites, slots=1, rank=3, dtype=torch.bfloat16)
+    bank.write(0, weights)
+    for module, (a, b) in weights.factors.items():
+        assert torch.equal(bank.A[module][0, :3], a.bfloat16())
+        scaled = (b.float() * weights.scale(module)).bfloat16()
+        assert torch.equal(bank.B[module][0, :3], scaled.T)
+
+
 def test_a_vector_s_gradient_is_autograd_s(model, make_weights):
     """The bank's gradient against plain autograd over the scaled factors."""
     weights = make_weights(rank=3, alpha=12.0)
