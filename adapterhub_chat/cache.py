@@ -49,15 +49,14 @@ class KeyValues:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def reserve(self, rows: int, length: int) -> None:
-        """Have room for `rows` rows of `length` tokens; what is there stays."""
+        """Have room for `rows` rows of `length` tokens; the first `rows` rows stay as they are."""
         if rows <= self.rows and length <= self.length:
             return
-        rows = max(rows, self.rows)
-        length = rounded(max(length, self.length))
+        length, kept = rounded(max(length, self.length)), min(rows, self.rows)
         for tensors in (self.keys, self.values):
             for n, old in enumerate(tensors):
                 new = old.new_zeros(rows, old.shape[1], length, old.shape[3])
-                new[: self.rows, :, : self.length] = old
+                new[:kept, :, : self.length] = old[:kept]
                 tensors[n] = new
         self.rows, self.length = rows, length
 

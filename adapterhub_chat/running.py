@@ -138,15 +138,22 @@ class Running:
     def start(self, row: Row) -> None:
         """Give a row a place behind all others, with what is known of its beginning already."""
         place, length = len(self.rows), self._length_of(row.request)
-        if not self.rows and self.cache.nbytes > self.cache_bytes:
-            self.cache.clear()
-        self.cache.reserve(place + 1, length)
+        if not self.rows and self.cache.length > 2 * length:
+            self.cache.clear()  # after a long row there would be room for few short ones
+        self._reserve(place + 1, length)
         found = self.prefixes.find(row.held.key, row.request.prompt)
         if found is not None:
             prefix, shared = found
             row.fed = row.reused = min(shared, len(row.request.prompt) - 1)
             self.cache.put(place, prefix, row.fed)
         self.rows.append(row)
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """Have room for so many rows of so many tokens, and for twice the rows where the budget allows."""
+        if rows > self.cache.rows or length > self.cache.length:
+            row_bytes = max(rounded(length), self.cache.length) * self._token_bytes
+            rows = max(rows, min(2 * rows, self.cache_bytes // row_bytes))
+            self.cache.reserve(rows, length)
 
     def _feed_prompts(self) -> None:
         """Feed a chunk of the first new prompts; rows that are through take their first token."""
@@ -166,7 +173,7 @@ class Running:
         ]
         ids = [[*chunk, *[0] * (width - len(chunk))] for chunk in chunks]
         starts = [row.fed for row in new]
-        self.cache.reserve(len(self.rows), max(starts) + width)
+        self._reserve(len(self.rows), max(starts) + width)
         plan = plan_of([row.held for row in new])
         logits = self._forward(self._decoding, ids, starts, lengths, plan)
         through = []

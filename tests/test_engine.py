@@ -245,6 +245,22 @@ def test_the_same_content_under_two_names_shares_prefixes(model, make_weights):
     assert reused.reused_tokens == len(prompt) - 1  # the last one gives the logits
 
 
+def test_keys_and_values_keep_to_their_budget_and_a_long_row_narrows_it_for_no_one(loaded):
+    token_bytes = Engine(loaded)._batch._token_bytes
+    budget = 6 * 192 * token_bytes
+    engine = Engine(loaded, cache_bytes=budget, prefix_bytes=0)
+    for length in (8, 8, 300, 8, 8, 8, 300, 8):
+        tickets = [engine.submit(Request((44,) * length, sampling=LONG)) for _ in range(9)]
+        most = 0
+        while not all(ticket.done for ticket in tickets):
+            engine.step()
+            most = max(most, engine.running)
+            assert engine._batch.cache.nbytes <= budget
+        assert most >= (9 if length == 8 else 2)
+    alone_too_large = Engine(loaded, cache_bytes=1, prefix_bytes=0)
+    assert len(alone_too_large.submit(Request((44,), sampling=LONG)).result().ids) == 24
+
+
 # ---- rules ----------------------------------------------------------------------------------------
 
 
