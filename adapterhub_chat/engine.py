@@ -2,7 +2,8 @@
 
 A step feeds a chunk of new prompts and then one token of every row that is past its prompt. Whoever waits for
 a result drives the engine, so that no thread runs when nobody waits; a server lets one thread `serve`.
-Adapters that are not loaded yet are fetched by another thread while the others go on.
+Adapters that are not loaded yet are fetched by another thread while the others go on; on a CPU of few cores,
+between two steps.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from adapterhub_chat.types import Mix
 AHEAD = 4
 """Waiting requests whose adapters are fetched before there is a row for them."""
 FEW_CORES = 4
+"""Cores up to which a fetch beside a step costs more than one between two steps (docs/performance.md)."""
 PAUSE = 0.05
 """Seconds after which a thread that waits looks again."""
 
@@ -38,7 +40,6 @@ class Engine:
         self,
         model: AdapterModel,
         *,
-        acquire: Callable[[Mix], Held] | None = None,
         rows: int = 32,
         queue: int = 4096,
         chunk: int = 512,
@@ -49,13 +50,12 @@ class Engine:
     ) -> None:
         """Decode at most `rows` requests together and let at most `queue` wait.
 
-        `acquire` fetches and holds a mix's adapters; without it they must be loaded. `chunk` bounds the
-        prompt tokens of a step, `cache_bytes` the keys and values (one request may always run),
-        `prefix_bytes` those of finished requests that are kept for others. `beside`: adapters are fetched by
-        another thread; else between two steps, one at a time, which is the default on a CPU of few cores:
-        there whoever computes beside a step stops it for longer than the fetch takes.
+        `chunk` bounds the prompt tokens of a step, `cache_bytes` the keys and values (one request may
+        always run), `prefix_bytes` those of finished requests that are kept for others. `beside`: adapters
+        are fetched by another thread; else between two steps, one at a time, which is the default on a CPU
+        of few cores: there whoever computes beside a step stops it for longer than the fetch takes.
         """
-        self.model, self.acquire = model, acquire
+        self.model = model
         self.max_rows, self.max_queue = rows, queue
         few = model.backbone.device.type == "cpu" and (os.cpu_count() or 1) <= FEW_CORES
         self._beside = not few if beside is None else beside
@@ -236,21 +236,21 @@ class Engine:
             return future.result()
         if self._fetch(ticket):
             return None
-        return (self.acquire or self.model.slots.hold)(ticket.request.mix)
+        return self.model.acquire(ticket.request.mix)
 
     def _fetch(self, ticket: Ticket) -> bool:
         """Have a request's adapters fetched, if some are not there; return whether some are not."""
         mix = ticket.request.mix
-        if self.acquire is None or all(name in self.model.slots for name in mix.names):
+        if all(name in self.model.slots for name in mix.names):
             return False
         if ticket not in self._fetched and len(self._fetched) < AHEAD and not self._no_room:
             if not (self._batch.rows or self._fetched):
                 self._alone = ticket
             if self._beside:
-                self._fetched[ticket] = self._loader.submit(self.acquire, mix)
+                self._fetched[ticket] = self._loader.submit(self.model.acquire, mix)
             elif self._may_fetch:
                 self._may_fetch = False
-                self._fetched[ticket] = _called(self.acquire, mix)
+                self._fetched[ticket] = _called(self.model.acquire, mix)
         return True
 
     def _return(self, ticket: Ticket, held: Held) -> None:

@@ -20,7 +20,7 @@ from adapterhub_chat.template import Encoded
 def engine_of(model: AdapterModel) -> Engine:
     """Return the model's engine; the first call makes it."""
     if model.engine is None:
-        model.engine = Engine(model, acquire=model.acquire)
+        model.engine = Engine(model)
     engine: Engine = model.engine
     return engine
 
@@ -47,6 +47,9 @@ def generate(
     finally:
         for ticket in tickets:
             ticket.cancel()
+        engine.drive(
+            lambda: all(ticket.done for ticket in tickets)
+        )  # they let go of their adapters
 
 
 @torch.inference_mode()

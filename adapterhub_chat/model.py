@@ -51,7 +51,7 @@ class AdapterModel:
         self._head = head.register_forward_pre_hook(_keep_positions)
         self.slots = Slots(self._new_slots, budget)
         self.acquire: Callable[[Mix], Held] = self.slots.hold
-        """How a mix's adapters are held; a shelf loads those first that are not here."""
+        """How forwards and engines hold a mix's adapters; a shelf loads those first that are not here."""
         self.engine: Any = None
         """What decodes with this model, once something is decoded (generate.py)."""
 
@@ -89,11 +89,11 @@ class AdapterModel:
         Raises UnknownNameError for an adapter that is not loaded.
         """
         with ExitStack() as stack:
-            held = []
-            for mix in mixes:
-                held.append(self.acquire(mix))
-                stack.callback(self.slots.release, held[-1])
-            with activate(plan_of(held)):
+            held = {
+                mix: stack.enter_context(self.slots.borrowed(self.acquire(mix)))
+                for mix in dict.fromkeys(mixes)
+            }
+            with activate(plan_of([held[mix] for mix in mixes])):
                 yield
 
     def answer_logits(self, batch: Batch) -> Tensor:

@@ -116,7 +116,7 @@ def main() -> None:
 def answering(settings: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any]]:
     """Answer the requests that are described, with as many bytes for adapters as `settings` give."""
     hub = AdapterHub(settings["backbone"], settings["pool"], adapter_bytes=settings["bytes"])
-    engine = Engine(hub.model, acquire=hub.model.acquire, rows=settings["rows"], prefix_bytes=0)
+    engine = Engine(hub.model, rows=settings["rows"], prefix_bytes=0)
     vocabulary = hub.backbone.model.config.vocab_size
     first = [f"a{n % settings['rows'] // 2}" for n in range(settings["requests"])]
     _answer(

@@ -125,9 +125,10 @@ class Slots:
 
     def weights(self, name: str) -> AdapterWeights:
         """Return a copy of an adapter's numbers, as they were rounded when it was loaded."""
-        with self.holding([Mix(((name, 1.0),))]) as (held,):
-            (((bank, slot), like),) = [(r.place, r.like) for r, _ in held.weights]
-            return bank.read(slot, like)
+        with self.borrowed(self.hold(Mix(((name, 1.0),)))) as held:
+            resident = held.weights[0][0]
+            bank, slot = resident.place
+            return bank.read(slot, resident.like)
 
     def hold(self, mix: Mix) -> Held:
         """Keep the mix's adapters until `release`; raise UnknownNameError for one that is not here."""
@@ -157,10 +158,8 @@ class Slots:
                 load(name)
             with suppress(UnknownNameError):  # evicted in between, by somebody else's load
                 held = self.hold(Mix(((name, 1.0),)))
-        try:
+        with self.borrowed(held):
             yield
-        finally:
-            self.release(held)
 
     def release(self, held: Held) -> None:
         """End what `hold` began."""
@@ -171,16 +170,12 @@ class Slots:
                     self._give_back(resident.place)
 
     @contextmanager
-    def holding(self, mixes: Sequence[Mix]) -> Iterator[list[Held]]:
-        """Hold several mixes inside a block."""
-        held: list[Held] = []
+    def borrowed(self, held: Held) -> Iterator[Held]:
+        """Release what is held when the block ends."""
         try:
-            with self._lock:
-                held.extend(map(self.hold, mixes))
             yield held
         finally:
-            for one in held:
-                self.release(one)
+            self.release(held)
 
     # -- inside, under the lock --------------------------------------------------------------------
 
@@ -214,7 +209,7 @@ class Slots:
         layout, size = self._layouts[modules, rank]
         while True:
             for segment in self._segments:
-                if segment.bank.layout == layout and segment.free:
+                if segment.free and segment.bank.layout == layout:
                     return segment.bank, segment.free.pop()
             left = SEGMENT if self.budget is None else (self.budget - self.nbytes) // size
             if left >= 1:
@@ -238,7 +233,8 @@ class Slots:
         raise NoRoomError(
             f"adapter {wanted!r} needs {size / 2**20:.1f} MiB, and the {(self.budget or 0) / 2**20:.1f} MiB "
             f"for loaded adapters are all in use ({', '.join(self._names) or 'nothing is loaded'}); "
-            "unload or unpin some, wait for running requests, or raise the budget"
+            "call hub.unload(name), take names out of hub.model.slots.pinned, wait for running requests, "
+            "or give AdapterHub more adapter_bytes"
         )
 
 

@@ -132,7 +132,8 @@ def test_five_hundred_requests_over_fifty_adapters(model, make_weights, beside):
     adapter's name had when it began, and by no other."""
     library, began, rng = Library(model, make_weights, 50), {}, random.Random(7)
     model.slots.budget = 20 * make_size(model, library.versions["a0"][0])
-    engine = Engine(model, acquire=library.acquire, rows=12, chunk=64, beside=beside)
+    model.acquire = library.acquire
+    engine = Engine(model, rows=12, chunk=64, beside=beside)
     start = engine._batch.start
     engine._batch.start = lambda row: (began.update({row.ticket: row.held.key}), start(row))
     tickets = []
@@ -178,7 +179,7 @@ def test_in_bf16_only_near_ties_differ():
         Request(tuple(rng.choice(encoded)), as_mix(name), rules)
         for name in ["qa", "generation", "sentiment", None, {"qa": 0.5, "generation": 0.5}] * 5
     ]
-    engine = Engine(hub.model, acquire=hub.model.acquire, rows=16)
+    engine = Engine(hub.model, rows=16)
     tickets = [engine.submit(request) for request in requests]
     same = 0
     for request, ticket in zip(requests, tickets, strict=True):
@@ -443,7 +444,8 @@ def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
             loaded.load("late", make_weights(seed=50))
         return loaded.slots.hold(mix)
 
-    engine = Engine(loaded, acquire=acquire, beside=True)
+    loaded.acquire = acquire
+    engine = Engine(loaded, beside=True)
     late = engine.submit(Request((44,), as_mix("late"), LONG))
     quick = engine.submit(Request((44,), as_mix("a1"), LONG))
     assert len(quick.result().ids) == 24
@@ -455,12 +457,13 @@ def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
 def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_weights):
     library = Library(model, make_weights, 4)
     model.slots.budget = 2 * make_size(model, library.versions["a0"][0])
-    engine = Engine(model, acquire=library.acquire)
+    model.acquire = library.acquire
+    engine = Engine(model)
     tickets = [engine.submit(Request((44, n), as_mix(f"a{n}"), LONG)) for n in range(4)]
     assert [len(t.result().ids) for t in tickets] == [24] * 4
     assert model.slots.nbytes <= model.slots.budget
     three = as_mix({f"a{n}": 0.25 for n in range(3)})
-    with pytest.raises(NoRoomError, match=r"unload or unpin some"):
+    with pytest.raises(NoRoomError, match=r"hub.unload"):
         engine.submit(Request((44,), three, LONG)).result()
 
 
