@@ -8,6 +8,7 @@ row the native products where they exist. Legend: N rows, T new tokens of a row,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,33 @@ FEW_TOKENS = 128
 _Add = Callable[[Site, Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Feed:
+    """New tokens of rows that lie side by side in the cache."""
+
+    first: int
+    """Place of the first row."""
+    ids: Tensor
+    """(N, T); a row's own are its first ones."""
+    starts: Sequence[int]
+    """How many tokens of each row are in the cache, which must have room for T more."""
+    lengths: Sequence[int]
+    """How many of each row's T tokens are its own."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Where every token stands in its row, (N, T)."""
+        begin = torch.tensor(self.starts, device=self.ids.device)
+        return begin[:, None] + torch.arange(self.ids.shape[1], device=self.ids.device)
+
+    @property
+    def last(self) -> Tensor:
+        """The flat (row * T + column) place of every row's last own token, (N,)."""
+        rows, width = self.ids.shape
+        places = torch.arange(rows) * width + torch.tensor(self.lengths) - 1
+        return places.to(self.ids.device)
+
+
 class Decoder(Protocol):
     """What an engine asks of a backbone."""
 
@@ -39,20 +67,8 @@ class Decoder(Protocol):
     limit: int
     """The longest row, in tokens."""
 
-    def forward(
-        self,
-        cache: KeyValues,
-        first: int,
-        ids: Tensor,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        plan: Plan | None,
-    ) -> Tensor:
-        """Return the logits (N, V) after each row's last new token.
-
-        `ids` (N, T) are the new tokens of the cache's rows `first`, `first` + 1, ...; row i has
-        `lengths[i]` of them and `starts[i]` in the cache, which must have room for starts + T.
-        """
+    def forward(self, cache: KeyValues, feed: Feed, plan: Plan | None) -> Tensor:
+        """Return the logits (N, V) after each row's last new token."""
         ...
 
 
@@ -90,20 +106,22 @@ def _limit(config: Any) -> int:
     return min((limit for limit in limits if limit), default=2**31)
 
 
-def _mask(positions: Tensor, seen: int, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask (N, 1, T, seen): a token sees what stands at its position or before."""
-    hidden = torch.arange(seen, device=positions.device) > positions[:, None, :, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min)
-
-
 class _View:
     """The cache as transformers' modules see it during one forward."""
 
-    def __init__(self, cache: KeyValues, first: int, positions: Tensor, seen: int) -> None:
-        self.cache, self.positions, self.seen = cache, positions, seen
-        self.rows = slice(first, first + len(positions))
-        self.index = torch.arange(len(positions), device=positions.device)[:, None]
+    def __init__(self, cache: KeyValues, feed: Feed) -> None:
+        rows, width = feed.ids.shape
+        self.cache, self.positions = cache, feed.positions
+        self.seen = min(rounded(max(feed.starts) + width), cache.length)
+        self.rows = slice(feed.first, feed.first + rows)
+        self.index = torch.arange(rows, device=feed.ids.device)[:, None]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask (N, 1, T, seen): a token sees what stands at its position or before."""
+        columns = torch.arange(self.seen, device=self.positions.device)
+        hidden = columns > self.positions[:, None, :, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min)
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
@@ -131,35 +149,19 @@ class ModuleDecoder:
         self.heads: Heads = [(kv_heads, width)] * config.num_hidden_layers
 
     @torch.inference_mode()
-    def forward(
-        self,
-        cache: KeyValues,
-        first: int,
-        ids: Tensor,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        plan: Plan | None,
-    ) -> Tensor:
+    def forward(self, cache: KeyValues, feed: Feed, plan: Plan | None) -> Tensor:
         """See Decoder."""
-        rows, width = ids.shape
-        positions = _positions(ids, starts)
-        seen = min(rounded(max(starts) + width), cache.length)
-        last = torch.arange(rows) * width + torch.tensor(lengths) - 1
-        with activate(plan), keeping(last.to(ids.device)):
+        view = _View(cache, feed)
+        with activate(plan), keeping(feed.last):
             out = self.backbone.model(
-                input_ids=ids,
-                attention_mask=_mask(positions, seen, self.backbone.dtype),
-                position_ids=positions.clamp(max=self.limit - 1),
+                input_ids=feed.ids,
+                attention_mask=view.mask(self.backbone.dtype),
+                position_ids=view.positions.clamp(max=self.limit - 1),
                 use_cache=True,
-                **{self.backbone.cache_name: _View(cache, first, positions, seen)},
+                **{self.backbone.cache_name: view},
             )
         logits: Tensor = out.logits
         return logits
-
-
-def _positions(ids: Tensor, starts: Sequence[int]) -> Tensor:
-    begin = torch.tensor(starts, device=ids.device)
-    return begin[:, None] + torch.arange(ids.shape[1], device=ids.device)
 
 
 class _Fused:
@@ -187,9 +189,8 @@ class _Fused:
         if self._weight is not None:
             out: Tensor = self._product(x, self._weight, self._bias)
             return out
-        outs = [
-            linear(x) for linear in self._linears
-        ]  # no plan is active: the layers' own products
+        # no plan is active: these are the layers' own products
+        outs = [linear(x) for linear in self._linears]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
@@ -268,25 +269,15 @@ class FusedDecoder:
         return native.Products(self.backbone.dtype, self._folder)
 
     @torch.inference_mode()
-    def forward(
-        self,
-        cache: KeyValues,
-        first: int,
-        ids: Tensor,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        plan: Plan | None,
-    ) -> Tensor:
+    def forward(self, cache: KeyValues, feed: Feed, plan: Plan | None) -> Tensor:
         """See Decoder."""
-        if ids.shape[1] == 1 and self._products is not None:
-            return self._one_token(self._products, cache, first, ids, starts, plan)
-        rows, width = ids.shape
-        positions = _positions(ids, starts)
-        seen = min(rounded(max(starts) + width), cache.length)
-        mask = _mask(positions, seen, self.backbone.dtype)
-        view = _View(cache, first, positions, seen)
-        x = self._embed(ids).flatten(0, 1)
-        cos, sin = self._rotary(x, positions)
+        rows, width = feed.ids.shape
+        if width == 1 and self._products is not None:
+            return self._one_token(self._products, cache, feed, plan)
+        view = _View(cache, feed)
+        mask = view.mask(self.backbone.dtype)
+        x = self._embed(feed.ids).flatten(0, 1)
+        cos, sin = self._rotary(x, view.positions)
         add = self._adding(plan, rows, width)
         for layer, block in enumerate(self.blocks):
             q, k, v = self._mixed(block.qkv, block.norm(x), add)
@@ -301,8 +292,7 @@ class FusedDecoder:
             x = x + self._mixed(block.down, functional.silu(gate) * up, add)[0]
         if plan is not None:
             plan.release()
-        last = torch.arange(rows) * width + torch.tensor(lengths) - 1
-        return self._logits(self._last_norm(x.index_select(0, last.to(x.device))))
+        return self._logits(self._last_norm(x.index_select(0, feed.last)))
 
     def _mixed(self, fused: _Fused, x: Tensor, add: _Add) -> list[Tensor]:
         """Return the site's outputs under the plan, x (N*T, in) -> (N*T, out) for every member."""
@@ -329,25 +319,19 @@ class FusedDecoder:
     # -- a step of one token a row, by native products -----------------------------------------------
 
     def _one_token(
-        self,
-        products: native.Products,
-        cache: KeyValues,
-        first: int,
-        ids: Tensor,
-        starts: Sequence[int],
-        plan: Plan | None,
+        self, products: native.Products, cache: KeyValues, feed: Feed, plan: Plan | None
     ) -> Tensor:
-        rows, library = len(ids), products.library
-        x = self._embed(ids[:, 0])
+        rows, library = len(feed.ids), products.library
+        x = self._embed(feed.ids[:, 0])
         step = self._prepared(cache, rows)
-        positions = torch.tensor(starts)
-        cos, sin = self._rotary(x.new_empty(0, dtype=torch.float32), positions[:, None])
+        positions = feed.positions
+        cos, sin = self._rotary(x.new_empty(0, dtype=torch.float32), positions)
         step.at(positions, cos.contiguous(), sin.contiguous())
         entries = self._entries_of(plan)
         attended = x.new_empty(rows, self.shape[0] * self.shape[2])
         delta = None
         for layer, block in enumerate(self.blocks):
-            keys, values = cache.keys[layer][first:], cache.values[layer][first:]
+            keys, values = cache.keys[layer][feed.first :], cache.values[layer][feed.first :]
             own = products.norm(x, delta, block.norm.weight, block.norm.variance_epsilon)
             qkv = _plus(block.qkv(own), block.qkv.site, own, entries, library)
             products.attend(step, qkv, keys, values, attended)

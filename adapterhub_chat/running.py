@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.cache import KeyValues, rounded
-from adapterhub_chat.decoder import Decoder
+from adapterhub_chat.decoder import Decoder, Feed
 from adapterhub_chat.lora import Plan
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import Prefixes
@@ -175,7 +175,8 @@ class Running:
         starts = [row.fed for row in new]
         self._reserve(len(self.rows), max(starts) + width)
         plan = plan_of([row.held for row in new])
-        logits = self._forward(self._decoding, ids, starts, lengths, plan)
+        feed = Feed(self._decoding, self._tensor(ids), starts, lengths)
+        logits = self.decoder.forward(self.cache, feed, plan)
         through = []
         for n, (row, length) in enumerate(zip(new, lengths, strict=True)):
             row.fed += length
@@ -197,21 +198,14 @@ class Running:
         if self._plan[0] != held:
             self._plan = held, plan_of(held)
         ids, starts = [[row.writing.ids[-1]] for row in rows], [row.length - 1 for row in rows]
-        logits = self._forward(0, ids, starts, [1] * len(rows), self._plan[1])
+        feed = Feed(0, self._tensor(ids), starts, [1] * len(rows))
+        logits = self.decoder.forward(self.cache, feed, self._plan[1])
         for row in rows:
             row.fed = row.length
         self._choose(rows, logits)
 
-    def _forward(
-        self,
-        first: int,
-        ids: list[list[int]],
-        starts: list[int],
-        lengths: list[int],
-        plan: Plan | None,
-    ) -> Tensor:
-        tokens = torch.tensor(ids, device=self.model.backbone.device)
-        return self.decoder.forward(self.cache, first, tokens, starts, lengths, plan)
+    def _tensor(self, ids: list[list[int]]) -> Tensor:
+        return torch.tensor(ids, device=self.model.backbone.device)
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Let every row take its next token from (N, V) logits."""
