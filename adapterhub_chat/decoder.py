@@ -309,8 +309,8 @@ class FusedDecoder:
         products = self._products
         if products is None or rows * width > FEW_TOKENS * plan.num_places:
             return lambda site, x, y: plan.add_site(site, x.view(rows, -1, x.shape[-1]), y)
-        entries, library = plan.entries(self.backbone.dtype, width), products.library
-        return lambda site, x, y: _plus(y, site, x, entries, library)
+        entries = plan.entries(width)
+        return lambda site, x, y: _plus(y, site, x, entries, products)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self._head_product(x, self._head, self._head_bias)
@@ -321,7 +321,7 @@ class FusedDecoder:
     def _one_token(
         self, products: native.Products, cache: KeyValues, feed: Feed, plan: Plan | None
     ) -> Tensor:
-        rows, library = len(feed.ids), products.library
+        rows = len(feed.ids)
         x = self._embed(feed.ids[:, 0])
         step = self._prepared(cache, rows)
         positions = feed.positions
@@ -333,14 +333,14 @@ class FusedDecoder:
         for layer, block in enumerate(self.blocks):
             keys, values = cache.keys[layer][feed.first :], cache.values[layer][feed.first :]
             own = products.norm(x, delta, block.norm.weight, block.norm.variance_epsilon)
-            qkv = _plus(block.qkv(own), block.qkv.site, own, entries, library)
+            qkv = _plus(block.qkv(own), block.qkv.site, own, entries, products)
             products.attend(step, qkv, keys, values, attended)
-            delta = _plus(block.out(attended), block.out.site, attended, entries, library)
+            delta = _plus(block.out(attended), block.out.site, attended, entries, products)
             eps = block.second_norm.variance_epsilon
             own = products.norm(x, delta, block.second_norm.weight, eps)
-            both = _plus(block.gate_up(own), block.gate_up.site, own, entries, library)
+            both = _plus(block.gate_up(own), block.gate_up.site, own, entries, products)
             own = products.silu(both)
-            delta = _plus(block.down(own), block.down.site, own, entries, library)
+            delta = _plus(block.down(own), block.down.site, own, entries, products)
         norm = self._last_norm
         return self._logits(products.norm(x, delta, norm.weight, norm.variance_epsilon))
 
@@ -354,16 +354,16 @@ class FusedDecoder:
         if plan is None:
             return []
         if self._entries is None or self._entries[0] is not plan:
-            self._entries = plan, plan.entries(self.backbone.dtype)
+            self._entries = plan, plan.entries()
         return self._entries[1]
 
 
 def _plus(
-    y: Tensor, site: Site, x: Tensor, entries: Sequence[native.Entries], library: Any
+    y: Tensor, site: Site, x: Tensor, entries: Sequence[native.Entries], products: native.Products
 ) -> Tensor:
     """Return y (N, outs) plus the mixed update of x (N, in)."""
     for own in entries:
-        own.add(library, site.name, x, y)
+        own.add(products, site.name, x, y)
     return y
 
 

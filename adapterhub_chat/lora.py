@@ -142,7 +142,7 @@ class Plan:
         y.view(len(a), -1, y.shape[-1]).baddbmm_(h, self._side_by_side[site.name])
         return y
 
-    def entries(self, dtype: torch.dtype, tokens: int = 1) -> list[Entries]:
+    def entries(self, tokens: int = 1) -> list[Entries]:
         """Return this mix for the native products, made anew: one item for every layout of bank.
 
         With `tokens`, each row stands for so many rows of x, side by side.
@@ -150,16 +150,10 @@ class Plan:
         found = []
         for places, weights in self._alike:
             bank = places[0][0]
-            if (bank.layout, dtype) not in _SITES:
-                _SITES[bank.layout, dtype] = Sites(bank)
-            found.append(
-                Entries(
-                    places,
-                    weights.repeat_interleave(tokens, 0),
-                    _SITES[bank.layout, dtype],
-                    dtype,
-                )
-            )
+            sites = _SITES.get(bank.layout)
+            if sites is None:
+                sites = _SITES[bank.layout] = Sites(bank)
+            found.append(Entries(places, weights.repeat_interleave(tokens, 0), sites))
         return found
 
     def release(self) -> None:
@@ -206,7 +200,7 @@ class Plan:
         return factors
 
 
-_SITES: dict[tuple[Layout, torch.dtype], Sites] = {}
+_SITES: dict[Layout, Sites] = {}
 """The native products' view of every layout of bank: few, and small."""
 
 

@@ -65,6 +65,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Narrow __attribute__((vector_size(32)));
 
 constexpr int LANES = 16;
+
 inline Lanes get_lanes(const float *at) {
     Lanes lanes;
     std::memcpy(&lanes, at, sizeof lanes);
@@ -85,7 +86,7 @@ inline void put_lanes(bf16 *at, Lanes x) {
     std::memcpy(at, &narrow, sizeof narrow);
 }
 
-// exp by powers of two (Cody and Waite) and a polynomial, good to 2e-7 of the value; 0 below -87.
+// exp by powers of two (Cody and Waite) and a polynomial, good to 2e-7 of the value; as small as at -87 below it.
 inline Lanes fast_exp(Lanes x) {
     const Lanes low = x - x - 87.0f, high = x - x + 88.0f;
     x = x < low ? low : (x > high ? high : x);
@@ -240,7 +241,7 @@ void silu(const T *both, T *out, int64_t rows, int64_t width) {
     for (int64_t task = 0; task < rows * parts; task++) {
         const int64_t n = task / parts, from = task % parts * 256, end = from + 256 < width ? from + 256 : width;
         const T *gate = both + 2 * n * width, *up = gate + width;
-int64_t i = from;
+        int64_t i = from;
         for (; i + LANES <= end; i += LANES) {
             const Lanes g = get_lanes(gate + i);
             put_lanes(out + n * width + i, rounded<T>(g / (1.0f + fast_exp(-g))) * get_lanes(up + i));
@@ -264,7 +265,7 @@ inline void rotate(const T *x, const float *cos, const float *sin, T *out, int64
     }
 }
 
-constexpr int WIDEST = 256;  // of a head
+constexpr int WIDEST = 256;  // of a head; WIDEST_HEAD in native.py
 
 // Turn q and k by their positions, put k and v into the cache, attend to all that is there. `qkv`'s rows
 // hold the heads of q, k and v side by side; keys and values are (rows, kv_heads, capacity, width).

@@ -130,15 +130,13 @@ class Sites:
 class Entries:
     """Which rows have which slots, for all sites of one layout of bank."""
 
-    def __init__(
-        self, places: Sequence[tuple[Bank, int]], mix: Tensor, sites: Sites, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, places: Sequence[tuple[Bank, int]], mix: Tensor, sites: Sites) -> None:
         """Take `mix` (N, G), the weight of each of the `places` in every row."""
         pointers = [bank.flat[slot].data_ptr() for bank, slot in places]
         used = mix.T != 0
         group, rows = used.nonzero(as_tuple=True)
         counts = torch.bincount(group, minlength=len(places)).cumsum(0)
-        self._sites, suffix = sites, SUFFIX[dtype]
+        self._sites = sites
         self._kept = (
             _array(pointers, ctypes.c_void_p),
             torch.cat([counts.new_zeros(1), counts]),
@@ -150,17 +148,14 @@ class Entries:
         self._struct = _Entries(
             len(places), ctypes.addressof(slots), *(t.data_ptr() for t in tensors)
         )
-        self._banks = {id(bank): bank for bank, _ in places}  # keeps the memory
+        self._banks = [bank for bank, _ in places]  # keeps their memory
         self._itself = ctypes.byref(self._struct)
-        self._add = None
-        self.suffix = suffix
 
-    def add(self, lib: Any, site: str, x: Tensor, y: Tensor) -> None:
+    def add(self, products: Products, site: str, x: Tensor, y: Tensor) -> None:
         """Add the mixed update of x (N, in) to y (N, outs of all members side by side), in place."""
         found = self._sites.by_name.get(site)
         if found is not None:
-            add = lib.lora_bf16 if self.suffix == "bf16" else lib.lora_f32
-            add(found, self._itself, _at(x), _at(y))
+            products.lora(found, self._itself, _at(x), _at(y))
 
 
 class Step:
@@ -186,10 +181,9 @@ class Products:
 
     def __init__(self, dtype: torch.dtype, folder: Path) -> None:
         """Find them in the library, which must be available."""
-        self.library: Any = library(folder)
-        suffix = SUFFIX[dtype]
-        self._norm, self._silu, self._attend = (
-            getattr(self.library, f"{name}_{suffix}") for name in ("norm", "silu", "attend")
+        found = library(folder)
+        self.lora, self._norm, self._silu, self._attend = (
+            getattr(found, f"{name}_{SUFFIX[dtype]}") for name in ("lora", "norm", "silu", "attend")
         )
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

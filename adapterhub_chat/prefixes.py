@@ -48,11 +48,6 @@ class Prefixes:
         while self.nbytes > self.budget:
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self.nbytes = 0
-
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return how many first tokens two sequences share."""
