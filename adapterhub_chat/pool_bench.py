@@ -1,9 +1,9 @@
 """`bench pool`: many adapters on disk and memory for few, beside all of them in memory.
 
 A process fills a pool with adapters; two others answer the same requests in turn: one holds all adapters in
-memory, the other a budget's worth. uniform: each request names any adapter. zipf: the n-th adapter is asked
-for 1/n as often as the first. Nothing is remembered of earlier prompts. Memory is the process's own, over what
-it was after a first round of requests, less the slots of that round.
+memory, the other a budget's worth. uniform: each request names any adapter. zipf: the n-th adapter is
+asked for 1/n as often as the first. Nothing is remembered of earlier prompts. Memory is the
+process's own, over what it was after a first round of requests, less the slots of that round.
 """
 
 from __future__ import annotations
