@@ -279,35 +279,53 @@ class FusedDecoder:
         x = self._embed(feed.ids).flatten(0, 1)
         cos, sin = self._rotary(x, view.positions)
         add = self._adding(plan, rows, width)
+        delta = None
         for layer, block in enumerate(self.blocks):
-            q, k, v = self._mixed(block.qkv, block.norm(x), add)
-            q, k, v = (t.view(rows, width, -1, self.shape[2]).transpose(1, 2) for t in (q, k, v))
+            qkv = _mixed(block.qkv, self._norm(block.norm, x, delta), add)
+            q, k, v = (
+                part.view(rows, width, -1, self.shape[2]).transpose(1, 2)
+                for part in qkv.split(block.qkv.site.out_features, dim=-1)
+            )
             keys, values = view.update(_rotated(k, cos, sin), v, layer)
             out = functional.scaled_dot_product_attention(
                 _rotated(q, cos, sin), keys, values, mask, scale=self.scale, enable_gqa=True
             )
-            out = out.transpose(1, 2).reshape(rows * width, -1)
-            x = x + self._mixed(block.out, out, add)[0]
-            gate, up = self._mixed(block.gate_up, block.second_norm(x), add)
-            x = x + self._mixed(block.down, functional.silu(gate) * up, add)[0]
+            delta = _mixed(block.out, out.transpose(1, 2).reshape(rows * width, -1), add)
+            both = _mixed(block.gate_up, self._norm(block.second_norm, x, delta), add)
+            delta = _mixed(block.down, self._silu(both), add)
         if plan is not None:
             plan.release()
-        return self._logits(self._last_norm(x.index_select(0, feed.last)))
+        assert delta is not None
+        x, delta = x.index_select(0, feed.last), delta.index_select(0, feed.last)
+        return self._logits(self._norm(self._last_norm, x, delta))
 
-    def _mixed(self, fused: _Fused, x: Tensor, add: _Add) -> list[Tensor]:
-        """Return the site's outputs under the plan, x (N*T, in) -> (N*T, out) for every member."""
-        return list(add(fused.site, x, fused(x)).split(fused.site.out_features, dim=-1))
+    def _norm(self, norm: Any, x: Tensor, delta: Tensor | None) -> Tensor:
+        """Add `delta` to x (N, W) in place; return its norm."""
+        if self._products is not None:
+            return self._products.norm(x, delta, norm.weight, norm.variance_epsilon)
+        if delta is not None:
+            x += delta
+        out: Tensor = norm(x)
+        return out
+
+    def _silu(self, both: Tensor) -> Tensor:
+        """Return silu(gate) * up for `both` (N, 2 W), gate and up side by side."""
+        if self._products is not None:
+            return self._products.silu(both)
+        gate, up = both.chunk(2, dim=-1)
+        return functional.silu(gate) * up
 
     def _adding(self, plan: Plan | None, rows: int, width: int) -> _Add:
         """Return what adds a plan's update to a site's outputs: (site, x (N*T, in), y) -> y.
 
         Few tokens an adapter are memory's work, as in a step of one token; many are arithmetic, for which
-        torch's products are better.
+        torch's products are better than native ones without matrix tiles.
         """
         if plan is None:
             return lambda _site, _x, y: y
         products = self._products
-        if products is None or rows * width > FEW_TOKENS * plan.num_places:
+        few = rows * width <= FEW_TOKENS * plan.num_places
+        if products is None or not (products.has_tiles or few):
             return lambda site, x, y: plan.add_site(site, x.view(rows, -1, x.shape[-1]), y)
         entries = plan.entries(width)
         return lambda site, x, y: _plus(y, site, x, entries, products)
@@ -332,17 +350,15 @@ class FusedDecoder:
         delta = None
         for layer, block in enumerate(self.blocks):
             keys, values = cache.keys[layer][feed.first :], cache.values[layer][feed.first :]
-            own = products.norm(x, delta, block.norm.weight, block.norm.variance_epsilon)
+            own = self._norm(block.norm, x, delta)
             qkv = _plus(block.qkv(own), block.qkv.site, own, entries, products)
             products.attend(step, qkv, keys, values, attended)
             delta = _plus(block.out(attended), block.out.site, attended, entries, products)
-            eps = block.second_norm.variance_epsilon
-            own = products.norm(x, delta, block.second_norm.weight, eps)
+            own = self._norm(block.second_norm, x, delta)
             both = _plus(block.gate_up(own), block.gate_up.site, own, entries, products)
             own = products.silu(both)
             delta = _plus(block.down(own), block.down.site, own, entries, products)
-        norm = self._last_norm
-        return self._logits(products.norm(x, delta, norm.weight, norm.variance_epsilon))
+        return self._logits(self._norm(self._last_norm, x, delta))
 
     def _prepared(self, cache: KeyValues, rows: int) -> native.Step:
         key = (cache.length, rows)
@@ -356,6 +372,11 @@ class FusedDecoder:
         if self._entries is None or self._entries[0] is not plan:
             self._entries = plan, plan.entries()
         return self._entries[1]
+
+
+def _mixed(fused: _Fused, x: Tensor, add: _Add) -> Tensor:
+    """Return the site's outputs under a plan, x (M, in) -> (M, outs of all members side by side)."""
+    return add(fused.site, x, fused(x))
 
 
 def _plus(

@@ -153,7 +153,9 @@ class Plan:
             sites = _SITES.get(bank.layout)
             if sites is None:
                 sites = _SITES[bank.layout] = Sites(bank)
-            found.append(Entries(places, weights.repeat_interleave(tokens, 0), sites))
+            found.append(
+                Entries(places, weights.repeat_interleave(tokens, 0), sites, many=tokens > 1)
+            )
         return found
 
     def release(self) -> None:

@@ -38,6 +38,8 @@ struct Step {
 };
 }
 
+#include "native_tiles.h"
+
 namespace {
 
 struct bf16 {
@@ -322,3 +324,23 @@ void attend(const Step &step, const T *qkv, T *keys, T *values, T *out) {
 
 FACES(float, f32)
 FACES(bf16, bf16)
+
+// Whether the processor has matrix tiles, and the system lets this process use them.
+extern "C" int has_tiles() {
+#ifdef HAS_TILES
+    return tiles::allowed();
+#else
+    return 0;
+#endif
+}
+
+// lora_bf16 for many tokens of each slot; 0, with nothing done, where the shapes do not allow it.
+extern "C" int lora_tiles(const Site *site, const Entries *entries, const void *x, void *y) {
+#ifdef HAS_TILES
+    if (!tiles::fit(*site)) return 0;
+    tiles::lora(*site, *entries, static_cast<const uint16_t *>(x), static_cast<uint16_t *>(y));
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from adapterhub_chat.bank import Bank
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE, TILES = (Path(__file__).with_name(name) for name in ("native.cpp", "native_tiles.h"))
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
@@ -76,7 +76,9 @@ def library(folder: Path) -> ctypes.CDLL | None:
     if os.environ.get("ADAPTERHUB_NATIVE") == "0" or not compiler:
         return None
     key = hashlib.sha256(
-        SOURCE.read_bytes() + " ".join([*compiler, *FLAGS, _processor()]).encode()
+        SOURCE.read_bytes()
+        + TILES.read_bytes()
+        + " ".join([*compiler, *FLAGS, _processor()]).encode()
     ).hexdigest()[:16]
     path = folder / f"native-{key}.so"
     try:
@@ -130,8 +132,11 @@ class Sites:
 class Entries:
     """Which rows have which slots, for all sites of one layout of bank."""
 
-    def __init__(self, places: Sequence[tuple[Bank, int]], mix: Tensor, sites: Sites) -> None:
-        """Take `mix` (N, G), the weight of each of the `places` in every row."""
+    def __init__(
+        self, places: Sequence[tuple[Bank, int]], mix: Tensor, sites: Sites, *, many: bool = False
+    ) -> None:
+        """Take `mix` (N, G), the weight of each of the `places` in every row; `many` rows a place."""
+        self._many = many
         pointers = [bank.flat[slot].data_ptr() for bank, slot in places]
         used = mix.T != 0
         group, rows = used.nonzero(as_tuple=True)
@@ -155,7 +160,9 @@ class Entries:
         """Add the mixed update of x (N, in) to y (N, outs of all members side by side), in place."""
         found = self._sites.by_name.get(site)
         if found is not None:
-            products.lora(found, self._itself, _at(x), _at(y))
+            given = found, self._itself, _at(x), _at(y)
+            if not (self._many and products.has_tiles and products.lora_tiles(*given)):
+                products.lora(*given)
 
 
 class Step:
@@ -181,10 +188,13 @@ class Products:
 
     def __init__(self, dtype: torch.dtype, folder: Path) -> None:
         """Find them in the library, which must be available."""
-        found = library(folder)
+        found: Any = library(folder)
         self.lora, self._norm, self._silu, self._attend = (
             getattr(found, f"{name}_{SUFFIX[dtype]}") for name in ("lora", "norm", "silu", "attend")
         )
+        self.has_tiles = dtype == torch.bfloat16 and bool(found.has_tiles())
+        """Whether `lora_tiles` does many rows of one slot by the processor's matrix tiles."""
+        self.lora_tiles = found.lora_tiles
 
     def norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """Add `delta` to x (N, W) in place; return weight * x / rms(x) (arXiv 1910.07467)."""

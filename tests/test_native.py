@@ -10,6 +10,8 @@ from adapterhub_chat.lora import Plan
 
 SITE = Site("q|k", ("q", "k"), 70, (130, 33))  # no width is a multiple of a tile or a vector
 OTHER = Site("o", ("o",), 96, (64,))
+TILED = Site("g|u", ("g", "u"), 96, (144, 48))  # for matrix tiles, four and one to a pass
+ALL = (SITE, OTHER, TILED)
 CLOSE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 0.06, "rtol": 0.02}}
 
 
@@ -34,7 +36,7 @@ def banks(dtype):
     """Two banks of one layout and one of another, full of numbers."""
     made = [
         Bank(sites, slots=slots, rank=rank, dtype=dtype)
-        for sites, slots, rank in (((SITE, OTHER), 3, 8), ((SITE, OTHER), 2, 8), ((SITE,), 1, 16))
+        for sites, slots, rank in ((ALL, 3, 8), (ALL, 2, 8), ((SITE, TILED), 1, 64))
     ]
     for seed, bank in enumerate(made):
         bank.flat.copy_(numbers(*bank.flat.shape, seed=seed, dtype=dtype) * 0.2)
@@ -61,8 +63,8 @@ def updated(products, bank_list, mix, site, x, y, tokens=1):
     return y
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("site", [SITE, OTHER], ids=lambda site: site.name)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+@pytest.mark.parametrize("site", ALL, ids=lambda site: site.name)
 def test_the_update_is_the_equation(folder, dtype, site, tokens):
     products, bank_list = native.Products(dtype, folder), banks(dtype)
     rows = len(MIX) * tokens
@@ -87,16 +89,32 @@ def test_the_update_is_the_equation(folder, dtype, site, tokens):
     assert torch.equal(got[tokens : 2 * tokens], y[tokens : 2 * tokens])  # a row without an adapter
 
 
-def test_a_rows_update_is_the_same_bits_beside_any_others(folder, dtype):
+@pytest.mark.parametrize(("site", "tokens"), [(SITE, 1), (TILED, 1), (TILED, 16), (TILED, 20)])
+def test_a_rows_update_is_the_same_bits_beside_any_others(folder, dtype, site, tokens):
     products, bank_list = native.Products(dtype, folder), banks(dtype)
-    x = numbers(len(MIX), SITE.in_features, seed=7, dtype=dtype)
-    y = numbers(len(MIX), sum(SITE.out_features), seed=8, dtype=dtype)
-    together = updated(products, bank_list, MIX, SITE, x, y)
+    x = numbers(len(MIX) * tokens, site.in_features, seed=7, dtype=dtype)
+    y = numbers(len(MIX) * tokens, sum(site.out_features), seed=8, dtype=dtype)
+    together = updated(products, bank_list, MIX, site, x, y, tokens)
     for n in range(len(MIX)):
-        own = slice(n, n + 1)
-        assert torch.equal(
-            updated(products, bank_list, MIX[own], SITE, x[own], y[own]), together[own]
-        )
+        own = slice(n * tokens, (n + 1) * tokens)
+        alone = updated(products, bank_list, MIX[n : n + 1], site, x[own], y[own], tokens)
+        assert torch.equal(alone, together[own])
+
+
+def test_tiles_do_what_has_their_shape(folder):
+    products, bank_list = native.Products(torch.bfloat16, folder), banks(torch.bfloat16)
+    (entries,) = Plan(bank_list[0].places, MIX[:, :3]).entries(16)
+    kept = []
+
+    def lora_tiles(*given):
+        kept.append(bool(library(*given)))
+        return kept[-1]
+
+    library, products.lora_tiles = products.lora_tiles, lora_tiles
+    for site in (TILED, SITE):
+        x = numbers(len(MIX) * 16, site.in_features, seed=1, dtype=torch.bfloat16)
+        entries.add(products, site.name, x, x.new_zeros(len(x), sum(site.out_features)))
+    assert kept == [True, False] * products.has_tiles
 
 
 @pytest.mark.parametrize("width", [64, 70])
