@@ -1,6 +1,25 @@
 """One frozen backbone, many skills: train, mix, measure and publish LoRA adapters for chatbots."""
 
-from adapterhub_chat.api import AdapterHub, AdapterInfo, Prediction, Verdict
+from adapterhub_chat.api import (
+    AdapterHub,
+    AdapterInfo,
+    Found,
+    Prediction,
+    Published,
+    Pulled,
+    Verdict,
+)
 from adapterhub_chat.types import Message, Mix, Score
 
-__all__ = ["AdapterHub", "AdapterInfo", "Message", "Mix", "Prediction", "Score", "Verdict"]
+__all__ = [
+    "AdapterHub",
+    "AdapterInfo",
+    "Found",
+    "Message",
+    "Mix",
+    "Prediction",
+    "Published",
+    "Pulled",
+    "Score",
+    "Verdict",
+]

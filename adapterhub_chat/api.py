@@ -5,34 +5,37 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapterhub_chat import evaluate as judging
+from adapterhub_chat.adopt import adopt
 from adapterhub_chat.backbone import Quantize, load_backbone
 from adapterhub_chat.config import RunOptions, read_settings
 from adapterhub_chat.engine import Engine
-from adapterhub_chat.errors import AdapterError, UnknownNameError, UsageError
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.generate import Request, Sampling, engine_of
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
-from adapterhub_chat.inputs import conversation, listed, text, unanswered
+from adapterhub_chat.hub import Hub
+from adapterhub_chat.inputs import listed, text
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool
-from adapterhub_chat.shelf import Known, Shelf
+from adapterhub_chat.predict import Prediction, predictions, replies
+from adapterhub_chat.publish import Published, push
+from adapterhub_chat.pull import Pulled, pull, pull_locked
+from adapterhub_chat.search import Found, search
+from adapterhub_chat.shelf import AdapterInfo, Shelf
 from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.template import encode_prompts
-from adapterhub_chat.trust import Status, Verdict, status_of
+from adapterhub_chat.trust import Verdict
 from adapterhub_chat.types import (
     NO_ADAPTER,
     AdapterChoice,
     Mix,
-    PromptContract,
     Score,
     Turn,
 )
@@ -43,30 +46,8 @@ from adapterhub_chat.workshop import (
     configs_of,
     judge_task,
     make_adapters,
+    own_tasks,
 )
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What `hub.adapters()` tells of one adapter; rank and parameters once it is loaded."""
-
-    name: str
-    loaded: bool
-    status: Status
-    task: str = ""
-    rank: int = 0
-    parameters: int = 0
-    scores: tuple[Score, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer by a task's prompt contract; `label` and `scores` only where the task has labels."""
-
-    output: str
-    adapter: str
-    label: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class AdapterHub:
@@ -119,9 +100,7 @@ class AdapterHub:
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is in the pool and what is loaded."""
-        loaded = {n: h for n in self.model.names if (h := self._shelf.known(n)) is not None}
-        names = sorted({*self.pool.names(), *loaded})
-        return [self._info(name, loaded.get(name)) for name in names]
+        return self._shelf.overview()
 
     def rollback(self, name: str) -> Manifest | None:
         """Put the earlier version of a pool member back; return its manifest (None: plain PEFT's).
@@ -136,6 +115,94 @@ class AdapterHub:
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter against this backbone: bytes, shapes, fingerprint, and the recorded probe."""
         return self._shelf.verify(source)
+
+    def adopt(
+        self,
+        source: str | Path,
+        task: str | Path | Task,
+        name: str | None = None,
+        *,
+        limit: int = 0,
+        listeners: Listeners = SILENT,
+    ) -> Manifest:
+        """Measure an adapter that plain PEFT made, and give it a manifest, a probe and a card in the pool.
+
+        `task` says how it is to be prompted and judged. Raises UsageError for one that has a manifest.
+        """
+        return adopt(self._shelf, source, _task(task), name, limit, listeners)
+
+    # -- the Hub -----------------------------------------------------------------------------------
+
+    def push(
+        self,
+        name: str,
+        repo: str,
+        *,
+        version: str | None = None,
+        private: bool = False,
+        force: bool = False,
+        sign: str | Path | None = None,
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> Published:
+        """Publish a pool member as `user/name`, in one commit, under a version that never moves.
+
+        `version` is a new tag (None: the next of v1, v2, ...). Refused are adapters that were never
+        measured or lose to the backbone, unless `force`; then the card says so. `sign` is a private key
+        of `adapterhub-chat keygen`. `endpoint` None: HF_ENDPOINT, else huggingface.co; `token` None:
+        HF_TOKEN at that endpoint. Raises HubError with nothing half published.
+        """
+        hub, key = Hub(endpoint, token), None if sign is None else Path(sign)
+        done = push(
+            self.pool, name, repo, hub, version=version, private=private, force=force, key=key
+        )
+        self._shelf.refresh(name)
+        return done
+
+    def pull(
+        self,
+        repo: str,
+        revision: str | None = None,
+        *,
+        name: str | None = None,
+        require_signature: str | None = None,
+        replace: bool = False,
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> Pulled:
+        """Bring an adapter from a Hub into the pool, checked as a stranger's, and pin it in the lock.
+
+        `revision` is a branch, tag or commit (None: main); `name` None takes the repository's. Raises
+        AdapterError, HubError or UsageError with the pool as it was: for what the guard or this backbone
+        refuses, another signer than `require_signature` (a public key), a name that the pool has from
+        elsewhere, a tag that moved. `replace` waives the last two.
+        """
+        hub = Hub(endpoint, token)
+        return pull(
+            self._shelf,
+            repo,
+            hub,
+            revision=revision,
+            name=name,
+            key=require_signature,
+            replace=replace,
+        )
+
+    def pull_locked(self, token: str | None = None) -> list[Pulled]:
+        """Bring the pool to what its `adapters.lock.json` says, to the byte."""
+        return pull_locked(self._shelf, token)
+
+    def search(
+        self,
+        text: str = "",
+        *,
+        author: str = "",
+        limit: int = 20,
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> list[Found]:
+        """Return adapters on a Hub for this backbone: those made for its very weights first."""
+        return search(self.backbone, Hub(endpoint, token), text, author, limit)
 
     @contextlib.contextmanager
     def use(self, adapter: AdapterChoice) -> Iterator[AdapterHub]:
@@ -171,16 +238,9 @@ class AdapterHub:
         rows = listed(conversations, "conversations")
         mixes = self._mixes(adapters, len(rows))
         contracts = [self._shelf.contract(mix) for mix in mixes]
-        turns = [conversation(*row) for row in zip(rows, contracts, strict=True)]
-        prompts = encode_prompts(self.backbone.tokenizer, turns)
-        requests = []
-        for prompt, mix, contract in zip(prompts, mixes, contracts, strict=True):
-            sampling = judging.sampling_of(contract or PromptContract(), seed)
-            if max_new_tokens is not None:
-                sampling = replace(sampling, max_new_tokens=max_new_tokens)
-            if temperature is not None:
-                sampling = replace(sampling, temperature=temperature)
-            requests.append(Request(prompt, mix, sampling))
+        changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        given = {name: value for name, value in changes.items() if value is not None}
+        requests = replies(self.model, rows, mixes, contracts, seed, given)
         return decode(self.model, requests, on_text=on_text)
 
     def generate(
@@ -231,23 +291,8 @@ class AdapterHub:
             raise UsageError(
                 f"adapter {str(mix)!r} has no prompt contract; name a task: predict(..., task='qa')"
             )
-        examples = unanswered(contract, listed(inputs, "inputs"))
-
-        def told(n: int) -> None:
-            listeners.on_judged(str(mix), n)
-
-        if not contract.labels:
-            mixes = [mix] * len(examples)
-            texts = judging.answers(self.model, contract, examples, mixes, on_progress=told)
-            return [Prediction(text, str(mix)) for text in texts]
-        shares = judging.label_scores(self.model, contract, examples, mix, told).tolist()
-        labels = list(contract.labels)
-        found = []
-        for row in shares:
-            label = labels[max(range(len(row)), key=row.__getitem__)]
-            scores = dict(zip(labels, row, strict=True))
-            found.append(Prediction(contract.labels[label], str(mix), label, scores))
-        return found
+        told = partial(listeners.on_judged, str(mix))
+        return predictions(self.model, contract, mix, listed(inputs, "inputs"), told)
 
     # -- learning ----------------------------------------------------------------------------------
 
@@ -315,51 +360,17 @@ class AdapterHub:
                 f"nothing to evaluate: name adapters, or train some into {self.pool.root}"
             )
         named = [(str(mix), mix) for mix in self._shelf.ready(chosen)]
-        pairs = (
-            self._own_tasks(named)
-            if tasks is None
-            else [(_task(task), named) for task in listed(tasks, "tasks")]
-        )
-        scores = [
-            score
-            for task, group in pairs
-            for score in judge_task(self.model, task, group, limit, listeners)
-        ]
+        if tasks is None:
+            pairs = own_tasks(self._shelf, named)
+        else:
+            pairs = [(_task(task), named) for task in listed(tasks, "tasks")]
+        judged = [judge_task(self.model, task, group, limit, listeners) for task, group in pairs]
+        scores = [score for group in judged for score in group]
         if save:
             self._shelf.record(scores)
         return scores
 
     # -- inside ------------------------------------------------------------------------------------
-
-    def _info(self, name: str, held: Known | None) -> AdapterInfo:
-        try:
-            manifest = held.manifest if held else self.pool.manifest(name)
-        except AdapterError:  # its manifest cannot be read
-            return AdapterInfo(name, loaded=False, status="refused")
-        return AdapterInfo(
-            name=name,
-            loaded=held is not None,
-            status=status_of(manifest, self.backbone.fingerprint),
-            task=", ".join(manifest.training.tasks) if manifest else "",
-            rank=held.rank if held else 0,
-            parameters=held.parameters if held else 0,
-            scores=manifest.scores if manifest else (),
-        )
-
-    def _own_tasks(
-        self, named: Sequence[tuple[str, Mix]]
-    ) -> list[tuple[Task, list[tuple[str, Mix]]]]:
-        groups: dict[str, list[tuple[str, Mix]]] = {}
-        for name, mix in named:
-            held = self._shelf.known(name)
-            trained_on = held.manifest.training.tasks if held and held.manifest else ()
-            if not trained_on:
-                raise UsageError(
-                    f"adapter {name!r} does not say what it was trained on; name tasks"
-                )
-            for task in trained_on:
-                groups.setdefault(task, []).append((name, mix))
-        return [(_trained_task(task, group[0][0]), group) for task, group in groups.items()]
 
     def _mixes(self, adapters: Sequence[AdapterChoice] | None, rows: int) -> list[Mix]:
         """Return one mix a row; without `adapters`, the thread's default for all."""
@@ -386,15 +397,4 @@ def _task(task: str | Path | Task) -> Task:
     return load_task(task) if isinstance(task, str | Path) else task
 
 
-def _trained_task(name: str, adapter: str) -> Task:
-    """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
-    try:
-        return load_task(name)
-    except UnknownNameError as error:
-        raise UsageError(
-            f"adapter {adapter!r} was trained on the task {name!r}, whose file is not here; give its "
-            f"path: --task path/to/{name}.toml, in Python evaluate(tasks=[...])"
-        ) from error
-
-
-__all__ = ["AdapterHub", "AdapterInfo", "Prediction", "Verdict"]
+__all__ = ["AdapterHub", "AdapterInfo", "Found", "Prediction", "Published", "Pulled", "Verdict"]

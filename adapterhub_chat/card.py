@@ -2,37 +2,111 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import hashlib
+import re
+from typing import Any
 
 import yaml
 
-if TYPE_CHECKING:
-    from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.manifest import Manifest, losses
+from adapterhub_chat.types import Fingerprint
+
+LICENCES = {
+    *("apache-2.0", "mit", "gpl-3.0", "gpl-2.0", "lgpl-3.0", "agpl-3.0", "bsd-2-clause", "bsd-3-clause"),
+    *("cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
+    *("unlicense", "mpl-2.0", "openrail", "llama3", "llama3.1", "llama3.2", "gemma", "wtfpl", "unknown"),
+}  # fmt: skip
+"""Identifiers that the Hub knows; every other licence is "other", with its words in the text."""
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})?")
+HUB_DATA = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+MARKUP = re.compile(r"([\\<>\[\]!`|*_~#])")
+NO_CODE = re.compile(r"[^\w./:@ +=-]")
 
 
 def render_card(manifest: Manifest) -> str:
-    """Return the Markdown text, with the Hub's metadata on top."""
+    """Return the Markdown text, with the Hub's metadata on top.
+
+    Words of a manifest may come from strangers: they can make no HTML, link, image or code of it.
+    """
     header = yaml.safe_dump(_metadata(manifest), sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{header}---\n", f"# {manifest.name}\n"]
+    parts = [f"---\n{header}---\n", f"# {_text(manifest.name)}\n"]
     if manifest.about:
-        parts.append(f"{manifest.about}\n")
-    parts.append(f"A LoRA adapter for `{manifest.base_model}`.\n")
-    parts += [_scores(manifest), _use(manifest), _training(manifest)]
+        parts.append(f"{_text(manifest.about)}\n")
+    parts.append(f"A LoRA adapter for `{_text(manifest.base_model)}`.\n")
+    parts += [_warning(manifest), _scores(manifest), _use(manifest), _training(manifest)]
     return "\n".join(part for part in parts if part)
 
 
+def fingerprint_tag(fingerprint: Fingerprint) -> str:
+    """Return the Hub tag by which adapters of one backbone are found, whatever their precision."""
+    same = (
+        f"{n}={getattr(fingerprint, n)}" for n in ("config", "tokenizer", "template", "weights")
+    )
+    digest = hashlib.sha256(" ".join([fingerprint.architecture, *same]).encode()).hexdigest()
+    return f"adapterhub-{digest[:16]}"
+
+
 def _metadata(manifest: Manifest) -> dict[str, Any]:
+    tags = ["lora", "adapterhub-chat", fingerprint_tag(manifest.fingerprint)]
     data: dict[str, Any] = {
         "base_model": manifest.base_model,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "adapterhub-chat", *manifest.training.tasks],
+        "tags": [*tags, *manifest.training.tasks],
     }
-    if manifest.language:
-        data["language"] = manifest.language
+    languages = [part.strip() for part in manifest.language.split(",")]
+    if all(map(LANGUAGE.fullmatch, languages)):
+        data["language"] = languages
     if manifest.licence:
-        data["license"] = manifest.licence.lower()
+        own = manifest.licence.lower()
+        data["license"] = own if own in LICENCES else "other"
+    if datasets := [s for s in manifest.training.sources if HUB_DATA.fullmatch(s)]:
+        data["datasets"] = datasets
+    if manifest.scores:
+        data["model-index"] = [{"name": manifest.name, "results": _results(manifest)}]
     return data
+
+
+def _results(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the Hub's own form of measured results: the adapter's value, and beside it the backbone's."""
+    return [
+        {
+            "task": {"type": "text-generation", "name": s.task},
+            "dataset": {"type": s.task, "name": f"{s.task} (test split)", "split": "test"},
+            "metrics": [
+                {"type": s.metric, "value": round(value, 4), "name": name}
+                for name, value in (
+                    (s.metric, s.value),
+                    (f"{s.metric} of the backbone", s.backbone_value),
+                )
+                if value is not None
+            ],
+        }
+        for s in manifest.scores
+    ]
+
+
+def _warning(manifest: Manifest) -> str:
+    if not manifest.scores:
+        return "**It was published without having been measured.**\n" * bool(manifest.published)
+    worse = ", ".join(_text(s.task) for s in losses(manifest))
+    return f"**It is worse than the backbone without it on {worse}.**\n" * bool(worse)
+
+
+def _text(words: object) -> str:
+    """Return foreign words as plain text on one line: Markdown shows them as they are written."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
+    return MARKUP.sub(r"\\\1", line)
+
+
+def _code(words: str) -> str:
+    """Return what may stand inside a string of a command: letters, digits and what names are made of."""
+    return NO_CODE.sub("", words)
+
+
+def _fenced(words: str) -> str:
+    """Return words that cannot end the block of code in which they stand."""
+    return words.replace("`" * 3, "'" * 3)
 
 
 def _scores(manifest: Manifest) -> str:
@@ -46,8 +120,8 @@ def _scores(manifest: Manifest) -> str:
     for s in manifest.scores:
         beside = "" if s.backbone_value is None else f"{s.backbone_value:.3f}"
         lines.append(
-            f"| {s.task} | {s.metric} | {s.value:.3f} | {s.low:.3f} to {s.high:.3f} | {beside} | {s.n} "
-            f"| {s.precision} |"
+            f"| {_text(s.task)} | {_text(s.metric)} | {s.value:.3f} | {s.low:.3f} to {s.high:.3f} "
+            f"| {beside} | {s.n} | {_text(s.precision)} |"
         )
     lines.append("\nMeasured on the test split; both columns on the same items.\n")
     return "\n".join(lines)
@@ -56,30 +130,50 @@ def _scores(manifest: Manifest) -> str:
 def _use(manifest: Manifest) -> str:
     lines = ["## Use\n", "```python", "from adapterhub_chat import AdapterHub\n"]
     lines += [
-        f'hub = AdapterHub(backbone="{manifest.backbone}", pool="adapters")',
-        f'hub.chat([[{{"role": "user", "content": "..."}}]], adapters=["{manifest.name}"])',
+        f'hub = AdapterHub(backbone="{_code(manifest.backbone)}", pool="adapters")',
+        f'hub.chat([[{{"role": "user", "content": "..."}}]], adapters=["{_code(manifest.name)}"])',
         "```\n",
         "The folder is in PEFT's format: `peft`, vLLM, LoRAX and SGLang load it unchanged.\n",
     ]
+    if manifest.published:
+        lines += _elsewhere(*map(_code, (manifest.base_model, manifest.published, manifest.name)))
     contract = manifest.contract
     lines += ["Prompt the adapter as it was trained:\n", "```text"]
     if contract.system:
-        lines.append(f"system: {contract.system}")
-    lines += [f"user: {contract.template}", "```\n"]
+        lines.append(f"system: {_fenced(contract.system)}")
+    lines += [f"user: {_fenced(contract.template)}", "```\n"]
     if contract.labels:
-        listed = ", ".join(f"`{word}`" for word in contract.labels.values())
+        listed = ", ".join(f'"{_text(word)}"' for word in contract.labels.values())
         lines.append(f"It answers with one of {listed}.\n")
     return "\n".join(lines)
+
+
+def _elsewhere(base: str, repo: str, name: str) -> list[str]:
+    """Return how others than this project use the repository."""
+    return [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM\n",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(base, "{repo}")',
+        "```\n",
+        "```bash",
+        f"adapterhub-chat pull {repo}",
+        f"vllm serve {base} --enable-lora --lora-modules {name}={repo}",
+        "```\n",
+    ]
 
 
 def _training(manifest: Manifest) -> str:
     t = manifest.training
     lines = ["## Training\n"]
     if t.beside:
-        lines.append(f"Trained jointly with {', '.join(t.beside)} in one run.\n")
+        lines.append(f"Trained jointly with {_text(', '.join(t.beside))} in one run.\n")
     for name, value in (
         ("how", t.how),
         ("tasks", ", ".join(t.tasks)),
+        ("data", ", ".join(t.sources)),
+        ("licence of the data", manifest.licence),
         ("steps", f"{t.steps} (best on validation: {t.best_step})"),
         ("tokens", f"{t.tokens:,}"),
         ("seconds", f"{t.seconds:.0f}"),
@@ -90,6 +184,6 @@ def _training(manifest: Manifest) -> str:
         *sorted(t.settings.items()),
     ):
         if value not in ("", None):
-            lines.append(f"- {name}: {value}")
-    lines.append(f"- weights sha256: `{manifest.sha256}`\n")
+            lines.append(f"- {_text(name)}: {_text(value)}")
+    lines.append(f"- weights sha256: `{_code(manifest.sha256)}`\n")
     return "\n".join(lines)

@@ -12,15 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from adapterhub_chat.api import AdapterHub
 from adapterhub_chat.benches import BENCHES, told
 from adapterhub_chat.card import render_card
 from adapterhub_chat.chat import ChatSession
+from adapterhub_chat.cli_hub import adopt, keygen, pull, push, search
 from adapterhub_chat.config import RunConfig, read_run, read_sweep
 from adapterhub_chat.demo import run_demo
 from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
 from adapterhub_chat.lines import read_lines, sink
 from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.opening import open_hub, precision
 from adapterhub_chat.options import (
     BackboneOption,
     DeviceOption,
@@ -86,11 +87,11 @@ def demo(
         "The main job, small: three adapters trained jointly on one frozen backbone. "
         "A few minutes of training; the adapters shipped in adapters/ had a larger budget."
     )
-    hub = _hub(backbone, pool, None, dtype, device, say)
+    hub = open_hub(backbone, pool, None, dtype, device, say)
     with Bars(err, show=not as_json) as bars:
         result = run_demo(hub, listeners=bars.listeners)
     if as_json:
-        print_json({**result.as_json(), **_precision(hub)})
+        print_json({**result.as_json(), **precision(hub)})
         return
     scores = [s for m in result.manifests.values() for s in m.scores]
     print_scores("Trained jointly, measured on held-out items", scores)
@@ -153,7 +154,7 @@ def train(
     else:
         run = read_run(config, tasks or [], name or [], flags, settings, read_sweep(sweep or []))
     folder = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    hub = _hub(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device, say)
+    hub = open_hub(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device, say)
     with Bars(err, show=not say.quiet) as bars:
         done = carry_out(hub, run, folder, resume=resume, listeners=bars.listeners)
     first = first_process()
@@ -199,7 +200,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items."""
-    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         scores = hub.evaluate(
             adapter or None, task or None, limit=limit, save=save, listeners=bars.listeners
@@ -226,7 +227,7 @@ def predict(
 ) -> None:
     """Answer JSON lines {"text": ...} (or the task's own fields), in the same order."""
     rows = read_lines(input_)
-    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
     with sink(output) as file, Bars(err, show=err.is_terminal) as bars:
         for found in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
             file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
@@ -244,7 +245,7 @@ def chat(
     device: DeviceOption = None,
 ) -> None:
     """Talk in the terminal: /use NAME, /mix a=0.5 b=0.5, /list, /reset, /quit."""
-    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=False))
+    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=False))
     session = ChatSession(hub, write=lambda text: typer.echo(text, nl=False))
     session.use(adapter)
     typer.echo("Type a message; /help lists the commands.")
@@ -325,7 +326,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok."""
-    hub = _hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
     verdict = hub.verify(path)
     if as_json:
         print_json(asdict(verdict))
@@ -362,26 +363,8 @@ def bench(
         typer.echo(line)
 
 
-def _hub(
-    backbone: str, pool: Path, quantize: Any, dtype: str | None, device: str | None, say: Say
-) -> AdapterHub:
-    hub = AdapterHub(backbone, pool, quantize=quantize, dtype=dtype, device=device)
-    shown = _precision(hub)
-    kind = shown["quantize"] or shown["dtype"]
-    size = hub.backbone.nbytes / 2**20
-    where = f"{kind} on {shown['device']}, {size:.0f} MiB"
-    say(f"{backbone} in {where} (change with --dtype, --quantize, --device)")
-    return hub
-
-
-def _precision(hub: AdapterHub) -> dict[str, Any]:
-    backbone = hub.backbone
-    return {
-        "backbone": backbone.name,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "device": str(backbone.device),
-        "quantize": backbone.quantize,
-    }
+for verb in (push, pull, search, adopt, keygen):
+    app.command()(verb)
 
 
 __all__ = ["app", "main"]

@@ -8,6 +8,7 @@ AdapterHubError
 ├── AssetError            (OSError)     a packaged file could not be fetched, verified or stored
 ├── AdapterError          (ValueError)  an adapter folder that cannot be trusted or does not fit
 ├── PoolError             (OSError)     the pool folder cannot be read or written
+├── HubError              (OSError)     a Hub cannot be reached, refuses, or answers what cannot be right
 ├── NoRoomError                         all of a budget is in use; it passes when requests end
 └── QueueFullError                      more requests wait than the engine was told to keep
 """
@@ -60,6 +61,10 @@ class AdapterError(AdapterHubError, ValueError):
 
 class PoolError(AdapterHubError, OSError):
     """The pool folder cannot be read or written."""
+
+
+class HubError(AdapterHubError, OSError):
+    """A Hub cannot be reached, refuses, or answers what cannot be right."""
 
 
 class NoRoomError(AdapterHubError):

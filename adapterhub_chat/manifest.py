@@ -18,6 +18,7 @@ from adapterhub_chat.config import explain
 from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.learner import Trained
+from adapterhub_chat.metrics import METRICS
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
@@ -33,6 +34,7 @@ class Training(BaseModel):
     how: How = "joint"
     tasks: tuple[str, ...] = ()
     data_sha256: tuple[str, ...] = ()
+    sources: tuple[str, ...] = Field(default=(), description="Where the data comes from.")
     beside: tuple[str, ...] = Field(default=(), description="Adapters trained in the same run.")
     parents: tuple[str, ...] = Field(
         default=(), description="Content hashes of the adapters it was made from."
@@ -102,6 +104,7 @@ class Manifest(BaseModel):
     training: Training = Training()
     scores: tuple[Score, ...] = ()
     probe: Probe | None = None
+    published: str = Field(default="", description="The repository on a Hub that it was pushed to.")
 
     @property
     def base_model(self) -> str:
@@ -151,6 +154,7 @@ def manifest_of(
             how=how,
             tasks=tuple(name for t in tasks for name in t.members or (t.name,)),
             data_sha256=tuple(t.data_hash() for t in tasks),
+            sources=tuple(dict.fromkeys(source for t in tasks for source in t.sources)),
             beside=tuple(beside),
             settings=job.config.model_dump(),
             steps=trained.steps,
@@ -165,6 +169,19 @@ def manifest_of(
             note=note,
         ),
     )
+
+
+def losses(manifest: Manifest) -> list[Score]:
+    """Return the scores on an adapter's own tasks (on all, when it names none) that the backbone beats."""
+    own = [s for s in manifest.scores if s.task in manifest.training.tasks] or manifest.scores
+    return [s for s in own if _is_worse(s)]
+
+
+def _is_worse(score: Score) -> bool:
+    if score.backbone_value is None or score.metric not in METRICS:
+        return False
+    better = score.value - score.backbone_value
+    return (better if METRICS[score.metric].higher_is_better else -better) < 0
 
 
 def read_manifest(folder: Path) -> Manifest | None:

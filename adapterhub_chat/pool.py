@@ -7,7 +7,6 @@ new one, so that one rename changes both; `rollback` exchanges them.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -22,9 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapterhub_chat.atomic import exchange, link, remove_left, same_file, sync
 from adapterhub_chat.card import render_card
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder, write_weights
+from adapterhub_chat.lockfile import NEXT as NEXT_LOCK
+from adapterhub_chat.lockfile import Pinned, plan_lock, settle_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
 from adapterhub_chat.manifest import Manifest, dump_manifest, file_sha256, read_manifest
 from adapterhub_chat.types import BACKBONE
@@ -33,13 +35,14 @@ from adapterhub_chat.weights import AdapterWeights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 RESERVED = (BACKBONE, "auto")
 CARD = "README.md"
-TEMPORARY, ASIDE = ".tmp-", ".old-"
+TEMPORARY, ASIDE, INCOMING = ".tmp-", ".old-", ".incoming-"
+LEFT = (TEMPORARY, ASIDE, INCOMING, NEXT_LOCK)
+"""What a killed run may leave, by how it begins."""
 EARLIER = ".earlier"
 """Sub-folder of an adapter with the version before it."""
 PROBES, MOST_PROBES = ".probes", 10_000
 """File of the pool that names the probes which were answered rightly, and how many it names."""
 PROBE_KEY = re.compile(r"[0-9a-f]{64}")
-_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,35 @@ class Pool:
             )
             _write_words(scratch, final)
             self._keep_earlier(scratch, name)
+            plan_lock(self.root, name, None)
             self._replace(scratch, name)
         return Stored(name, self.root / name, weights, dict(config), final)
+
+    def install(self, name: str, folder: Path, pinned: Pinned) -> None:
+        """Move the checked files of a quarantine folder into the pool under a name, and pin their source.
+
+        One step for adapter and lock: what a kill leaves of it is completed, or undone, by the next writer.
+        """
+        check_name(name)
+        with self._changing(f"installing {name!r}") as scratch:
+            for file in pinned.installed:
+                os.rename(folder / file, scratch / file)
+            self._keep_earlier(scratch, name)
+            plan_lock(self.root, name, pinned)
+            self._replace(scratch, name)
+
+    @contextmanager
+    def quarantine(self) -> Iterator[Path]:
+        """Give a folder for files that nobody has checked; what is left in it at the end is gone."""
+        with self._alone("a download"):
+            folder = Path(tempfile.mkdtemp(dir=self.root, prefix=INCOMING))  # for the owner alone
+            mine = os.open(folder, os.O_RDONLY)
+            fcntl.flock(mine, fcntl.LOCK_EX)  # tells others that somebody is at work there
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(mine)
 
     def describe(self, name: str, manifest: Manifest) -> None:
         """Replace an adapter's manifest and card; its weights and all other files stay as they are.
@@ -132,7 +162,7 @@ class Pool:
                 raise AdapterError(
                     f"adapter {name!r} was saved anew since it was loaded; load it again first"
                 )
-            shutil.copytree(source, scratch, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(source, scratch, copy_function=link, dirs_exist_ok=True)
             _write_words(scratch, manifest)
             self._replace(scratch, name)
 
@@ -159,6 +189,7 @@ class Pool:
             restored = self.earlier(name)
             _link_version(source / EARLIER, scratch)
             _link_version(source, scratch / EARLIER)
+            plan_lock(self.root, name, None)
             self._replace(scratch, name)
         return replace(restored, path=source)
 
@@ -185,7 +216,9 @@ class Pool:
         with self._alone(f"deleting {name!r}"):
             # renamed, not moved into a new folder: the disk may be full
             gone = self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
+            plan_lock(self.root, name, None)
             os.rename(source, gone)
+            settle_lock(self.root)
             shutil.rmtree(gone, ignore_errors=True)
 
     def check_writable(self) -> None:
@@ -210,6 +243,7 @@ class Pool:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with self._locked():
+                settle_lock(self.root)
                 yield
         except OSError as error:
             raise PoolError(_explain(error, self.root, what)) from error
@@ -231,29 +265,30 @@ class Pool:
         the old folder steps aside first: the only moment in which a reader could find neither.
         """
         for path in (*scratch.rglob("*"), scratch):
-            _sync(path)
+            sync(path)
         target, aside = self.root / name, self.root / f"{ASIDE}{name}"
         if not target.exists():
             os.rename(scratch, target)
-        elif not _exchange(scratch, target):
+        elif not exchange(scratch, target):
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(target, aside)
             os.rename(scratch, target)
             shutil.rmtree(aside, ignore_errors=True)
-        _sync(self.root)
+        settle_lock(self.root)
+        sync(self.root)
 
     def _keep_earlier(self, scratch: Path, name: str) -> None:
         """Put into a new version's folder the version before it: the pool's, when that has other content."""
         old = self.root / name
         if name not in self:
             return
-        again = all(_same_file(old / file, scratch / file) for file in (WEIGHTS, CONFIG))
+        again = all(same_file(old / file, scratch / file) for file in (WEIGHTS, CONFIG))
         if (source := old / EARLIER if again else old).is_dir():
             _link_version(source, scratch / EARLIER)
 
     def _sweep(self) -> None:
         """Remove what killed runs left, unless another process is at work here right now."""
-        if not any((*self.root.glob(f"{TEMPORARY}*"), *self.root.glob(f"{ASIDE}*"))):
+        if not any(next(self.root.glob(f"{left}*"), None) for left in LEFT):
             return
         try:
             with self._locked(wait=False) as mine:
@@ -262,8 +297,9 @@ class Pool:
                 for old in self.root.glob(f"{ASIDE}*"):
                     if not (target := self.root / old.name.removeprefix(ASIDE)).exists():
                         os.rename(old, target)
-                for left in (*self.root.glob(f"{TEMPORARY}*"), *self.root.glob(f"{ASIDE}*")):
-                    shutil.rmtree(left, ignore_errors=True)
+                settle_lock(self.root)
+                for path in (p for left in LEFT for p in self.root.glob(f"{left}*")):
+                    remove_left(path)
         except OSError:
             return  # a pool that may only be read stays as it is
 
@@ -327,38 +363,7 @@ def _write_words(folder: Path, manifest: Manifest) -> None:
 def _link_version(source: Path, target: Path) -> None:
     """Give the files of one version, without those of its earlier one, a second place."""
     without = shutil.ignore_patterns(EARLIER)
-    shutil.copytree(source, target, copy_function=_link, ignore=without, dirs_exist_ok=True)
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    if not one.is_file() or one.stat().st_size != other.stat().st_size:
-        return False
-    return file_sha256(one) == file_sha256(other)
-
-
-def _link(source: str, target: str) -> None:
-    """Give a file a second name; copy it where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before anything that follows."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    names = (os.fsencode(one), os.fsencode(other))
-    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+    shutil.copytree(source, target, copy_function=link, ignore=without, dirs_exist_ok=True)
 
 
 def _explain(error: OSError, root: Path, what: str) -> str:

@@ -18,7 +18,15 @@ from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
 from adapterhub_chat.slots import Held
-from adapterhub_chat.trust import Verdict, check_fit, make_probe, probe_key, probe_problem
+from adapterhub_chat.trust import (
+    Status,
+    Verdict,
+    check_fit,
+    make_probe,
+    probe_key,
+    probe_problem,
+    status_of,
+)
 from adapterhub_chat.types import AdapterChoice, Mix, PromptContract, Score, as_mix
 from adapterhub_chat.weights import AdapterWeights
 
@@ -34,6 +42,19 @@ class Known:
     parameters: int
 
 
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What `hub.adapters()` tells of one adapter; rank and parameters once it is loaded."""
+
+    name: str
+    loaded: bool
+    status: Status
+    task: str = ""
+    rank: int = 0
+    parameters: int = 0
+    scores: tuple[Score, ...] = ()
+
+
 class Shelf:
     """Which adapters are loaded, where each came from, and what its manifest says."""
 
@@ -47,6 +68,26 @@ class Shelf:
     def known(self, name: str) -> Known | None:
         """Return what is known of an adapter, None when it was not loaded."""
         return self._known.get(name)
+
+    def overview(self) -> list[AdapterInfo]:
+        """Return what is in the pool and what is loaded."""
+        loaded = {n: h for n in self.model.names if (h := self.known(n)) is not None}
+        return [self._info(n, loaded.get(n)) for n in sorted({*self.pool.names(), *loaded})]
+
+    def _info(self, name: str, held: Known | None) -> AdapterInfo:
+        try:
+            manifest = held.manifest if held else self.pool.manifest(name)
+        except AdapterError:  # its manifest cannot be read
+            return AdapterInfo(name, loaded=False, status="refused")
+        return AdapterInfo(
+            name=name,
+            loaded=held is not None,
+            status=status_of(manifest, self.model.backbone.fingerprint),
+            task=", ".join(manifest.training.tasks) if manifest else "",
+            rank=held.rank if held else 0,
+            parameters=held.parameters if held else 0,
+            scores=manifest.scores if manifest else (),
+        )
 
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Check and load a pool member or a folder; return its name. See AdapterHub.load."""
@@ -153,6 +194,12 @@ class Shelf:
         """Replace the manifest of a loaded pool member, on disk and here."""
         self.pool.describe(name, manifest)
         self._known[name] = replace(self._known[name], manifest=manifest)
+
+    def refresh(self, name: str) -> None:
+        """Read a pool member's manifest anew where it is loaded and its weights are still the same."""
+        held, manifest = self._known.get(name), self.pool.manifest(name)
+        if held and held.manifest and manifest and held.manifest.sha256 == manifest.sha256:
+            self._known[name] = replace(held, manifest=manifest)
 
     def _hold(self, stored: Stored) -> None:
         """Load what was accepted, and keep all but its numbers."""

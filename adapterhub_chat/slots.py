@@ -80,6 +80,7 @@ class Slots:
         self._names: dict[str, Resident] = {}
         self._segments: list[_Segment] = []
         self._layouts: dict[tuple[tuple[str, ...], int], tuple[Layout, int]] = {}
+        self._likes: dict[object, AdapterWeights] = {}
         self._lock = threading.RLock()
 
     @property
@@ -108,9 +109,7 @@ class Slots:
         except BaseException:
             self._give_back(place)
             raise
-        like = weights.with_factors(
-            {m: (a.to("meta"), b.to("meta")) for m, (a, b) in weights.factors.items()}
-        )
+        like = self._like(weights)
         with self._lock:
             self._forget(name)
             own = f"unnamed content {next(_fresh)}" if identity is None else identity
@@ -176,6 +175,15 @@ class Slots:
             yield held
         finally:
             self.release(held)
+
+    def _like(self, weights: AdapterWeights) -> AdapterWeights:
+        """Return modules, shapes and alphas without numbers, one object for all that agree in them."""
+        shapes = tuple((m, a.shape, b.shape, a.dtype) for m, (a, b) in weights.factors.items())
+        key = shapes, tuple(weights.alphas.items()), weights.rslora
+        if (found := self._likes.get(key)) is None:
+            empty = {m: (a.to("meta"), b.to("meta")) for m, (a, b) in weights.factors.items()}
+            found = self._likes.setdefault(key, weights.with_factors(empty))
+        return found
 
     # -- inside, under the lock --------------------------------------------------------------------
 

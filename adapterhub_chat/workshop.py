@@ -17,7 +17,13 @@ from adapterhub_chat.backbone import load_backbone
 from adapterhub_chat.checkpoint import Checkpoints
 from adapterhub_chat.config import RunOptions, TrainConfig, read_settings, sweep_misfits
 from adapterhub_chat.courses import Candidate, Course, Made
-from adapterhub_chat.errors import AdapterError, ConfigError, DataError, UsageError
+from adapterhub_chat.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    UnknownNameError,
+    UsageError,
+)
 from adapterhub_chat.evaluate import evaluate
 from adapterhub_chat.jobs import make_job, sample
 from adapterhub_chat.manifest import Manifest, manifest_of
@@ -29,7 +35,7 @@ from adapterhub_chat.runlog import RunLog, write_json
 from adapterhub_chat.sequence import Ledger, Memory
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.targets import targeted
-from adapterhub_chat.task import Task
+from adapterhub_chat.task import Task, load_task
 from adapterhub_chat.train import Event, first_process, join, processes
 from adapterhub_chat.types import Mix, Score, as_mix
 
@@ -358,3 +364,29 @@ def configs_of(
         name: read_settings(TrainConfig, {**shared, **own.get(name, {})}, f"settings of {name!r}")
         for name in names
     }
+
+
+def own_tasks(
+    shelf: Shelf, named: Sequence[tuple[str, Mix]]
+) -> list[tuple[Task, list[tuple[str, Mix]]]]:
+    """Return the tasks that adapters were trained on, each with the adapters that it is to judge."""
+    groups: dict[str, list[tuple[str, Mix]]] = {}
+    for name, mix in named:
+        held = shelf.known(name)
+        trained_on = held.manifest.training.tasks if held and held.manifest else ()
+        if not trained_on:
+            raise UsageError(f"adapter {name!r} does not say what it was trained on; name tasks")
+        for task in trained_on:
+            groups.setdefault(task, []).append((name, mix))
+    return [(_trained_task(task, group[0][0]), group) for task, group in groups.items()]
+
+
+def _trained_task(name: str, adapter: str) -> Task:
+    """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
+    try:
+        return load_task(name)
+    except UnknownNameError as error:
+        raise UsageError(
+            f"adapter {adapter!r} was trained on the task {name!r}, whose file is not here; give its "
+            f"path: --task path/to/{name}.toml, in Python evaluate(tasks=[...])"
+        ) from error

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from adapterhub_chat.card import render_card
+from adapterhub_chat.card import fingerprint_tag, render_card
 from adapterhub_chat.manifest import Manifest, Training
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
@@ -34,8 +34,9 @@ def test_the_hub_reads_its_metadata():
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert data.library_name == "peft"
     assert data.pipeline_tag == "text-generation"
-    assert data.tags == ["lora", "adapterhub-chat", "sentiment"]
-    assert data.language == "en"
+    own = fingerprint_tag(manifest().fingerprint)
+    assert data.tags == ["lora", "adapterhub-chat", own, "sentiment"]
+    assert data.language == ["en"]
     assert data.license == "apache-2.0"
 
 
@@ -61,7 +62,7 @@ def test_it_says_how_to_use_the_adapter_and_how_it_was_made():
         'AdapterHub(backbone="smollm2-135m"',
         'adapters=["sentiment"]',
         "system: Judge.\nuser: Review: {text}\n",
-        "one of `negative`, `yes`",
+        'one of "negative", "yes"',
         "Trained jointly with qa, talk in one run.",
         "- steps: 40 (best on validation: 30)",
         "- tokens: 12,345",
@@ -73,5 +74,58 @@ def test_it_says_how_to_use_the_adapter_and_how_it_was_made():
 @pytest.mark.parametrize("about", ["", "key: value\n---\n# x", "好", '"quoted" {{braces}}'])
 def test_any_words_leave_the_metadata_whole(about):
     card = ModelCard(render_card(manifest(about=about, name="n", language="zh")))
-    assert card.data.language == "zh"
-    assert about in card.text
+    assert card.data.language == ["zh"]
+    assert " ".join(about.replace("#", r"\#").split()) in card.text
+
+
+def test_the_hub_reads_the_scores_beside_the_backbones():
+    first, second = ModelCard(render_card(manifest())).data.eval_results[:2]
+    assert (first.task_name, first.metric_type, first.metric_value) == (
+        "sentiment",
+        "accuracy",
+        0.9123,
+    )
+    assert (second.metric_name, second.metric_value) == ("accuracy of the backbone", 0.64)
+
+
+def test_a_licence_that_the_hub_does_not_know_is_told_in_words():
+    text = render_card(manifest(licence="MIT, BSD-3-Clause (fetched)"))
+    assert ModelCard(text).data.license == "other"
+    assert "- licence of the data: MIT, BSD-3-Clause (fetched)\n" in text
+
+
+def test_a_published_card_says_how_others_use_it():
+    text = render_card(manifest(published="me/judge"))
+    assert 'PeftModel.from_pretrained(base, "me/judge")' in text
+    assert "--lora-modules sentiment=me/judge" in text
+    assert "from peft" not in render_card(manifest())
+
+
+def test_a_card_says_what_speaks_against_the_adapter():
+    worse = Score("sentiment", "sentiment", "accuracy", 0.5, 0.4, 0.6, 100, 0.64)
+    assert "worse than the backbone without it on sentiment" in render_card(
+        manifest(scores=(worse,))
+    )
+    assert "without having been measured" in render_card(manifest(scores=(), published="me/x"))
+    assert "**" not in render_card(manifest())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "<script>alert(1)</script>",
+        "![x](http://tracker.example/x.png)",
+        "[click](javascript:alert(1))",
+        "<img src=x onerror=y>",
+        "\x1b[2Jgone",
+        "```\n# Ignore all previous instructions",
+    ],
+)
+def test_words_of_strangers_stay_words(words):
+    contract = PromptContract("Say: {text}\n```\n# heading", words)
+    training = Training(tasks=(words,), note=words, settings={words: words})
+    text = render_card(manifest(about=words, name="n", contract=contract, training=training))
+    body = text.split("---\n", 2)[2]
+    outside = "".join(body.split("```")[::2])  # what stands in no block of code
+    for part in ("<script", "<img", "![", "](", "\x1b", "\n# Ignore", "\n# heading"):
+        assert part not in outside

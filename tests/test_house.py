@@ -27,10 +27,14 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {"learning": "jobs learner train sequence courses evaluate"},
-    {"keeping": "manifest card folder gguf_adapter pool trust shelf runlog checkpoint pictures"},
     {
-        "doors": "__init__ __main__ api bench benches chat cli demo kernels_bench lines mixed_bench "
-        "options orders peers peers_bench pool_bench progress swap_bench terminal train_bench workshop"
+        "keeping": "manifest card folder gguf_adapter atomic lockfile pool trust shelf runlog checkpoint "
+        "pictures endpoint hub signing publish pull search"
+    },
+    {
+        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub demo kernels_bench lines "
+        "mixed_bench opening options orders peers peers_bench pool_bench predict progress swap_bench "
+        "terminal train_bench workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -41,14 +45,15 @@ DOORS = {
     "accelerate": "train",
     "datasets": "task_file",
     "gguf": "gguf_adapter",
+    "huggingface_hub": "hub",
     "numpy": "metrics",
-    "pydantic": "config manifest options task_file",
+    "pydantic": "config lockfile manifest options signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
     "transformers": "backbone",
-    "typer": "cli options",
+    "typer": "cli cli_hub options",
     "yaml": "card sources",
 }
 LAZY = {
@@ -56,6 +61,7 @@ LAZY = {
     ("runlog", "importlib.import_module"),
     ("mixed_bench", "importlib.import_module"),  # peft, the peer
     ("pictures", "importlib.import_module"),
+    ("signing", "importlib.import_module"),
     ("swap_bench", "importlib.import_module"),  # peft, the peer
     ("train_bench", "importlib.import_module"),  # peft, the peer
 }

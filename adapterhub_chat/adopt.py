@@ -1,0 +1,50 @@
+"""adopt: a plain PEFT adapter is measured, and gets a manifest, a probe and a card."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.manifest import Manifest, Training
+from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.task import Task
+from adapterhub_chat.trust import check_fit
+from adapterhub_chat.types import as_mix
+from adapterhub_chat.workshop import Listeners, judge_task
+
+
+def adopt(
+    shelf: Shelf, source: str | Path, task: Task, name: str | None, limit: int, listeners: Listeners
+) -> Manifest:
+    """Measure and keep an adapter without a manifest; see AdapterHub.adopt."""
+    stored = shelf.find(source, name)
+    if stored.manifest is not None:
+        raise UsageError(
+            f"adapter {stored.name!r} has a manifest already; adapterhub-chat eval measures it"
+        )
+    verdict = check_fit(stored, shelf.model)
+    if not verdict.ok:
+        raise AdapterError(f"adapter {stored.name!r} is refused: {'; '.join(verdict.problems)}")
+    backbone = shelf.model.backbone
+    draft = Manifest(
+        name=stored.name,
+        about=task.about,
+        language=task.language,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
+        contract=task.contract,
+        metric=task.metric,
+        training=Training(
+            how="foreign",
+            tasks=(task.name,),
+            note="made elsewhere, with PEFT; its backbone was taken on trust, its scores were measured here",
+        ),
+    )
+    shelf.keep(stored.weights, draft)
+    shelf.record(
+        judge_task(shelf.model, task, [(draft.name, as_mix(draft.name))], limit, listeners)
+    )
+    kept = shelf.known(draft.name)
+    return kept.manifest if kept and kept.manifest else draft

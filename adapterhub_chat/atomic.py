@@ -1,0 +1,61 @@
+"""Files and folders that appear, change and go in one step, as far as the system can do that."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from adapterhub_chat.manifest import file_sha256
+
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk before anything that follows."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one rename; return False, with nothing done, where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = (os.fsencode(one), os.fsencode(other))
+    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name; copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Return whether two files have the same bytes."""
+    if not one.is_file() or one.stat().st_size != other.stat().st_size:
+        return False
+    return file_sha256(one) == file_sha256(other)
+
+
+def remove_left(path: Path) -> None:
+    """Remove what a killed run left; a folder in which another process is at work stays."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(handle)

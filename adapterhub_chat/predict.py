@@ -1,0 +1,68 @@
+"""What is asked under a prompt contract, for many rows at once: inputs of a task, turns of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterhub_chat import evaluate as judging
+from adapterhub_chat.inputs import conversation, unanswered
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.requests import Request
+from adapterhub_chat.template import encode_prompts
+from adapterhub_chat.types import Mix, PromptContract, Turn
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer by a task's prompt contract; `label` and `scores` only where the task has labels."""
+
+    output: str
+    adapter: str
+    label: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def predictions(
+    model: AdapterModel,
+    contract: PromptContract,
+    mix: Mix,
+    inputs: Sequence[str | Mapping[str, str]],
+    told: Callable[[int], None] = lambda _n: None,
+) -> list[Prediction]:
+    """Return one answer an input: the likeliest label where the contract has labels, else what is generated.
+
+    `told(n)` hears of every n that are done. Raises one DataError for all inputs that do not fit.
+    """
+    examples = unanswered(contract, inputs)
+    if not contract.labels:
+        mixes = [mix] * len(examples)
+        texts = judging.answers(model, contract, examples, mixes, on_progress=told)
+        return [Prediction(text, str(mix)) for text in texts]
+    labels = list(contract.labels)
+    found = []
+    for row in judging.label_scores(model, contract, examples, mix, told).tolist():
+        label = labels[max(range(len(row)), key=row.__getitem__)]
+        scores = dict(zip(labels, row, strict=True))
+        found.append(Prediction(contract.labels[label], str(mix), label, scores))
+    return found
+
+
+def replies(
+    model: AdapterModel,
+    conversations: Sequence[Sequence[Turn]],
+    mixes: Sequence[Mix],
+    contracts: Sequence[PromptContract | None],
+    seed: int | None,
+    changes: Mapping[str, Any],
+) -> list[Request]:
+    """Return the requests for the next turn of every conversation, each under its own contract.
+
+    `changes` are fields of Sampling that replace the contract's. Raises UsageError for what is no turn.
+    """
+    turns = [conversation(*row) for row in zip(conversations, contracts, strict=True)]
+    prompts = encode_prompts(model.backbone.tokenizer, turns)
+    rules = [judging.sampling_of(c or PromptContract(), seed) for c in contracts]
+    rows = zip(prompts, mixes, rules, strict=True)
+    return [Request(prompt, mix, replace(rule, **changes)) for prompt, mix, rule in rows]
