@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody there: tests name their Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import huggingface_hub
@@ -102,9 +103,14 @@ def hub(pico_folder, tmp_path):
 
 
 @pytest.fixture
-def hub_server(tmp_path, monkeypatch):
-    """A real Hub on the loopback address, for the real client; alice and bob have tokens."""
+def online(monkeypatch):
+    """The Hub's client may make requests."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub_server(online, tmp_path):
+    """A real Hub on the loopback address, for the real client; alice and bob have tokens."""
     with HubServer(tmp_path / "hub", {"alice": "hf_alice", "bob": "hf_bob"}) as server:
         yield server
 

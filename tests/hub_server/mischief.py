@@ -47,13 +47,13 @@ class Seen:
 class Reply:
     """What is sent: the names of headers are lower case; an iterator of bytes is sent piece by piece.
 
-    Content-Length follows a body that was changed, unless it was changed too: where it promises more than
-    there is, the connection breaks off.
+    Content-Length follows a body that was changed. With `cut`, the connection breaks off after so many bytes.
     """
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | Iterable[bytes] = b""
+    cut: int | None = None
 
     @property
     def json(self) -> Any:

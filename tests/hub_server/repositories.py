@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from .access import Hub, Readable, TheCaller, TheHub, Writable, check_writer, find
+from .access import KINDS, Hub, Readable, TheCaller, TheHub, Writable, check_writer, find
 from .card import read_card
 from .errors import HubError, entry_not_found
 from .views import Json, commit_json, entries, listing, model_info, refs_json
@@ -179,6 +179,8 @@ class Search(BaseModel):
 def search(
     hub: TheHub, caller: TheCaller, request: Request, kind: str, asked: Annotated[Search, Query()]
 ) -> JSONResponse:
+    if kind not in KINDS:
+        raise HubError(404, f"There is nothing at /api/{kind}.")
     repos = [r for r in hub.store.repos(kind) if not r.private or r.namespace == caller.name]
     infos = [model_info(hub.store, repo, hub.store.commit(repo, "main")) for repo in repos]
     found = [info for info in infos if asked.finds(info)]

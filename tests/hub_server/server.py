@@ -24,6 +24,15 @@ from .wire import Wire
 PATIENCE = 10
 
 
+def _listen(port: int) -> socket.socket:
+    # Said to be TCP, or asyncio leaves Nagle's delay on, and every answer takes 40 ms.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(("127.0.0.1", port))
+    listening.listen(100)
+    return listening
+
+
 class HubServer:
     """A Hub at `endpoint` while it is entered; what it holds stays in the folder.
 
@@ -41,7 +50,7 @@ class HubServer:
         self.mischief: Mischief | None = None
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._socket = socket.create_server(("127.0.0.1", port))
+        self._socket = _listen(port)
         self.endpoint = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         how = Settings(**settings)
         self._hub = Hub(self.endpoint, Store(folder, how), how, Signer(how.url_seconds))

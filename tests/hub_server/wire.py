@@ -84,20 +84,19 @@ def _copy(reply: Reply) -> Reply:
 
 
 def _fit_length(reply: Reply, truth: Reply) -> None:
-    """Announce the length of another body, unless another length was announced on purpose."""
+    """Announce the length of a body that is not the true one."""
     if reply.body is truth.body:
         return
-    if reply.headers.get("content-length") == truth.headers.get("content-length"):
-        reply.headers.pop("content-length", None)
-        if isinstance(reply.body, bytes):
-            reply.headers["content-length"] = str(len(reply.body))
+    reply.headers.pop("content-length", None)
+    if isinstance(reply.body, bytes):
+        reply.headers["content-length"] = str(len(reply.body))
 
 
 async def _send(reply: Reply, receive: Receive, send: Send) -> None:
     headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in reply.headers.items()]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     if isinstance(reply.body, bytes):
-        return await send({"type": "http.response.body", "body": reply.body})
+        return await send({"type": "http.response.body", "body": reply.body[: reply.cut]})
     async with anyio.create_task_group() as group:
         group.start_soon(_drip, iter(reply.body), send, group.cancel_scope)
         while (await receive())["type"] != "http.disconnect":
