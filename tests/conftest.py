@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody there: tests name their Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub
 import pytest
 import torch
+from hub_server import HubServer
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -97,6 +100,19 @@ def model(backbone):
 @pytest.fixture
 def hub(pico_folder, tmp_path):
     return AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The Hub's client may make requests."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub_server(online, tmp_path):
+    """A real Hub on the loopback address, for the real client; alice and bob have tokens."""
+    with HubServer(tmp_path / "hub", {"alice": "hf_alice", "bob": "hf_bob"}) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,0 +1,35 @@
+"""Start the server by hand: `python -m tests.hub_server --folder /tmp/hub --user alice=hf_alice`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import threading
+
+from .server import HubServer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.hub_server", description=__doc__)
+    parser.add_argument("--port", type=int, default=8123, help="0 takes a free one")
+    parser.add_argument("--folder", required=True, help="where it keeps all that is pushed to it")
+    parser.add_argument(
+        "--user", action="append", metavar="NAME=TOKEN", help="may be given several times"
+    )
+    chosen = parser.parse_args()
+    users = dict(pair.split("=", 1) for pair in chosen.user or ["alice=hf_alice"])
+    with HubServer(chosen.folder, users, port=chosen.port) as server:
+        token = next(iter(users.values()))
+        sys.stdout.write(
+            f"A Hub for {', '.join(users)} at {server.endpoint}; Ctrl-C ends it. For its clients:\n\n"
+            f"  export HF_ENDPOINT={server.endpoint} HF_TOKEN={token} HF_HUB_DISABLE_XET=1\n\n"
+            f"or, in Python, HfApi(endpoint={server.endpoint!r}, token={token!r}).\n"
+        )
+        sys.stdout.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The metadata on top of a README.md, and the tags that a repository is found by."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import Any
+
+import yaml
+
+BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+def read_card(text: str) -> dict[str, Any]:
+    """Return the metadata, empty where there is none; ValueError where it is no plain mapping.
+
+    Aliases are refused: a few lines of them unfold into more than a server can write out.
+    """
+    found = BLOCK.match(text)
+    if not found:
+        return {}
+    try:
+        for event in yaml.parse(found[1], Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("Aliases are not supported.")
+        card = yaml.safe_load(found[1])
+        card = json.loads(json.dumps({} if card is None else card, default=str, allow_nan=False))
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        raise ValueError(f"The metadata is no YAML: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError("The metadata is no mapping.")
+    return card
+
+
+@functools.lru_cache(maxsize=1000)
+def card_json(text: str) -> str:
+    """The metadata as JSON; that of a card which cannot be read is empty."""
+    try:
+        return json.dumps(read_card(text))
+    except ValueError:
+        return "{}"
+
+
+def _listed(value: Any) -> list[str]:
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+
+
+def tags_of(card: dict[str, Any]) -> list[str]:
+    """Return the tags, each once."""
+    tags = [
+        tag for key in ("library_name", "pipeline_tag", "tags") for tag in _listed(card.get(key))
+    ]
+    for key in ("base_model", "license"):
+        tags += [f"{key}:{value}" for value in _listed(card.get(key))]
+    tags += [f"dataset:{value}" for value in _listed(card.get("datasets"))]
+    tags += _listed(card.get("language"))
+    relation = "adapter" if card.get("library_name") == "peft" else None
+    relation = card.get("base_model_relation", relation)
+    if isinstance(relation, str):
+        tags += [f"base_model:{relation}:{base}" for base in _listed(card.get("base_model"))]
+    return list(dict.fromkeys(tags))
