@@ -1,0 +1,387 @@
+"""push and pull against a real Hub on the loopback address: round trips, tags, races, keys, the lock."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import toy_task
+
+from adapterhub_chat import AdapterHub, signing
+from adapterhub_chat.errors import AdapterError, HubError, UsageError
+from adapterhub_chat.folder import CONFIG, WEIGHTS
+from adapterhub_chat.hub import Hub
+from adapterhub_chat.lockfile import read_lock
+from adapterhub_chat.manifest import FILE as MANIFEST
+from adapterhub_chat.manifest import Manifest, Training
+from adapterhub_chat.types import Score
+
+REPO = "alice/toy"
+PROMPTS = ["good film", "a bad one"]
+
+
+@pytest.fixture
+def speak(hub_server, monkeypatch, tmp_path):
+    """The endpoint and token of alice."""
+    monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path / "cache"))
+    return {"endpoint": hub_server.endpoint, "token": "hf_alice"}
+
+
+def keep(hub, weights, name="toy", value=0.9):
+    """Put an adapter into the pool, measured beside a backbone's 0.5 (None: not measured)."""
+    task = toy_task()
+    manifest = Manifest(
+        name=name,
+        about=task.about,
+        language="en",
+        licence="MIT",
+        backbone=hub.backbone.name,
+        fingerprint=hub.backbone.fingerprint,
+        contract=task.contract,
+        metric=task.metric,
+        training=Training(tasks=("toy",)),
+    )
+    if value is not None:
+        score = Score(name, "toy", "accuracy", value, value - 0.1, value + 0.1, 50, 0.5)
+        manifest = manifest.with_scores([score])
+    hub._shelf.keep(weights, manifest)
+    return hub
+
+
+@pytest.fixture
+def made(hub, make_weights):
+    return keep(hub, make_weights())
+
+
+@pytest.fixture
+def other(pico_folder, tmp_path):
+    """Somebody else's hub, with an empty pool."""
+    return AdapterHub(str(pico_folder), tmp_path / "other pool", dtype="fp32", device="cpu")
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def everything(root):
+    """Return all files under a folder, hidden ones too."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_what_is_pushed_is_what_is_pulled(made, speak, pico_folder, tmp_path):
+    done = made.push("toy", REPO, **speak)
+    assert done.version == "v1"
+    wanted = made.next_token_logits(PROMPTS, ["toy", "toy"])
+    for place in ("one", "two"):
+        other = AdapterHub(str(pico_folder), tmp_path / place, dtype="fp32", device="cpu")
+        pulled = other.pull(REPO, **speak)
+        assert (pulled.commit, pulled.status, pulled.changed) == (done.commit, "exact", True)
+        assert torch.equal(other.next_token_logits(PROMPTS, ["toy", "toy"]), wanted)
+        assert files(other.pool.root / "toy") == files(made.pool.root / "toy")
+        assert not [p for p in other.pool.root.iterdir() if p.name.startswith((".tmp", ".inc"))]
+
+
+PEFT = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, repo, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(model, repo).eval()
+with torch.no_grad():
+    rows = [model(torch.tensor([tokenizer(p).input_ids])).logits[0, -1].tolist() for p in prompts]
+print(json.dumps(rows))
+"""
+
+
+def test_peft_loads_it_off_the_same_hub(made, speak, pico_folder, tmp_path):
+    made.push("toy", REPO, **speak)
+    environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": speak["endpoint"],
+        "HF_TOKEN": speak["token"],
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, "-c", PEFT, str(pico_folder), REPO, json.dumps(PROMPTS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    torch.testing.assert_close(
+        rows, made.next_token_logits(PROMPTS, ["toy", "toy"]), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_nothing_but_the_files_of_an_adapter_is_published(made, speak, hub_server):
+    folder = made.pool.root / "toy"
+    (folder / ".env").write_text("SECRET=1")
+    (folder / "optimizer.pt").write_bytes(b"state")
+    (folder / "link").symlink_to("/etc/hostname")
+    made.push("toy", REPO, **speak)
+    names = set(Hub(**speak).snapshot(REPO).files) - {".gitattributes"}
+    assert names == {CONFIG, WEIGHTS, MANIFEST, "README.md"}
+
+
+def test_a_plain_peft_repository_is_pulled_as_unverified(made, other, speak):
+    hub, folder = Hub(**speak), made.pool.root / "toy"
+    config = json.loads((folder / CONFIG).read_text()) | {
+        "lora_dropout": 0.1,
+        "inference_mode": False,
+    }
+    hub.create(REPO, private=False)
+    plain = {CONFIG: json.dumps(config).encode(), WEIGHTS: (folder / WEIGHTS).read_bytes()}
+    hub.commit(REPO, plain | {"README.md": b"<script>x</script>", "tokenizer.json": b"{}"}, "plain")
+    pulled = other.pull(REPO, **speak)
+    assert pulled.status == "unverified"
+    assert set(files(other.pool.root / "toy")) == {CONFIG, WEIGHTS}
+    with pytest.warns(UserWarning, match="unverified"):
+        got = other.next_token_logits(PROMPTS, ["toy", "toy"])
+    assert torch.equal(got, made.next_token_logits(PROMPTS, ["toy", "toy"]))
+    with pytest.raises(AdapterError, match=r"has no manifest.*adopt toy --task"):
+        other.push("toy", "alice/again", **speak)
+    manifest = other.adopt("toy", toy_task())
+    assert manifest.training.how == "foreign"
+    assert [s.task for s in manifest.scores] == ["toy"]
+    assert other.verify("toy").status == "exact"
+
+
+def test_a_measured_winner_is_published_and_others_are_refused(hub, make_weights, speak):
+    keep(hub, make_weights(), "unmeasured", None)
+    keep(hub, make_weights(), "loser", 0.4)
+    with pytest.raises(AdapterError, match=r"'unmeasured' was never measured.*--force"):
+        hub.push("unmeasured", REPO, **speak)
+    with pytest.raises(
+        AdapterError, match=r"worse than the backbone.*accuracy 0.400, backbone 0.500"
+    ):
+        hub.push("loser", REPO, **speak)
+    with pytest.raises(HubError, match="404"):
+        Hub(**speak).snapshot(REPO)  # not even the repository was made
+    hub.push("loser", REPO, force=True, **speak)
+    assert (
+        "worse than the backbone without it on toy"
+        in (hub.pool.root / "loser" / "README.md").read_text()
+    )
+    hub.push("unmeasured", "alice/un", force=True, **speak)
+    assert (
+        "without having been measured" in (hub.pool.root / "unmeasured" / "README.md").read_text()
+    )
+
+
+def test_versions_are_counted_and_never_move(made, speak, make_weights):
+    first = made.push("toy", REPO, **speak)
+    assert made.push("toy", REPO, **speak) == first  # nothing was new
+    keep(made, make_weights(seed=2))
+    second = made.push("toy", REPO, **speak)
+    keep(made, make_weights(seed=3))
+    with pytest.raises(HubError, match="has a version 'v1' already"):
+        made.push("toy", REPO, version="v1", **speak)
+    named = made.push("toy", REPO, version="spring", **speak)
+    assert (first.version, second.version, named.version) == ("v1", "v2", "spring")
+    tags = Hub(**speak).tags(REPO)
+    assert tags == {"v1": first.commit, "v2": second.commit, "spring": named.commit}
+
+
+def test_a_tag_and_a_commit_are_pulled_as_they_were(made, other, speak, make_weights):
+    first = made.push("toy", REPO, **speak)
+    keep(made, make_weights(seed=2))
+    made.push("toy", REPO, **speak)
+    assert other.pull(REPO, "v1", name="by-tag", **speak).commit == first.commit
+    assert other.pull(REPO, first.commit, name="by-commit", **speak).commit == first.commit
+    newest = other.pull(REPO, name="newest", **speak).commit
+    assert newest != first.commit
+    old, new = (other.pool.manifest(n).sha256 for n in ("by-tag", "newest"))
+    assert old != new
+
+
+def test_pushes_at_once_lose_nothing(pico_folder, speak, make_weights, tmp_path):
+    weights = [make_weights(seed=seed) for seed in range(4)]
+    hubs = [
+        keep(AdapterHub(str(pico_folder), tmp_path / f"p{n}", dtype="fp32", device="cpu"), w)
+        for n, w in enumerate(weights)
+    ]
+    Hub(**speak).create(REPO, private=False)
+
+    def many(hub):
+        return [
+            hub.push("toy", REPO, version=f"{hub.pool.root.name}-{n}", **speak) for n in range(10)
+        ]
+
+    with ThreadPoolExecutor(4) as threads:
+        done = [one for each in threads.map(many, hubs) for one in each]
+    tags = Hub(**speak).tags(REPO)
+    assert tags == {one.version: one.commit for one in done}
+    assert len(tags) == 40
+    for one in done[::10]:
+        snapshot = Hub(**speak).snapshot(REPO, one.version)
+        assert {CONFIG, WEIGHTS, MANIFEST, "README.md"} <= set(snapshot.files)
+
+
+def test_a_private_repository_needs_its_token(made, other, speak):
+    made.push("toy", REPO, private=True, **speak)
+    for token in (None, "hf_bob", "hf_wrong"):
+        with pytest.raises(HubError, match=r"40[14]"):
+            other.pull(REPO, endpoint=speak["endpoint"], token=token)
+    assert other.pull(REPO, **speak).changed
+    with pytest.raises(HubError, match=r"40[134]"):
+        made.push("toy", REPO, endpoint=speak["endpoint"], token="hf_bob")
+
+
+# ---- signatures ----------------------------------------------------------------------------------
+
+
+def test_a_signature_says_who_vouches(made, other, speak, tmp_path):
+    key, stranger = (signing.make_key(tmp_path / n) for n in ("a.pem", "b.pem"))
+    assert (tmp_path / "a.pem").stat().st_mode & 0o777 == 0o600
+    made.push("toy", REPO, **speak)
+    with pytest.raises(AdapterError, match="signed by nobody, not by ed25519:"):
+        other.pull(REPO, require_signature=key, **speak)
+    made.push("toy", REPO, sign=tmp_path / "a.pem", **speak)
+    with pytest.raises(AdapterError, match="not by"):
+        other.pull(REPO, require_signature=stranger, **speak)
+    assert other.pool.names() == []
+    assert other.pull(REPO, require_signature=key, **speak).signed_by == key
+    made.push("toy", REPO, sign=tmp_path / "b.pem", **speak)
+    with pytest.raises(AdapterError, match="was signed by"):
+        other.pull(REPO, **speak)
+    assert other.pull(REPO, require_signature=stranger, **speak).signed_by == stranger
+
+
+@pytest.mark.parametrize("what", [CONFIG, WEIGHTS, MANIFEST, "signature", "key"])
+def test_a_signature_covers_every_file(made, other, speak, tmp_path, what):
+    key = signing.make_key(tmp_path / "a.pem")
+    made.push("toy", REPO, sign=tmp_path / "a.pem", **speak)
+    hub = Hub(**speak)
+    snapshot = hub.snapshot(REPO)
+    for name in (CONFIG, WEIGHTS, MANIFEST, signing.FILE):
+        hub.download(snapshot, name, tmp_path / name, 2**20)
+    content = {n: (tmp_path / n).read_bytes() for n in (CONFIG, WEIGHTS, MANIFEST, signing.FILE)}
+    if what in content:
+        content[what] += b" "
+    else:
+        signature = json.loads(content[signing.FILE])
+        other_key = signing.make_key(tmp_path / "b.pem")
+        signature |= {"key": other_key} if what == "key" else {"signature": "AAAA"}
+        content[signing.FILE] = json.dumps(signature).encode()
+    hub.commit(REPO, content, "tampered")
+    with pytest.raises(AdapterError, match=signing.FILE.replace(".", r"\.")):
+        other.pull(REPO, **speak)
+    assert other.pool.names() == []
+    assert key
+
+
+# ---- the lock ------------------------------------------------------------------------------------
+
+
+def test_the_lock_brings_a_pool_back_to_the_byte_and_offline(
+    made, other, speak, monkeypatch, hub_server
+):
+    made.push("toy", REPO, **speak)
+    pulled = other.pull(REPO, "v1", **speak)
+    pinned = read_lock(other.pool.root).adapters["toy"]
+    assert (pinned.repo, pinned.revision, pinned.commit) == (REPO, "v1", pulled.commit)
+    assert set(pinned.files) == {CONFIG, WEIGHTS, MANIFEST}
+    before = files(other.pool.root / "toy")
+    seen = len(hub_server.requests)
+    assert [one.changed for one in other.pull_locked()] == [False]
+    (other.pool.root / "toy" / WEIGHTS).write_bytes(b"broken")
+    assert [one.changed for one in other.pull_locked()] == [True]
+    assert len(hub_server.requests) == seen  # from what was kept
+    assert files(other.pool.root / "toy") == before
+
+
+def test_the_lock_brings_a_pool_to_another_machine(
+    made, other, speak, pico_folder, tmp_path, monkeypatch
+):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, "v1", **speak)
+    elsewhere = AdapterHub(str(pico_folder), tmp_path / "third", dtype="fp32", device="cpu")
+    elsewhere.pool.root.mkdir()
+    lock = (other.pool.root / "adapters.lock.json").read_bytes()
+    (elsewhere.pool.root / "adapters.lock.json").write_bytes(lock)
+    monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path / "another cache"))
+    assert [one.changed for one in elsewhere.pull_locked(speak["token"])] == [True]
+    assert files(elsewhere.pool.root / "toy") == files(other.pool.root / "toy")
+    assert (elsewhere.pool.root / "adapters.lock.json").read_bytes() == lock
+
+
+def test_a_name_is_not_taken_over(made, other, speak, make_weights):
+    made.push("toy", REPO, **speak)
+    made.push("toy", "alice/other-toy", **speak)
+    keep(other, make_weights(seed=5))
+    with pytest.raises(UsageError, match=r"has an adapter 'toy', and it was not pulled.*--name"):
+        other.pull(REPO, **speak)
+    other.pull(REPO, replace=True, **speak)
+    with pytest.raises(UsageError, match=f"came from {REPO} at"):
+        other.pull("alice/other-toy", name="toy", **speak)
+
+
+def test_a_tag_that_moved_is_seen(made, other, speak, make_weights):
+    hub = Hub(**speak)
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, "v1", **speak)
+    before = everything(other.pool.root)
+    keep(made, make_weights(seed=2))
+    newer = made.push("toy", REPO, **speak)
+    hub._api.delete_tag(REPO, tag="v1")
+    hub.tag(REPO, "v1", newer.commit)
+    with pytest.raises(HubError, match=r"the tag 'v1'.*tags are not to move.*--replace"):
+        other.pull(REPO, "v1", **speak)
+    assert everything(other.pool.root) == before
+    assert other.pull(REPO, "v1", replace=True, **speak).commit == newer.commit
+
+
+def test_a_repository_that_was_made_anew_is_seen(made, other, speak, make_weights):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    Hub(**speak)._api.delete_repo(REPO)
+    keep(made, make_weights(seed=2))
+    made.push("toy", REPO, **speak)
+    with pytest.raises(HubError, match="rewritten, or somebody else has the name"):
+        other.pull(REPO, **speak)
+
+
+def test_other_weights_under_a_pulled_name_end_its_pin(made, other, speak, make_weights):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    keep(other, make_weights(seed=9))
+    assert read_lock(other.pool.root).adapters == {}
+    other.pull(REPO, replace=True, **speak)
+    other.pool.delete("toy")
+    assert read_lock(other.pool.root).adapters == {}
+
+
+def test_search_tells_whom_an_adapter_fits(made, speak, other_folder, make_weights, tmp_path):
+    made.push("toy", REPO, **speak)
+    stranger = AdapterHub(str(other_folder), tmp_path / "stranger", dtype="fp32", device="cpu")
+    keep(stranger, make_weights())
+    stranger.push("toy", "bob/stranger", endpoint=speak["endpoint"], token="hf_bob")
+    found = made.search(**speak)
+    assert [(one.repo, one.fit, one.tasks) for one in found] == [(REPO, "exact", ("toy",))]
+    assert found[0].scores == (("toy", "accuracy", 0.9),)
+    assert made.search("nothing", **speak) == []
+    assert [one.repo for one in stranger.search(**speak)] == ["bob/stranger"]
+
+
+# ---- tokens and hosts ----------------------------------------------------------------------------
+
+
+def test_a_token_goes_to_its_own_endpoint_alone(speak, monkeypatch, hub_server, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
+    with pytest.raises(HubError):
+        Hub(speak["endpoint"]).snapshot("alice/none")
+    assert all("authorization" not in seen.headers for seen in hub_server.requests)
+    monkeypatch.setenv("HF_ENDPOINT", speak["endpoint"])
+    with pytest.raises(HubError) as caught:
+        Hub().snapshot("alice/none")
+    assert "hf_secret" not in repr(caught.value) + repr(Hub())
+    assert hub_server.requests[-1].headers["authorization"] == "Bearer hf_secret"
+
+
+def test_offline_is_said(other, speak, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        other.pull(REPO, **speak)
