@@ -28,6 +28,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from adapterhub_chat.endpoint import (
     COMMIT,
@@ -343,10 +348,14 @@ def _status(error: HfHubHTTPError) -> int:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Keep the client's advice about Xet to itself."""
-    logger = logging.getLogger(name)
+    """Keep the client's advice about Xet to itself, and its bars about nothing."""
+    logger, bars = logging.getLogger(name), not are_progress_bars_disabled()
     before, logger.disabled = logger.disabled, True
+    if bars:
+        disable_progress_bars()
     try:
         yield
     finally:
         logger.disabled = before
+        if bars:
+            enable_progress_bars()

@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.backbone import load_backbone
+from adapterhub_chat.manifest import Manifest, Training
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Splits, Task
-from adapterhub_chat.types import Example, PromptContract
+from adapterhub_chat.types import Example, PromptContract, Score
 from adapterhub_chat.weights import initial_weights
 
 settings.register_profile("house", deadline=None)  # a busy machine is no failure
@@ -182,3 +183,24 @@ def toy_talk(name="talk", size=40):
     parts = {"train": rows[:24], "validation": rows[24:32], "test": rows[32:]}
     contract = PromptContract(template="{text}", max_new_tokens=6)
     return Task(name, contract, "perplexity", lambda: Splits(parts))
+
+
+def keep_adapter(hub, weights, name="toy", value=0.9):
+    """Put an adapter into the pool, measured beside a backbone's 0.5 (None: not measured)."""
+    task = toy_task()
+    manifest = Manifest(
+        name=name,
+        about=task.about,
+        language="en",
+        licence="MIT",
+        backbone=hub.backbone.name,
+        fingerprint=hub.backbone.fingerprint,
+        contract=task.contract,
+        metric=task.metric,
+        training=Training(tasks=("toy",)),
+    )
+    if value is not None:
+        score = Score(name, "toy", "accuracy", value, value - 0.1, value + 0.1, 50, 0.5)
+        manifest = manifest.with_scores([score])
+    hub._shelf.keep(weights, manifest)
+    return hub

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import keep_adapter as keep
 from conftest import toy_task
 
 from adapterhub_chat import AdapterHub, signing
@@ -16,8 +17,6 @@ from adapterhub_chat.folder import CONFIG, WEIGHTS
 from adapterhub_chat.hub import Hub
 from adapterhub_chat.lockfile import read_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
-from adapterhub_chat.manifest import Manifest, Training
-from adapterhub_chat.types import Score
 
 REPO = "alice/toy"
 PROMPTS = ["good film", "a bad one"]
@@ -28,27 +27,6 @@ def speak(hub_server, monkeypatch, tmp_path):
     """The endpoint and token of alice."""
     monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path / "cache"))
     return {"endpoint": hub_server.endpoint, "token": "hf_alice"}
-
-
-def keep(hub, weights, name="toy", value=0.9):
-    """Put an adapter into the pool, measured beside a backbone's 0.5 (None: not measured)."""
-    task = toy_task()
-    manifest = Manifest(
-        name=name,
-        about=task.about,
-        language="en",
-        licence="MIT",
-        backbone=hub.backbone.name,
-        fingerprint=hub.backbone.fingerprint,
-        contract=task.contract,
-        metric=task.metric,
-        training=Training(tasks=("toy",)),
-    )
-    if value is not None:
-        score = Score(name, "toy", "accuracy", value, value - 0.1, value + 0.1, 50, 0.5)
-        manifest = manifest.with_scores([score])
-    hub._shelf.keep(weights, manifest)
-    return hub
 
 
 @pytest.fixture
