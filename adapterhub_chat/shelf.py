@@ -134,7 +134,8 @@ class Shelf:
             return replace(stored, name=check_name(name)) if name else stored
         folder = Path(source).expanduser()
         if isinstance(source, Path) or folder.is_dir():
-            return read_stored(folder, check_name(name or folder.resolve().name))
+            name = check_name(name or folder.resolve().name)
+            return read_stored(folder, name, self.model.shapes)
         return self.pool.load(source)  # raises, naming the adapters that are there
 
     def ready(self, choices: Sequence[AdapterChoice]) -> list[Mix]:

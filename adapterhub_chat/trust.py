@@ -13,6 +13,7 @@ from torch import Tensor
 from adapterhub_chat.backbone import LIBRARIES
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.generate import Request, next_token_logits
+from adapterhub_chat.lora_config import missing_targets
 from adapterhub_chat.manifest import Manifest, Probe
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Stored
@@ -52,6 +53,11 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
     """Judge an adapter by its shapes and its fingerprint, without running it."""
     mine = model.backbone.fingerprint
     found = list(misfits(stored.weights, model.shapes))
+    if missing := missing_targets(stored.config, stored.weights.factors, model.shapes):
+        found.append(
+            f"its config names {len(missing)} layers that have no factors in its weights, "
+            f"such as {missing[0]}"
+        )
     status = status_of(stored.manifest, mine)
     if stored.manifest is None:
         found.append("it has no adapterhub.json: its backbone and its prompt are unknown")

@@ -19,7 +19,7 @@ TASKS = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / "tasks").glob("*.p
 
 # A module imports from its own room and from rooms on lower floors; rooms on one floor stay apart.
 FLOORS: tuple[dict[str, str], ...] = (
-    {"words": "errors types config"},
+    {"words": "errors strict types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
         "tensors": "attention bank kernels native weights targets lora losses",
@@ -28,8 +28,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {"learning": "jobs learner train sequence courses evaluate"},
     {
-        "keeping": "manifest card folder gguf_adapter atomic lockfile pool trust shelf runlog checkpoint "
-        "pictures endpoint hub signing publish pull search"
+        "keeping": "manifest card lora_config guard folder gguf_adapter atomic lockfile pool trust shelf "
+        "runlog checkpoint pictures endpoint hub signing publish pull search"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub demo kernels_bench lines "
@@ -46,7 +46,7 @@ DOORS = {
     "datasets": "task_file",
     "gguf": "gguf_adapter",
     "huggingface_hub": "hub",
-    "numpy": "metrics",
+    "numpy": "guard metrics",
     "pydantic": "config lockfile manifest options signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
