@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import queue
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -88,11 +87,16 @@ def read_folder(
             " (pickled .bin weights are never opened; save with safetensors)"
         )
     config = read_regular(folder / CONFIG, CONFIG_BYTES)
-    with _Hash() as digest:
-        data = read_regular(folder / WEIGHTS, WEIGHTS_BYTES, _room, digest.follow)
+    data = read_regular(folder / WEIGHTS, WEIGHTS_BYTES, _room)
+    digest = hashlib.sha256()
+    hashing = threading.Thread(target=digest.update, args=(data,))  # on another core
+    hashing.start()
+    try:
         checked = check(folder, config, data, layers)
         weights = _weights(torch.frombuffer(data, dtype=torch.uint8), checked)
-        weights.finite()  # remembered: whoever asks later need not wait
+    finally:
+        hashing.join()
+    weights.finite()  # remembered: whoever asks later need not wait; torch needs both cores for it
     return weights, checked.config, digest.hexdigest()
 
 
@@ -123,33 +127,6 @@ def _tensors(
         own = data[tensor.begin : tensor.end].clone()
         found[name] = own.view(DTYPES[tensor.dtype]).view(tensor.shape)
     return found, None
-
-
-class _Hash:
-    """The sha256 of what is being read, on another core while reading and checking go on."""
-
-    def __enter__(self) -> _Hash:
-        self._digest = hashlib.sha256()
-        self._pieces: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pieces.put(None)
-        self._thread.join()
-
-    def follow(self, piece: memoryview) -> None:
-        """Hash one more piece."""
-        self._pieces.put(piece)
-
-    def hexdigest(self) -> str:
-        """Return the digest; after the block."""
-        return self._digest.hexdigest()
-
-    def _work(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            self._digest.update(piece)
 
 
 def _room(size: int) -> memoryview:

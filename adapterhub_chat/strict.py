@@ -11,8 +11,6 @@ from typing import Any
 
 from adapterhub_chat.errors import AdapterError
 
-PIECE = 2**20
-"""Bytes that are read at once."""
 SHOWN = 5
 """Names that a message lists."""
 
@@ -21,12 +19,10 @@ def read_regular(
     path: Path,
     limit: int,
     room: Callable[[int], memoryview] = lambda size: memoryview(bytearray(size)),
-    follow: Callable[[memoryview], None] = lambda _piece: None,
 ) -> memoryview:
     """Return a file's bytes in what `room(size)` gives; raise AdapterError when it is not simply a file.
 
-    A link could lead anywhere and a pipe would never end; neither is followed or waited for. `follow` is
-    given every piece as soon as it was read.
+    A link could lead anywhere and a pipe would never end; neither is followed or waited for.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -34,15 +30,15 @@ def read_regular(
         if path.is_symlink():
             raise AdapterError(f"{path} is a link; an adapter consists of files") from error
         raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise AdapterError(f"{path} is not a regular file; an adapter consists of files")
     with os.fdopen(handle, "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{path} is not a regular file; an adapter consists of files")
         if status.st_size > limit:
             raise AdapterError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are read")
         view, place = room(status.st_size), 0
-        while place < len(view) and (count := file.readinto(view[place : place + PIECE])):
-            follow(view[place : place + count])
+        while place < len(view) and (count := file.readinto(view[place:])):
             place += count
     if place != status.st_size:
         raise AdapterError(f"{path} changed while it was read; try again")

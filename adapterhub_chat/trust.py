@@ -65,11 +65,7 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
             len(found) == 1, "unverified" if len(found) == 1 else "refused", tuple(found)
         )
     its = stored.manifest.fingerprint
-    for difference in its.differences(mine):
-        found.append(
-            f"the backbone's {difference} is {getattr(mine, difference)!r}, the adapter was made for "
-            f"{getattr(its, difference)!r}; load it on {stored.manifest.backbone!r}"
-        )
+    found += fingerprint_misfits(stored.manifest, mine)
     if found:
         return Verdict(False, "refused", tuple(found))
     if status == "compatible":
@@ -78,6 +74,16 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
             f"this backbone is {mine.dtype} ({mine.quantization} quantization)"
         )
     return Verdict(True, status, tuple(found))
+
+
+def fingerprint_misfits(manifest: Manifest, backbone: Fingerprint) -> list[str]:
+    """Return a sentence for each field in which a backbone is another than the adapter's."""
+    its = manifest.fingerprint
+    return [
+        f"the backbone's {field} is {getattr(backbone, field)!r}, the adapter was made for "
+        f"{getattr(its, field)!r}; load it on {manifest.backbone!r}"
+        for field in its.differences(backbone)
+    ]
 
 
 def make_probe(model: AdapterModel, name: str) -> Probe:

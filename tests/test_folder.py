@@ -598,4 +598,9 @@ def test_all_misfits_with_the_backbone_stand_in_one_message(folder, refuses):
             tensors[key("model.layers.9.mlp.up_proj", factor)] = torch.zeros(4, 4)
 
     edit_tensors(folder, change)
-    refuses(folder, "7 -> 32", f"{SECOND}: some numbers are not finite", "layers.9.mlp.up_proj")
+    refuses(
+        folder,
+        "7 -> 32",
+        f"{SECOND}: some numbers of lora_B are not finite",
+        "layers.9.mlp.up_proj",
+    )

@@ -245,7 +245,7 @@ def test_another_scaling_is_refused(hub, kept):
         ({"tokens": [1, 300, 2, 3, 4]}, "token 300, the backbone has 300"),
         ({"tokens": [1, 2]}, "2 tokens have 5 log-probabilities"),
         ({"backbone_logprobs": [-1.0]}, "5 tokens have 1 log-probabilities"),
-        ({"logprobs": [-1.0, float("nan"), -1.0, -1.0, -1.0]}, "probe.logprobs.1"),
+        ({"logprobs": [-1.0, float("nan"), -1.0, -1.0, -1.0]}, "NaN is no JSON number"),
         ({"logprobs": [-90.0] * 5}, "is off by"),
         ({"prompt": ""}, "probe.prompt"),
     ],
@@ -440,7 +440,7 @@ def test_weights_that_are_not_the_manifests_are_refused(hub, kept):
 
 def test_a_damaged_manifest_is_refused(hub, kept):
     (kept / MANIFEST).write_text("{")
-    assert_refused(hub, kept, MANIFEST, "invalid JSON")
+    assert_refused(hub, kept, MANIFEST, "is not valid JSON")
 
 
 def test_a_damaged_config_is_refused(hub, kept):
@@ -456,7 +456,7 @@ def test_shapes_and_fingerprint_misfits_stand_in_one_message(hub, kept, other_fo
         there,
         kept,
         f"{first}: the adapter maps 31 -> 32",
-        "model.layers.1.mlp.up_proj: some numbers are not finite",
+        "model.layers.1.mlp.up_proj: some numbers of lora_A and lora_B are not finite",
         "the backbone's weights is",
     )
 
@@ -471,7 +471,7 @@ def test_a_refused_adapter_leaves_the_loaded_one_of_its_name_at_work(hub, kept, 
     with pytest.raises(AdapterError, match="no effect"):
         hub.load(forged)
     (kept / WEIGHTS).write_bytes(b"torn")
-    with pytest.raises(AdapterError, match="cannot be read"):
+    with pytest.raises(AdapterError, match="no safetensors file"):
         hub.load("a")
     assert hub.model.names == ("a",)
     assert torch.equal(hub.next_token_logits(PROMPTS, ["a", None]), before)
