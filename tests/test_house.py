@@ -14,7 +14,13 @@ import adapterhub_chat
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "adapterhub_chat"
-MODULES = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / PACKAGE).glob("*.py"))}
+MODULES = {
+    ".".join(p.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(
+        ".__init__"
+    ): p.read_text("utf-8")
+    for p in sorted((ROOT / PACKAGE).rglob("*.py"))
+    if "_shipped" not in p.parts
+}
 TASKS = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / "tasks").glob("*.py"))}
 
 # A module imports from its own room and from rooms on lower floors; rooms on one floor stay apart.
@@ -26,7 +32,10 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
-    {"learning": "jobs learner train sequence courses evaluate"},
+    {
+        "learning": "jobs learner train sequence courses evaluate transfer transfer.maxent transfer.select "
+        "transfer.methods transfer.run"
+    },
     {
         "keeping": "manifest card lora_config guard folder gguf_adapter atomic lockfile pool trust shelf "
         "runlog checkpoint pictures endpoint hub signing publish pull search"
@@ -91,8 +100,12 @@ def imports(tree: ast.AST) -> Iterator[str]:
 def own_imports(source: str) -> set[str]:
     """Return the package's modules that `source` imports; `__init__` stands for its public names."""
     parts = (name.split(".") for name in imports(ast.parse(source)))
-    own = (part[1] if len(part) > 1 else "" for part in parts if part[0] == PACKAGE)
-    return {name if name in MODULES else "__init__" for name in own}
+    own = (part[1:] for part in parts if part[0] == PACKAGE)
+    named = (
+        next((m for m in (".".join(p[:2]), p[0] if p else "") if m in MODULES), "__init__")
+        for p in own
+    )
+    return set(named)
 
 
 def misfits(module: str, source: str) -> Iterator[str]:
