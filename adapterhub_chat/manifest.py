@@ -57,6 +57,29 @@ class Training(BaseModel):
     note: str = ""
 
 
+class TransferReport(BaseModel):
+    """What a transfer was judged to be, on the target's validation examples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    source_sha256: str = ""
+    method: str
+    shots: int
+    baseline: str
+    verdict: Literal["helps", "neutral", "hurts"]
+    gain: FiniteFloat = Field(description="Over the baseline; more is better, whatever the metric.")
+    low: FiniteFloat
+    high: FiniteFloat
+    values: dict[str, FiniteFloat] = Field(default_factory=dict, description="Of every candidate.")
+    verdicts: dict[str, Literal["helps", "neutral", "hurts"]] = Field(default_factory=dict)
+    effective: FiniteFloat | None = Field(
+        default=None, description="Effective sample size of a reweighted source, as a share of it."
+    )
+    lam: FiniteFloat | None = Field(default=None, description="Multiplier of its weights.")
+    seconds: FiniteFloat = 0.0
+
+
 class Probe(BaseModel):
     """A prompt and what the adapter answers to it: proof, on load, that the adapter does something."""
 
@@ -106,6 +129,7 @@ class Manifest(BaseModel):
     training: Training = Training()
     scores: tuple[Score, ...] = ()
     probe: Probe | None = None
+    transfer: TransferReport | None = None
     published: str = Field(default="", description="The repository on a Hub that it was pushed to.")
 
     @property

@@ -43,7 +43,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub demo kernels_bench lines "
         "mixed_bench opening options orders peers peers_bench pool_bench predict progress swap_bench "
-        "terminal train_bench workshop"
+        "terminal train_bench workshop sharing transferring cli_transfer"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -62,7 +62,7 @@ DOORS = {
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
     "transformers": "backbone",
-    "typer": "cli cli_hub options",
+    "typer": "cli cli_hub cli_transfer options",
     "yaml": "card sources",
 }
 LAZY = {

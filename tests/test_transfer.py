@@ -7,7 +7,7 @@ import torch
 from conftest import toy_answers, toy_task
 
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.errors import DataError, UsageError
+from adapterhub_chat.errors import AdapterError, DataError, UsageError
 from adapterhub_chat.jobs import Job, make_job
 from adapterhub_chat.learner import Part
 from adapterhub_chat.task import Splits, Task
@@ -200,3 +200,61 @@ def test_examples_with_contracts_of_their_own_are_asked_as_the_targets(source):
     odd = Example({"text": "x"}, "good", contract=toy_answers().contract)
     kept = make_setting(source, parts_of(toy_task(), train=(odd,)), toy_task("t"), 0, QUICK)
     assert kept.source_examples == [odd]
+
+
+# ---- from names to an adapter in the pool --------------------------------------------------------
+
+
+@pytest.fixture
+def taught(hub):
+    """A hub whose pool has a source adapter."""
+    hub.train([toy_task()], names=["source"], max_steps=12, rows_per_step=1, learning_rate=0.02)
+    return hub
+
+
+FEW = {"max_steps": 8, "rows_per_step": 1, "learning_rate": 0.02, "eval_examples": 12}
+
+
+def test_a_transfer_ends_as_an_adapter_with_its_verdict(taught):
+    done = taught.transfer("source", toy_task("target"), shots=4, source_task=toy_task(), **FEW)
+    report = done.manifest.transfer
+    assert done.manifest.name == "target-from-source"
+    assert report.method == done.outcome.chosen
+    assert report.verdict == done.outcome.candidates[report.method].verdict.word
+    assert set(report.values) == set(done.outcome.candidates)
+    assert done.manifest.training.how == "transfer"
+    source = taught.pool.manifest("source").sha256
+    assert done.manifest.training.parents in ((source,), ())
+    assert [s.task for s in done.manifest.scores] == ["target"]
+    assert taught.verify("target-from-source").ok
+    assert "## Transfer" in (taught.pool.root / "target-from-source" / "README.md").read_text()
+    assert taught.predict("target-from-source", ["good good film"])[0].label in ("good", "bad")
+
+
+@pytest.mark.parametrize("method", ["target", "finetune", "stack", "maxent"])
+def test_each_method_can_be_asked_for(taught, method):
+    target = toy_task("target")
+    done = taught.transfer(
+        "source", target, method, name="made", shots=4, source_task=toy_task(), **FEW
+    )
+    assert done.outcome.chosen == method
+    assert taught.pool.manifest("made").transfer.method == method
+    if method == "stack":
+        assert taught.pool.load("made").weights.max_rank == 16  # the source's ranks and its own
+
+
+def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
+    access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
+    taught.transfer("source", toy_task("target"), "stack", shots=4, source_task=toy_task(), **FEW)
+    manifest = taught.pool.manifest("target-from-source")
+    worse = manifest.transfer.model_copy(update={"verdict": "hurts", "gain": -0.2})
+    taught.pool.describe(manifest.name, manifest.model_copy(update={"transfer": worse}))
+    with pytest.raises(AdapterError, match=r"judged to hurt beside target \(gain -0.200\)"):
+        taught.push("target-from-source", "alice/x", **access)
+    taught.push("target-from-source", "alice/x", force=True, **access)
+    assert "made it hurt" in (taught.pool.root / manifest.name / "README.md").read_text()
+
+
+def test_a_source_must_say_what_it_learnt(taught):
+    with pytest.raises(UsageError, match=r"unknown task 'toy'|source_task"):
+        taught.transfer("source", toy_task("target"), shots=4, **FEW)
