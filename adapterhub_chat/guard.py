@@ -22,10 +22,10 @@ from adapterhub_chat.lora_config import config_misfits, pattern_value, rebuilt
 from adapterhub_chat.strict import SHOWN, parse_json, shown
 
 CONFIG_BYTES = 64 * 2**10
-HEADER_BYTES, WEIGHTS_BYTES = 4 * 2**20, 2 * 2**30
+HEADER_BYTES, WEIGHTS_BYTES = 2**20, 2 * 2**30
 CACHED_BYTES = 256 * 2**10
 """Headers up to this length are remembered: the adapters of one backbone mostly have one."""
-MOST_TENSORS = 50_000
+MOST_TENSORS = 6_000
 MOST_CHANGE = 10.0
 """Root mean square of the numbers of an update, as scale * |A| * |B| / sqrt(out * in) bounds it. Backbones'
 own weights have 0.02 to 0.1; an honest update has less."""

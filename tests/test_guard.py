@@ -207,12 +207,12 @@ BAD = {
     # the header
     "header of 2^62 bytes": (raw(lambda data: struct.pack("<Q", 2**62) + data[8:]), "no safetensors file"),
     "header of 101 MB": (grow(WEIGHTS, 2**20), "do not fill"),
-    "header longer than is read": (raw(lambda d: struct.pack("<Q", HEADER_BYTES + 1) + b" " * (HEADER_BYTES + 2)), "at most 4,194,304"),
+    "header longer than is read": (raw(lambda d: struct.pack("<Q", HEADER_BYTES + 1) + b" " * (HEADER_BYTES + 2)), "at most 1,048,576"),
     "header of no JSON": (header(lambda _: b"not json"), "not valid JSON"),
     "header of a list": (header(lambda _: b"[1]"), "name at most"),
     "header that is deep": (header(lambda _: b"[" * 90_000), "not valid JSON"),
     "header not UTF-8": (header(lambda _: b'{"\xff": 1}'), "not valid JSON"),
-    "header of 60,000 tensors": (header(lambda e: {f"t{n}": {} for n in range(60_000)}), "name at most 50,000"),
+    "header of 7,000 tensors": (header(lambda e: {f"t{n}": {} for n in range(7_000)}), "name at most 6,000"),
     "tensors overlap": (header(overlap), "do not fi"),
     "a tensor twice": (header(twice), "there twice"),
     "a gap": (of_first(data_offsets=[4, 516]), "do not fill"),
@@ -520,18 +520,18 @@ print(json.dumps([min(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_max
 
 
 def big_header():
-    """4 MB of header that almost fits: 30,000 small tensors with long names."""
+    """1 MB of header that almost fits: 6,000 small tensors with long names."""
     entries = {
-        f"base_model.model.layer{n:05d}.{'x' * 20}.lora_A.weight": {
+        f"base_model.model.layer{n:05d}.{'x' * 60}.lora_A.weight": {
             "dtype": "F32",
             "shape": [1, 1],
             "data_offsets": [4 * n, 4 * n + 4],
         }
-        for n in range(30_000)
+        for n in range(6_000)
     }
     text = json.dumps(entries).encode()
-    assert 3 * 2**20 < len(text) <= HEADER_BYTES
-    return struct.pack("<Q", len(text)) + text + b"\0" * 120_000
+    assert 0.8 * HEADER_BYTES < len(text) <= HEADER_BYTES
+    return struct.pack("<Q", len(text)) + text + b"\0" * 24_000
 
 
 def large_adapter():
@@ -566,7 +566,7 @@ def test_the_worst_case_is_cheap(make, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, memory = json.loads(done.stdout)
-    assert seconds < 0.1 * 4  # a quiet machine takes less than 0.1
+    assert seconds < 0.1
     assert memory < 100e6
 
 
