@@ -22,7 +22,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors strict types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
-        "tensors": "attention bank kernels native weights targets lora losses",
+        "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
+        "weight_search",
     },
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
