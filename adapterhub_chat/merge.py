@@ -320,7 +320,7 @@ def setting_misfits(
     """Yield what is wrong with a merge of `count` sources before anything of them is read."""
     chosen = METHODS.get(method)
     if chosen is None:
-        yield f"unknown method {method!r}; known: {', '.join(METHODS)}"
+        yield f"unknown method {method!r}; known: {', '.join(METHODS)} (and auto, in a hub)"
     if weights is not None:
         if len(weights) != count:
             yield f"{count} adapters but {len(weights)} weights: give one per adapter"

@@ -27,15 +27,15 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
-    {"learning": "jobs learner train sequence courses evaluate"},
+    {"learning": "jobs learner train sequence courses evaluate retention"},
     {
         "keeping": "manifest card lora_config guard folder gguf_adapter atomic lockfile pool trust shelf "
         "runlog checkpoint pictures endpoint hub signing publish pull search"
     },
     {
-        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub demo kernels_bench lines "
-        "mixed_bench opening options orders peers peers_bench pool_bench predict progress swap_bench "
-        "terminal train_bench workshop"
+        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge demo kernels_bench "
+        "lines merge_choice merge_order merging mixed_bench opening options ordering orders peers "
+        "peers_bench pool_bench predict progress swap_bench terminal train_bench workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -54,7 +54,7 @@ DOORS = {
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
     "transformers": "backbone",
-    "typer": "cli cli_hub options",
+    "typer": "cli cli_hub cli_merge options",
     "yaml": "card sources",
 }
 LAZY = {
