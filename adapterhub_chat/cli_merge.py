@@ -43,10 +43,14 @@ def merge(
     ] = None,
     rank: Annotated[int | None, typer.Option(help=FIELDS["rank"].description)] = None,
     density: Annotated[float | None, typer.Option(help=FIELDS["density"].description)] = None,
-    seed: Annotated[int, typer.Option(help=FIELDS["seed"].description)] = 0,
-    limit: Annotated[int, typer.Option(help=FIELDS["limit"].description)] = 50,
-    floor: Annotated[float, typer.Option(help=FIELDS["floor"].description)] = 0.5,
-    budget: Annotated[int, typer.Option(help=FIELDS["budget"].description)] = 40,
+    seed: Annotated[int, typer.Option(help=FIELDS["seed"].description)] = FIELDS["seed"].default,
+    limit: Annotated[int, typer.Option(help=FIELDS["limit"].description)] = FIELDS["limit"].default,
+    floor: Annotated[float, typer.Option(help=FIELDS["floor"].description)] = FIELDS[
+        "floor"
+    ].default,
+    budget: Annotated[int, typer.Option(help=FIELDS["budget"].description)] = FIELDS[
+        "budget"
+    ].default,
     backbone: BackboneOption = "smollm2-135m",
     pool: PoolOption = Path("adapters"),
     quantize: QuantizeOption = None,

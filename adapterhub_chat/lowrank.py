@@ -41,13 +41,6 @@ def compress(delta: Pair | Tensor, rank: int) -> tuple[Pair, float, float]:
     return (functional.pad(b, (0, spare)), functional.pad(a, (0, 0, 0, spare))), kept, total
 
 
-def distance(one: Pair, other: Pair) -> float:
-    """Return |one - other| / |one| of two deltas, in Frobenius norms."""
-    gap = _svd(*joined([one, (-other[0], other[1])]))[1].norm()
-    size = _svd(*one)[1].norm()
-    return float(gap / size) if size > 0 else float(gap)
-
-
 def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V^T of B A, from a small square core (arXiv 0909.4061, section 3)."""
     q_b, r_b = torch.linalg.qr(b)

@@ -123,8 +123,7 @@ def _check_identity(shelf: Shelf, order: MergeOrder, sources: Sequence[Stored]) 
     density = None if METHODS[order.method].density is None else 1.0
     for source in sources:
         alone = merge([source.weights], [1.0], method=order.method, density=density)
-        known = source.manifest.probe if source.manifest else None
-        probe = known or make_probe(shelf.model, source.name)
+        probe = make_probe(shelf.model, source.name)
         with shelf.on_trial(source.name, alone.weights) as trial:
             if problem := probe_problem(shelf.model, trial, probe, "exact"):
                 raise AdapterError(

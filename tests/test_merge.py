@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from adapterhub_chat.bank import linear_shapes
 from adapterhub_chat.errors import ConfigError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, config_of, write_weights
-from adapterhub_chat.lowrank import EXACT_SIDE, compress, distance
+from adapterhub_chat.lowrank import EXACT_SIDE, compress
 from adapterhub_chat.merge import METHODS, Method, default_weights, merge
 from adapterhub_chat.sparsify import drop, drop_small, keep_largest
 from adapterhub_chat.types import as_mix
@@ -268,14 +268,6 @@ def test_a_sketch_of_a_large_matrix_finds_what_an_svd_finds():
     (b, a), kept, total = compress(matrix, 12)
     torch.testing.assert_close(b @ a, matrix.double(), atol=1e-3, rtol=1e-4)
     assert kept == pytest.approx(total, rel=1e-6)
-
-
-def test_the_distance_of_two_deltas_is_that_of_their_products():
-    one, other = torch.randn(7, 2).double(), torch.randn(2, 9).double()
-    third = (torch.randn(7, 3).double(), torch.randn(3, 9).double())
-    wanted = (one @ other - third[0] @ third[1]).norm() / (one @ other).norm()
-    assert distance((one, other), third) == pytest.approx(float(wanted))
-    assert distance((one, other), (one * 2, other / 2)) == pytest.approx(0, abs=1e-12)
 
 
 # ---- properties ----------------------------------------------------------------------------------
