@@ -33,8 +33,8 @@ def render_card(manifest: Manifest) -> str:
     if manifest.about:
         parts.append(f"{_text(manifest.about)}\n")
     parts.append(f"A LoRA adapter for `{_text(manifest.base_model)}`.\n")
-    parts += [_warning(manifest), _scores(manifest), _transfer(manifest), _use(manifest)]
-    parts.append(_training(manifest))
+    parts += [_warning(manifest), _scores(manifest), _transfer(manifest), _merge(manifest)]
+    parts += [_use(manifest), _training(manifest)]
     return "\n".join(part for part in parts if part)
 
 
@@ -149,6 +149,35 @@ def _scores(manifest: Manifest) -> str:
             f"| {beside} | {s.n} | {_text(s.precision)} |"
         )
     lines.append("\nMeasured on the test split; both columns on the same items.\n")
+    return "\n".join(lines)
+
+
+def _merge(manifest: Manifest) -> str:
+    report = manifest.merge
+    if report is None:
+        return ""
+    weights = ", ".join(f"{_text(name)} x {w:g}" for name, w in report.weights.items())
+    lines = [
+        "## Merge\n",
+        f"Made of {weights} by {_text(report.method)}, rank {report.rank}, which holds "
+        f"{report.energy:.1%} of the merged update.\n",
+    ]
+    if report.retention:
+        lines += [
+            "| source | task | metric | alone | merged | kept | 95 % interval | items |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {_text(r.adapter)} | {_text(r.task)} | {_text(r.metric)} | {r.single:.3f} | {r.merged:.3f} "
+            f"| {r.value:.3f} | {r.low:.3f} to {r.high:.3f} | {r.n} |"
+            for r in report.retention
+        ]
+        lines.append("")
+    drifts = (f"{_text(name)} {value:.4f}" for name, value in report.drift.items())
+    if report.drift:
+        lines.append(f"Drift on the probe prompts (KL, nats): {', '.join(drifts)}.\n")
+    if report.verdict:
+        lines.append(f"**{_text(report.verdict)}**\n")
     return "\n".join(lines)
 
 

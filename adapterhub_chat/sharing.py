@@ -13,7 +13,7 @@ from adapterhub_chat.publish import Published, push
 from adapterhub_chat.pull import Pulled, pull, pull_locked
 from adapterhub_chat.search import Found, search
 from adapterhub_chat.shelf import Shelf
-from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.task import Task, as_task
 from adapterhub_chat.workshop import SILENT, Listeners
 
 
@@ -40,7 +40,7 @@ class Sharing:
         return adopt(
             self._shelf,
             source,
-            load_task(task) if isinstance(task, str | Path) else task,
+            as_task(task),
             name,
             limit,
             listeners,

@@ -185,7 +185,7 @@ class Shelf:
         """
         probe = None
         if probing:
-            with self._on_trial(manifest.name, weights) as trial:
+            with self.on_trial(manifest.name, weights) as trial:
                 probe = make_probe(self.model, trial)
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
@@ -194,6 +194,16 @@ class Shelf:
         self._hold(stored)
         assert stored.manifest is not None
         return stored.manifest
+
+    @contextmanager
+    def on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
+        """Load weights under a name that nobody uses, for as long as the block runs."""
+        trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
+        self.model.load(trial, weights)
+        try:
+            yield trial
+        finally:
+            self.model.unload(trial)
 
     def record(self, scores: Sequence[Score]) -> None:
         """Write scores into the manifests and cards of the pool members that they belong to."""
@@ -253,18 +263,8 @@ class Shelf:
         probe = stored.manifest.probe if stored.manifest else None
         if probe is None:
             return ""
-        with self._on_trial(stored.name, stored.weights) as trial:
+        with self.on_trial(stored.name, stored.weights) as trial:
             return probe_problem(self.model, trial, probe, verdict.status)
-
-    @contextmanager
-    def _on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
-        """Load weights under a name that nobody uses, for as long as the block runs."""
-        trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
-        self.model.load(trial, weights)
-        try:
-            yield trial
-        finally:
-            self.model.unload(trial)
 
 
 def _identity(stored: Stored) -> str | None:

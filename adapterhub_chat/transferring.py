@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.config import TrainConfig, read_settings
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.manifest import Manifest, Training, TransferReport
 from adapterhub_chat.pool import Stored, check_name
@@ -26,6 +26,11 @@ BUDGET: Mapping[str, Any] = {
     "patience": 0,
 }
 """Settings of every method where none are given: so many steps, and as much to judge by."""
+
+
+def transfer_config(settings: Mapping[str, Any]) -> TrainConfig:
+    """Return the budget of every method: BUDGET under the given fields of TrainConfig."""
+    return read_settings(TrainConfig, {**BUDGET, **settings}, "the transfer")
 
 
 @dataclass(frozen=True)

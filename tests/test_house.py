@@ -28,22 +28,24 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors strict types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
-        "tensors": "attention bank kernels native weights targets lora losses",
+        "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
+        "weight_search",
     },
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
-        "learning": "jobs learner train sequence courses evaluate transfer transfer.maxent transfer.select "
-        "transfer.methods transfer.run"
+        "learning": "jobs learner train sequence courses evaluate retention transfer transfer.maxent "
+        "transfer.select transfer.methods transfer.run"
     },
     {
         "keeping": "manifest card lora_config guard folder gguf_adapter atomic lockfile pool trust shelf "
         "runlog checkpoint pictures endpoint hub signing publish pull search"
     },
     {
-        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub demo kernels_bench lines "
-        "mixed_bench opening options orders peers peers_bench pool_bench predict progress swap_bench "
-        "terminal train_bench workshop sharing transferring cli_transfer"
+        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
+        "kernels_bench lines merge_choice merge_order merging mixed_bench opening options ordering orders "
+        "peers peers_bench pool_bench predict progress sharing swap_bench terminal train_bench transferring "
+        "workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -62,7 +64,7 @@ DOORS = {
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
     "transformers": "backbone",
-    "typer": "cli cli_hub cli_transfer options",
+    "typer": "cli cli_hub cli_merge cli_transfer options",
     "yaml": "card sources",
 }
 LAZY = {
