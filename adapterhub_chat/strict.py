@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -49,7 +50,10 @@ def parse_json(data: bytes | memoryview, what: object) -> Any:
     """Return what JSON says; raise AdapterError for what two readers could understand differently."""
     try:
         return json.loads(
-            bytes(data).decode(), object_pairs_hook=_unique, parse_constant=_no_constant
+            bytes(data).decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{what} is not valid JSON: {str(error)[:200]}") from error
@@ -61,6 +65,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = {key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])}
         raise ValueError(f"a key is there twice: {', '.join(map(repr, sorted(twice)[:SHOWN]))}")
     return found
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is too large for a number")
+    return value
 
 
 def _no_constant(word: str) -> Any:
