@@ -26,6 +26,8 @@ HEADER_BYTES, WEIGHTS_BYTES = 2**20, 2 * 2**30
 CACHED_BYTES = 256 * 2**10
 """Headers up to this length are remembered: the adapters of one backbone mostly have one."""
 MOST_TENSORS = 6_000
+MOST_SQUARE = 1e12
+"""Sum of the squares of a factor's numbers: beyond it they are no numbers in the backbone's own type."""
 MOST_CHANGE = 10.0
 """Root mean square of the numbers of an update, as scale * |A| * |B| / sqrt(out * in) bounds it. Backbones'
 own weights have 0.02 to 0.1; an honest update has less."""
@@ -233,7 +235,7 @@ def _number_misfits(settings: Mapping[str, Any], pairs: Pairs, data: memoryview)
         squares = {
             factor: _square_sum(data[t.begin : t.end], t.dtype) for factor, t in pair.items()
         }
-        bad = [f"lora_{factor}" for factor, square in squares.items() if not math.isfinite(square)]
+        bad = [f"lora_{factor}" for factor, square in squares.items() if not square < MOST_SQUARE]
         if bad:
             found.append(f"{module}: some numbers of {' and '.join(bad)} are not finite")
             continue

@@ -169,7 +169,7 @@ class Manifest(BaseModel):
     contract: PromptContract
     metric: str = ""
     training: Training = Training()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[Score, ...] = Field(default=(), max_length=1000)
     probe: Probe | None = None
     transfer: TransferReport | None = None
     merge: MergeReport | None = None

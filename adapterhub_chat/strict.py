@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def parse_json(data: bytes | memoryview, what: object) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = {key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n])}
+        twice = {key for key, count in Counter(key for key, _ in pairs).items() if count > 1}
         raise ValueError(f"a key is there twice: {', '.join(map(repr, sorted(twice)[:SHOWN]))}")
     return found
 
