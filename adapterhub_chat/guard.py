@@ -25,7 +25,7 @@ CONFIG_BYTES = 64 * 2**10
 HEADER_BYTES, WEIGHTS_BYTES = 2**20, 2 * 2**30
 CACHED_BYTES = 256 * 2**10
 """Headers up to this length are remembered: the adapters of one backbone mostly have one."""
-MOST_TENSORS = 6_000
+MOST_TENSORS, MOST_DIMENSIONS = 6_000, 8
 MOST_SQUARE = 1e12
 """Sum of the squares of a factor's numbers: beyond it they are no numbers in the backbone's own type."""
 MOST_CHANGE = 10.0
@@ -159,9 +159,9 @@ def _tensor(entry: Any) -> Tensor | str:
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         return f"holds numbers of type {shown(dtype)}, which LoRA has not"
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(
-            type(n) is int and 0 <= n < 2**62 for n in numbers
-        ):
+        if not isinstance(numbers, list) or len(numbers) > MOST_DIMENSIONS:
+            return f"has the {what} {shown(numbers)}"
+        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             return f"has the {what} {shown(numbers)}"
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
         return f"has the shape {shape} and the place {shown(offsets)}, which do not fit"

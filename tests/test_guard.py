@@ -220,6 +220,7 @@ BAD = {
     "int8 numbers": (put(FIRST, np.zeros((4, 32), np.int8)), "numbers of type 'I8'"),
     "a shape that overflows": (of_first(shape=[2**33, 2**33]), "has the shape"),
     "a huge shape": (of_first(shape=[2**63, 1]), "has the shape"),
+    "a shape of 48,000 numbers": (of_first(shape=[2**61] * 48_000), "has the shape"),
     "a negative shape": (of_first(shape=[-4, -32]), "has the shape"),
     "a shape of fractions": (of_first(shape=[4.0, 32]), "has the shape"),
     "a shape of booleans": (of_first(shape=[True, 128]), "has the shape"),
