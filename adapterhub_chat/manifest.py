@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +20,11 @@ from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.learner import Trained
 from adapterhub_chat.metrics import METRICS
+from adapterhub_chat.strict import parse_json, read_bytes
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
-FILE = "adapterhub.json"
+FILE, MAX_BYTES = "adapterhub.json", 2**20
 How = Literal["joint", "sequence", "shared", "merge", "transfer", "foreign"]
 
 
@@ -187,14 +189,15 @@ def _is_worse(score: Score) -> bool:
 def read_manifest(folder: Path) -> Manifest | None:
     """Return a folder's manifest, None when it has none; raise AdapterError listing every misfit."""
     path = folder / FILE
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}") from error
+    data = read_bytes(path, MAX_BYTES)
+    try:
+        return Manifest.model_validate(parse_json(data))
     except ValidationError as error:
         raise AdapterError(join_misfits(str(path), explain(error, Manifest))) from error
+    except ValueError as error:
+        raise AdapterError(f"{path} is not valid JSON: {error}") from error
 
 
 def dump_manifest(manifest: Manifest) -> str:

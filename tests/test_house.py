@@ -28,8 +28,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {"learning": "jobs learner train sequence courses evaluate"},
     {
-        "keeping": "manifest card folder gguf_adapter atomic lockfile pool trust shelf runlog checkpoint "
-        "pictures endpoint hub signing publish pull search"
+        "keeping": "strict peft_config guard manifest card folder gguf_adapter atomic lockfile pool trust "
+        "shelf runlog checkpoint pictures endpoint hub signing publish pull search"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub demo kernels_bench lines "
@@ -46,7 +46,7 @@ DOORS = {
     "datasets": "task_file",
     "gguf": "gguf_adapter",
     "huggingface_hub": "hub",
-    "numpy": "metrics",
+    "numpy": "guard metrics",
     "pydantic": "config lockfile manifest options signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",

@@ -34,10 +34,15 @@ CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["adapterhub_chat.pool", "pytest", "hypothesis"])
 
 
+UNIT = 2.0**-16
+"""So small that the numbers of every version could be those of a trained adapter."""
+
+
 def version(number, width=64):
     """What to save: every file of version n says n."""
+    unit = number * UNIT
     weights = AdapterWeights(
-        {"layer": (torch.full((8, width), number), torch.full((width, 8), -float(number)))},
+        {"layer": (torch.full((8, width), unit), torch.full((width, 8), -unit))},
         {"layer": float(number)},
     )
     manifest = Manifest(
@@ -57,8 +62,9 @@ def save(pool, name, number, width=64):
 def complete_version(stored):
     """Which version this is; fails when its files are not all of that one."""
     a, b = stored.weights.factors["layer"]
-    (number,) = a.unique().tolist()
-    assert b.unique().tolist() == [-number]
+    (unit,) = a.unique().tolist()
+    assert b.unique().tolist() == [-unit]
+    number = unit / UNIT
     assert stored.config["lora_alpha"] == number
     assert stored.manifest.about == f"version {number}"
     assert f"version {number}\n" in (stored.path / "README.md").read_text()
@@ -677,7 +683,7 @@ def test_a_reader_never_sees_half_a_version(pool):
             assert pool.names() == ["a"]
             stored = pool.load("a")
             a, _ = stored.weights.factors["layer"]
-            number = float(a[0, 0])
+            number = float(a[0, 0]) / UNIT
             assert stored.config["lora_alpha"] == number
             assert stored.manifest.about == f"version {number}"
             seen.append(number)
