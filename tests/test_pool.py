@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import functools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -153,6 +154,19 @@ def test_without_an_earlier_version_rolling_back_says_so(pool):
         pool.rollback("a")
     with pytest.raises(UnknownNameError, match="known: a"):
         pool.rollback("b")
+    assert contents(pool.root) == before
+    assert leftovers(pool) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "width", "reason"),
+    [(1e30, 64, "at most 65504"), (math.nan, 64, "not finite"), (1.0, 0, "cannot have the shape")],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(number, width, reason, pool):
+    save(pool, "a", 1)
+    before = contents(pool.root)
+    with pytest.raises(AdapterError, match=f"(?s)adapter 'a' is not saved: .*{reason}"):
+        save(pool, "a", number, width)
     assert contents(pool.root) == before
     assert leftovers(pool) == []
 
