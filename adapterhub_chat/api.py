@@ -5,52 +5,41 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from adapterhub_chat.adopt import adopt
 from adapterhub_chat.backbone import Quantize, load_backbone
-from adapterhub_chat.config import RunOptions, read_settings
 from adapterhub_chat.engine import Engine
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.generate import Request, Sampling, engine_of
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
-from adapterhub_chat.hub import Hub
 from adapterhub_chat.inputs import listed, text
 from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.merge_order import merge_order
+from adapterhub_chat.merging import merge_adapters
 from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.ordering import order_of
 from adapterhub_chat.pool import Pool
 from adapterhub_chat.predict import Prediction, predictions, replies
-from adapterhub_chat.publish import Published, push
-from adapterhub_chat.pull import Pulled, pull, pull_locked
-from adapterhub_chat.search import Found, search
+from adapterhub_chat.publish import Published
+from adapterhub_chat.pull import Pulled
+from adapterhub_chat.search import Found
+from adapterhub_chat.sharing import Sharing
 from adapterhub_chat.shelf import AdapterInfo, Shelf
-from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.task import Task, as_task
+from adapterhub_chat.transferring import TransferOrder, Transferred, make_transfer, transfer_config
 from adapterhub_chat.trust import Verdict
-from adapterhub_chat.types import (
-    NO_ADAPTER,
-    AdapterChoice,
-    Mix,
-    Score,
-    Turn,
-)
-from adapterhub_chat.workshop import (
-    SILENT,
-    Listeners,
-    Order,
-    configs_of,
-    judge_task,
-    make_adapters,
-    own_tasks,
-)
+from adapterhub_chat.types import NO_ADAPTER, AdapterChoice, Mix, Score, Turn
+from adapterhub_chat.workshop import SILENT, Listeners, judge_task, make_adapters, own_tasks
 
 
-class AdapterHub:
+class AdapterHub(Sharing):
     """One frozen backbone, a pool of adapters, and every way to use them together.
 
     `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that
@@ -115,94 +104,6 @@ class AdapterHub:
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter against this backbone: bytes, shapes, fingerprint, and the recorded probe."""
         return self._shelf.verify(source)
-
-    def adopt(
-        self,
-        source: str | Path,
-        task: str | Path | Task,
-        name: str | None = None,
-        *,
-        limit: int = 0,
-        listeners: Listeners = SILENT,
-    ) -> Manifest:
-        """Measure an adapter that plain PEFT made, and give it a manifest, a probe and a card in the pool.
-
-        `task` says how it is to be prompted and judged. Raises UsageError for one that has a manifest.
-        """
-        return adopt(self._shelf, source, _task(task), name, limit, listeners)
-
-    # -- the Hub -----------------------------------------------------------------------------------
-
-    def push(
-        self,
-        name: str,
-        repo: str,
-        *,
-        version: str | None = None,
-        private: bool = False,
-        force: bool = False,
-        sign: str | Path | None = None,
-        endpoint: str | None = None,
-        token: str | None = None,
-    ) -> Published:
-        """Publish a pool member as `user/name`, in one commit, under a version that never moves.
-
-        `version` is a new tag (None: the next of v1, v2, ...). Refused are adapters that were never
-        measured or lose to the backbone, unless `force`; then the card says so. `sign` is a private key
-        of `adapterhub-chat keygen`. `endpoint` None: HF_ENDPOINT, else huggingface.co; `token` None:
-        HF_TOKEN at that endpoint. Raises HubError with nothing half published.
-        """
-        hub, key = Hub(endpoint, token), None if sign is None else Path(sign)
-        done = push(
-            self.pool, name, repo, hub, version=version, private=private, force=force, key=key
-        )
-        self._shelf.refresh(name)
-        return done
-
-    def pull(
-        self,
-        repo: str,
-        revision: str | None = None,
-        *,
-        name: str | None = None,
-        require_signature: str | None = None,
-        replace: bool = False,
-        endpoint: str | None = None,
-        token: str | None = None,
-    ) -> Pulled:
-        """Bring an adapter from a Hub into the pool, checked as a stranger's, and pin it in the lock.
-
-        `revision` is a branch, tag or commit (None: main); `name` None takes the repository's. Raises
-        AdapterError, HubError or UsageError with the pool as it was: for what the guard or this backbone
-        refuses, another signer than `require_signature` (a public key), a name that the pool has from
-        elsewhere, a tag that moved. `replace` waives the last two.
-        """
-        hub = Hub(endpoint, token)
-        return pull(
-            self._shelf,
-            repo,
-            hub,
-            revision=revision,
-            name=name,
-            key=require_signature,
-            replace=replace,
-        )
-
-    def pull_locked(self, token: str | None = None) -> list[Pulled]:
-        """Bring the pool to what its `adapters.lock.json` says, to the byte."""
-        return pull_locked(self._shelf, token)
-
-    def search(
-        self,
-        text: str = "",
-        *,
-        author: str = "",
-        limit: int = 20,
-        endpoint: str | None = None,
-        token: str | None = None,
-    ) -> list[Found]:
-        """Return adapters on a Hub for this backbone: those made for its very weights first."""
-        return search(self.backbone, Hub(endpoint, token), text, author, limit)
 
     @contextlib.contextmanager
     def use(self, adapter: AdapterChoice) -> Iterator[AdapterHub]:
@@ -286,7 +187,7 @@ class AdapterHub:
         Inputs are texts, or the contract's fields by name; raises one DataError for all that do not fit.
         """
         (mix,) = self._shelf.ready([adapter])
-        contract = self._shelf.contract(mix) if task is None else _task(task).contract
+        contract = self._shelf.contract(mix) if task is None else as_task(task).contract
         if contract is None:
             raise UsageError(
                 f"adapter {str(mix)!r} has no prompt contract; name a task: predict(..., task='qa')"
@@ -320,24 +221,60 @@ class AdapterHub:
         from it. Ctrl-C keeps what was best so far, unmeasured, and warns. An adapter that has learnt
         nothing (interrupted or diverged at once) is not saved and not in the answer.
         """
-        loaded = [_task(task) for task in listed(tasks, "tasks")]
-        titles = [task.name for task in loaded] if names is None else list(names)
-        if len(titles) != len(loaded):
-            raise UsageError(f"{len(loaded)} tasks but {len(titles)} names: give one name per task")
-        if len(set(titles)) < len(titles):
-            raise UsageError(f"adapter names must differ: {', '.join(titles)}")
-        run = {key: value for key, value in shared.items() if key in RunOptions.model_fields}
-        common = {key: value for key, value in shared.items() if key not in run}
-        order = Order(
-            tasks=dict(zip(titles, loaded, strict=True)),
-            configs=configs_of(titles, common, settings or {}),
-            options=read_settings(RunOptions, {"how": how, **run}, "the run"),
-            sweeps=sweep or {},
-            save_dtype=save_dtype,
-            run_dir=None if run_dir is None else Path(run_dir),
-            resume=resume,
+        order = order_of(tasks, {"how": how, **shared}, names, settings or {})
+        folder = None if run_dir is None else Path(run_dir)
+        order = replace(
+            order, sweeps=sweep or {}, save_dtype=save_dtype, run_dir=folder, resume=resume
         )
         return make_adapters(self._shelf, order, listeners)
+
+    def transfer(
+        self,
+        source: str,
+        target: str | Path | Task,
+        method: str = "auto",
+        *,
+        name: str | None = None,
+        shots: int = 16,
+        source_task: str | Path | Task | None = None,
+        listeners: Listeners = SILENT,
+        **settings: Any,
+    ) -> Transferred:
+        """Make an adapter for a target task out of a source adapter; keep it when it is not worse.
+
+        `method` is target (few-shot, the baseline), finetune, stack, maxent, or auto: the one with the best
+        lower bound of those that help, else the baseline. `shots` labelled target examples are learnt from.
+        The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
+        manifest and card. `settings` are fields of TrainConfig, one budget for all methods. `source_task`
+        None: the task that the source was trained on.
+        """
+        config = transfer_config(settings)
+        teacher = None if source_task is None else as_task(source_task)
+        order = TransferOrder(source, as_task(target), method, name, shots, teacher, config)
+        return make_transfer(self._shelf, order, listeners)
+
+    def merge(
+        self,
+        names: Sequence[str],
+        method: str = "svd",
+        weights: Sequence[float] | Literal["learn"] | None = None,
+        *,
+        name: str,
+        tasks: Mapping[str, str | Path | Task] | None = None,
+        listeners: Listeners = SILENT,
+        **options: Any,
+    ) -> Manifest:
+        """Make one new adapter of several, measured against each of them; return its manifest.
+
+        `method` is a row of the table (docs/merging.md) or "auto": the one that keeps most of its sources'
+        scores on validation items. `weights` None are the method's own; "learn" searches for them.
+        `options` are fields of MergeOptions: rank, density, seed, limit, floor, budget. `tasks` says by
+        name what sources are judged by, where it is not what they were trained on. Raises ConfigError for
+        all that does not fit at once, AdapterError when a source alone does not come out as itself or
+        "auto" finds no method that keeps the floor.
+        """
+        order = merge_order(listed(names, "names"), method, weights, name, options)
+        return merge_adapters(self._shelf, order, tasks or {}, listeners)
 
     def evaluate(
         self,
@@ -363,7 +300,7 @@ class AdapterHub:
         if tasks is None:
             pairs = own_tasks(self._shelf, named)
         else:
-            pairs = [(_task(task), named) for task in listed(tasks, "tasks")]
+            pairs = [(as_task(task), named) for task in listed(tasks, "tasks")]
         judged = [judge_task(self.model, task, group, limit, listeners) for task, group in pairs]
         scores = [score for group in judged for score in group]
         if save:
@@ -391,10 +328,6 @@ class AdapterHub:
         mixes = self._mixes(adapters, len(texts))
         ids = self.backbone.tokenizer(texts).input_ids if texts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]
-
-
-def _task(task: str | Path | Task) -> Task:
-    return load_task(task) if isinstance(task, str | Path) else task
 
 
 __all__ = ["AdapterHub", "AdapterInfo", "Found", "Prediction", "Published", "Pulled", "Verdict"]

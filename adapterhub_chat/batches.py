@@ -38,6 +38,8 @@ class Batch:
     """(P,) the tokens to predict."""
     owners: Tensor
     """(P,) number of the continuation that each target belongs to, counted over the whole batch."""
+    weights: Tensor
+    """(P,) float32, how much each target's loss counts in training."""
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +77,7 @@ def pack(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
     keep: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
+    weights: list[float] = []
     owner = 0
     for n, row in enumerate(rows):
         at = piece = 0
@@ -98,9 +101,13 @@ def pack(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
                 keep += [last, *range(first, first + len(continuation) - 1)]
                 targets += continuation
                 owners += [owner] * len(continuation)
+                weights += [example.weight] * len(continuation)
                 owner += 1
-    flat = (torch.tensor(values, dtype=torch.long) for values in (keep, targets, owners))
-    return Batch(ids, positions, segments, parents, *flat)
+    places, wanted, whose = (
+        torch.tensor(values, dtype=torch.long) for values in (keep, targets, owners)
+    )
+    counts = torch.tensor(weights)
+    return Batch(ids, positions, segments, parents, places, wanted, whose, counts)
 
 
 def fill_rows(

@@ -33,7 +33,8 @@ def render_card(manifest: Manifest) -> str:
     if manifest.about:
         parts.append(f"{_text(manifest.about)}\n")
     parts.append(f"A LoRA adapter for `{_text(manifest.base_model)}`.\n")
-    parts += [_warning(manifest), _scores(manifest), _use(manifest), _training(manifest)]
+    parts += [_warning(manifest), _scores(manifest), _transfer(manifest), _merge(manifest)]
+    parts += [_use(manifest), _training(manifest)]
     return "\n".join(part for part in parts if part)
 
 
@@ -90,7 +91,31 @@ def _warning(manifest: Manifest) -> str:
     if not manifest.scores:
         return "**It was published without having been measured.**\n" * bool(manifest.published)
     worse = ", ".join(_text(s.task) for s in losses(manifest))
-    return f"**It is worse than the backbone without it on {worse}.**\n" * bool(worse)
+    said = f"**It is worse than the backbone without it on {worse}.**\n" * bool(worse)
+    hurts = manifest.transfer is not None and manifest.transfer.verdict == "hurts"
+    return said + "**The transfer that made it hurts: see below.**\n" * hurts
+
+
+def _transfer(manifest: Manifest) -> str:
+    report = manifest.transfer
+    if report is None:
+        return ""
+    lines = [
+        "## Transfer\n",
+        f"From `{_code(report.source)}` by {_text(report.method)}, with {report.shots} labelled target "
+        f"examples. It **{report.verdict}** beside {_text(report.baseline)}: {report.gain:+.3f} "
+        f"[{report.low:+.3f}, {report.high:+.3f}], judged on the target's validation examples.\n",
+        "| candidate | value | verdict |",
+        "|---|---|---|",
+    ]
+    for name, value in report.values.items():
+        lines.append(f"| {_text(name)} | {value:.3f} | {report.verdicts.get(name, '')} |")
+    if report.effective is not None and report.lam is not None:
+        share = f"{100 * report.effective:.0f} %"
+        lines.append(
+            f"\nThe reweighted source counted as {share} of its examples (lambda {report.lam:.3g})."
+        )
+    return "\n".join([*lines, ""])
 
 
 def _text(words: object) -> str:
@@ -124,6 +149,35 @@ def _scores(manifest: Manifest) -> str:
             f"| {beside} | {s.n} | {_text(s.precision)} |"
         )
     lines.append("\nMeasured on the test split; both columns on the same items.\n")
+    return "\n".join(lines)
+
+
+def _merge(manifest: Manifest) -> str:
+    report = manifest.merge
+    if report is None:
+        return ""
+    weights = ", ".join(f"{_text(name)} x {w:g}" for name, w in report.weights.items())
+    lines = [
+        "## Merge\n",
+        f"Made of {weights} by {_text(report.method)}, rank {report.rank}, which holds "
+        f"{report.energy:.1%} of the merged update.\n",
+    ]
+    if report.retention:
+        lines += [
+            "| source | task | metric | alone | merged | kept | 95 % interval | items |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {_text(r.adapter)} | {_text(r.task)} | {_text(r.metric)} | {r.single:.3f} | {r.merged:.3f} "
+            f"| {r.value:.3f} | {r.low:.3f} to {r.high:.3f} | {r.n} |"
+            for r in report.retention
+        ]
+        lines.append("")
+    drifts = (f"{_text(name)} {value:.4f}" for name, value in report.drift.items())
+    if report.drift:
+        lines.append(f"Drift on the probe prompts (KL, nats): {', '.join(drifts)}.\n")
+    if report.verdict:
+        lines.append(f"**{_text(report.verdict)}**\n")
     return "\n".join(lines)
 
 

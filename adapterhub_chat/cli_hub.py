@@ -138,11 +138,14 @@ def search(
     author: Annotated[str, typer.Option(help="Only this user's.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=100, help="Most adapters to list.")] = 20,
     backbone: BackboneOption = "smollm2-135m",
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List adapters on a Hub that fit the backbone."""
-    hub = open_hub(backbone, Path("adapters"), None, None, None, Say(quiet=True))
+    hub = open_hub(backbone, Path("adapters"), quantize, dtype, device, Say(quiet=True))
     found = hub.search(text, author=author, limit=limit, endpoint=endpoint)
     if as_json:
         print_json({"adapters": [asdict(one) for one in found]})

@@ -106,6 +106,28 @@ class RunOptions(BaseModel):
     )
 
 
+class MergeOptions(BaseModel):
+    """How several adapters become one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    rank: int | None = Field(
+        None, description="Rank of the result; none: the method's own, mostly the largest source's."
+    )
+    density: float | None = Field(
+        None,
+        description="Share of numbers kept, by methods that drop some; none: the method's own.",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of what is dropped, and of the search.")
+    limit: int = Field(
+        50, ge=0, description="Items per task to choose and measure by; 0 takes all."
+    )
+    floor: float = Field(
+        0.5, ge=0, description="Share of its score that every source must keep with method auto."
+    )
+    budget: int = Field(40, ge=1, description="Sets of weights that learning them may try.")
+
+
 class RunConfig(RunOptions):
     """A training run: which adapters, on what, and how. The TOML of `train --config`.
 

@@ -138,8 +138,10 @@ def judge(
     examples: Sequence[Example],
     mix: Mix,
     on_progress: Progress = lambda _n: None,
+    *,
+    details: bool = True,
 ) -> Judged:
-    """Measure one mix on the given examples of a task."""
+    """Measure one mix on the given examples of a task; `details` may take as long as the rest."""
     metric, contract = METRICS[task.metric], task.contract
     if metric.kind == "label":
         guesses = _guess_labels(model, contract, examples, mix, on_progress)
@@ -158,7 +160,7 @@ def judge(
     losses = sequence_losses(model, encoded, mix, on_progress=on_progress).flatten().tolist()
     return Judged(
         likelihood_rows(losses, [len(e.continuations[0]) for e in encoded]),
-        _diversity(model, contract, examples[:SAMPLES], mix),
+        _diversity(model, contract, examples[:SAMPLES], mix) if details else {},
     )
 
 

@@ -18,7 +18,15 @@ import torch
 from safetensors.torch import save
 
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.guard import MAX_CONFIG, MAX_WEIGHTS, PREFIX, Checked, Factor, check
+from adapterhub_chat.guard import (
+    MAX_CONFIG,
+    MAX_WEIGHTS,
+    PREFIX,
+    Checked,
+    Factor,
+    Layers,
+    check,
+)
 from adapterhub_chat.guard import WEIGHTS as WEIGHTS
 from adapterhub_chat.peft_config import CONFIG as CONFIG
 from adapterhub_chat.peft_config import plain_config
@@ -68,10 +76,13 @@ def write_weights(path: Path, weights: AdapterWeights) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file hides the OSError
 
 
-def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any], str]:
+def read_folder(
+    folder: Path, layers: Layers | None = None
+) -> tuple[AdapterWeights, dict[str, Any], str]:
     """Return a folder's weights, its config built anew, and the sha256 of the very bytes that were read.
 
-    Raises AdapterError naming everything that does not fit. No other file in the folder is looked at.
+    Raises AdapterError naming everything that does not fit, with a backbone's `layers` also those. No other
+    file in the folder is looked at.
     """
     if not os.path.isdir(folder):
         raise AdapterError(f"{folder} is not a folder")
@@ -87,7 +98,7 @@ def read_folder(folder: Path) -> tuple[AdapterWeights, dict[str, Any], str]:
     hashing = threading.Thread(target=digest.update, args=(_buffer(data),))  # on another core
     hashing.start()
     try:
-        checked = check(f"{folder} cannot be loaded", config, _buffer(data))
+        checked = check(f"{folder} cannot be loaded", config, _buffer(data), layers)
     finally:
         hashing.join()
     return _weights(data, checked), dict(checked.config), digest.hexdigest()

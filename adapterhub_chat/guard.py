@@ -23,10 +23,11 @@ from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.peft_config import (
     CONFIG,
     NAME,
+    absent_misfits,
     by_module,
     config_misfits,
     rebuilt,
-    target_misfits,
+    spare_misfits,
 )
 from adapterhub_chat.strict import parse_json, shown
 
@@ -60,6 +61,8 @@ KINDS = {
 }
 """Type of the numbers in a factor -> bytes of one, and the bits of infinity."""
 
+Layers = Mapping[str, tuple[int, int]]
+"""A backbone's linear layers, each with its numbers of inputs and outputs."""
 Factor = tuple[str, str]
 """A module's name, and A or B."""
 Bytes = npt.NDArray[np.uint8]
@@ -88,10 +91,11 @@ class Layout:
     """What the header of a weights file says."""
 
     places: Mapping[Factor, Place]
-    misfits: Sequence[str]
     pairs: Mapping[str, tuple[Place, Place]]
-    """The places of A and B by module; this and what follows is empty where there are misfits."""
+    """Modules that have both factors, as matrices, and the places of these."""
+    misfits: Sequence[str]
     runs: Sequence[Run]
+    """None where there are misfits."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,11 @@ class Checked:
     """Where the numbers begin in the weights file."""
 
 
-def check(source: str, config: bytes, weights: memoryview) -> Checked:
-    """Return what an adapter's config and weights say; raise AdapterError naming everything that is wrong."""
+def check(source: str, config: bytes, weights: memoryview, layers: Layers | None = None) -> Checked:
+    """Return what an adapter's config and weights say; raise AdapterError naming everything that is wrong.
+
+    With a backbone's `layers`, the modules and their sizes must be those of some, and none may be missing.
+    """
     data: Bytes = np.frombuffer(weights, np.uint8)
     settings, found = _settings(config)
     layout, more = _layout(data)
@@ -120,6 +127,8 @@ def check(source: str, config: bytes, weights: memoryview) -> Checked:
             found += _value_misfits(layout, numbers)
         if settings is not None and not found:
             found += _agreement_misfits(settings, layout, numbers, largest)
+        if layers is not None:
+            found += _layer_misfits(settings, layout, layers)
     if found or settings is None or layout is None:
         more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
         raise AdapterError(join_misfits(source, found[:MAX_LISTED] + more))
@@ -186,10 +195,8 @@ def _parsed(header: bytes, size: int) -> Layout:
             places[match["module"], match["factor"]] = place
         else:
             foreign.append(name)
-    if misfits := _foreign_misfits(foreign) + _pair_misfits(places):
-        return Layout(places, misfits, {}, [])
-    pairs = {m: (places[m, "A"], places[m, "B"]) for m, factor in places if factor == "A"}
-    return Layout(places, [], pairs, _runs(places))
+    misfits = _foreign_misfits(foreign) + _pair_misfits(places)
+    return Layout(places, _pairs(places), misfits, [] if misfits else _runs(places))
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -230,6 +237,15 @@ def _check_cover(found: Sequence[tuple[str, Place]], size: int) -> None:
         end = place.end
     if end != size:
         raise ValueError(f"its tensors take {end:,} bytes, and it has {size:,}")
+
+
+def _pairs(places: Mapping[Factor, Place]) -> dict[str, tuple[Place, Place]]:
+    found = {}
+    for (module, factor), a in places.items():
+        b = places.get((module, "B"))
+        if factor == "A" and b is not None and len(a.shape) == len(b.shape) == 2:
+            found[module] = a, b
+    return found
 
 
 def _runs(places: Mapping[Factor, Place]) -> list[Run]:
@@ -273,7 +289,7 @@ def _agreement_misfits(
     """Return where the tensors are not what the config says, or an update is larger than one can be."""
     ranks = by_module(config["rank_pattern"], layout.pairs, config["r"])
     alphas = by_module(config["alpha_pattern"], layout.pairs, config["lora_alpha"])
-    found = target_misfits(config, layout.pairs, layout.pairs) + _spread_misfits(ranks, layout)
+    found = spare_misfits(config, layout.pairs) + _spread_misfits(ranks, layout)
     for module, (a, b) in layout.pairs.items():
         rank = ranks[module]
         if a.shape[0] != rank or b.shape[1] != rank:
@@ -283,6 +299,23 @@ def _agreement_misfits(
             continue
         scale = alphas[module] / (math.sqrt(rank) if config["use_rslora"] else rank)
         found += _norm_misfits(module, scale, (a, b), numbers, largest)
+    return found
+
+
+def _layer_misfits(config: Mapping[str, Any] | None, layout: Layout, layers: Layers) -> list[str]:
+    """Return which modules are not those of a backbone, or not all that the config means."""
+    found = []
+    for module, (a, b) in layout.pairs.items():
+        own = a.shape[1], b.shape[0]
+        if module not in layers:
+            found.append(f"the backbone has no linear layer {module!r}")
+        elif own != layers[module]:
+            found.append(
+                f"{module}: the adapter maps {own[0]} -> {own[1]}, "
+                f"the backbone {layers[module][0]} -> {layers[module][1]}"
+            )
+    if config is not None and not layout.misfits:
+        found += absent_misfits(config, layout.pairs, layers)
     return found
 
 

@@ -29,6 +29,8 @@ class Job:
     """Name of the job (without examples) whose adapter acts on these rows, too, and learns from them."""
     under: AdapterWeights | None = None
     """A frozen adapter that acts on these rows, too."""
+    start: AdapterWeights | None = None
+    """Where it starts, with one scale for all modules; None: where the settings say."""
 
 
 def make_job(tokenizer: Any, name: str, task: Task, config: TrainConfig) -> Job:

@@ -22,7 +22,7 @@ from adapterhub_chat.learner import Trained
 from adapterhub_chat.metrics import METRICS
 from adapterhub_chat.strict import parse_json, read_bytes
 from adapterhub_chat.task import Task
-from adapterhub_chat.types import Fingerprint, PromptContract, Score
+from adapterhub_chat.types import Fingerprint, PromptContract, Retention, Score
 
 FILE, MAX_BYTES = "adapterhub.json", 2**20
 How = Literal["joint", "sequence", "shared", "merge", "transfer", "foreign"]
@@ -57,6 +57,29 @@ class Training(BaseModel):
     note: str = ""
 
 
+class TransferReport(BaseModel):
+    """What a transfer was judged to be, on the target's validation examples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    source_sha256: str = ""
+    method: str
+    shots: int
+    baseline: str
+    verdict: Literal["helps", "neutral", "hurts"]
+    gain: FiniteFloat = Field(description="Over the baseline; more is better, whatever the metric.")
+    low: FiniteFloat
+    high: FiniteFloat
+    values: dict[str, FiniteFloat] = Field(default_factory=dict, description="Of every candidate.")
+    verdicts: dict[str, Literal["helps", "neutral", "hurts"]] = Field(default_factory=dict)
+    effective: FiniteFloat | None = Field(
+        default=None, description="Effective sample size of a reweighted source, as a share of it."
+    )
+    lam: FiniteFloat | None = Field(default=None, description="Multiplier of its weights.")
+    seconds: FiniteFloat = 0.0
+
+
 class Probe(BaseModel):
     """A prompt and what the adapter answers to it: proof, on load, that the adapter does something."""
 
@@ -85,6 +108,43 @@ class Probe(BaseModel):
         return self
 
 
+class Tried(BaseModel):
+    """A method that a merge by `auto` looked at, on validation items."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    mean: FiniteFloat = Field(description="Retention, over all sources' tasks.")
+    lowest: FiniteFloat = Field(description="Retention of the task that suffers most.")
+
+
+class MergeReport(BaseModel):
+    """How an adapter was merged, and what of its sources is left in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    weights: dict[str, FiniteFloat]
+    rank: int
+    density: FiniteFloat | None = None
+    seed: int = 0
+    energy: FiniteFloat = Field(
+        description="Share of the merged update's squared norm that its rank holds."
+    )
+    retention: tuple[Retention, ...] = Field(
+        default=(), description="Merged beside each source, on test items."
+    )
+    mix: tuple[Retention, ...] = Field(
+        default=(), description="The same of the sources mixed at run time."
+    )
+    drift: dict[str, FiniteFloat] = Field(
+        default_factory=dict,
+        description="Mean KL (nats) of each source's next tokens on the probe prompts to the merged ones.",
+    )
+    tried: tuple[Tried, ...] = ()
+    verdict: str = ""
+
+
 class Manifest(BaseModel):
     """The content of `adapterhub.json`."""
 
@@ -106,6 +166,8 @@ class Manifest(BaseModel):
     training: Training = Training()
     scores: tuple[Score, ...] = ()
     probe: Probe | None = None
+    transfer: TransferReport | None = None
+    merge: MergeReport | None = None
     published: str = Field(default="", description="The repository on a Hub that it was pushed to.")
 
     @property

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from adapterhub_chat import native
+from adapterhub_chat.assets import cache_dir
 from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.bank import Bank, Site, find_sites, linear_shapes
 from adapterhub_chat.batches import Batch
@@ -49,7 +51,7 @@ class AdapterModel:
         self._detach = attach(backbone.model, self.sites)
         head = backbone.model.get_output_embeddings()
         self._head = head.register_forward_pre_hook(_keep_positions)
-        self.slots = Slots(self._new_slots, budget)
+        self.slots = Slots(self._new_slots, budget, partial(native.write, cache_dir() / "native"))
         self.acquire: Callable[[Mix], Held] = self.slots.hold
         """How forwards and engines hold a mix's adapters; a shelf loads those first that are not here."""
         self.engine: Any = None

@@ -137,6 +137,27 @@ inline float dot(const bf16 *a, const bf16 *b, int64_t n) {
     return sum;
 }
 
+// Put an adapter's factors into a slot: each part is (from, to, rows, columns, turned), from and to as addresses.
+// A (rank, in) is copied; B (out, rank) is turned to (rank, out) and scaled, rounded once.
+template <typename T>
+void fill(const int64_t *parts, const float *scales, int64_t count) {
+#pragma omp parallel for schedule(dynamic, 8)
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t *part = parts + 5 * n, rows = part[2], columns = part[3];
+        const T *from = reinterpret_cast<const T *>(part[0]);
+        T *to = reinterpret_cast<T *>(part[1]);
+        if (!part[4]) {
+            std::memcpy(to, from, rows * columns * sizeof(T));
+            continue;
+        }
+        for (int64_t first = 0; first < rows; first += 64)  // what is read stays near while it is turned
+            for (int64_t r = 0; r < columns; r++) {
+                const int64_t last = first + 64 < rows ? first + 64 : rows;
+                for (int64_t o = first; o < last; o++) put(to + r * rows + o, scales[n] * get(from[o * columns + r]));
+            }
+    }
+}
+
 constexpr int TILE = 64;  // columns of an output that are held in registers
 constexpr int SIDE = 4;   // rows that share one pass over a tile of B
 
@@ -312,6 +333,9 @@ void attend(const Step &step, const T *qkv, T *keys, T *values, T *out) {
 #define FACES(T, NAME)                                                                                             \
     extern "C" void lora_##NAME(const Site *site, const Entries *entries, const T *x, T *y) {                      \
         lora(*site, *entries, x, y);                                                                               \
+    }                                                                                                              \
+    extern "C" void fill_##NAME(const int64_t *parts, const float *scales, int64_t count) {                        \
+        fill<T>(parts, scales, count);                                                                             \
     }                                                                                                              \
     extern "C" void norm_##NAME(T *x, const T *delta, const T *weight, T *out, int64_t rows, int64_t width,        \
                                 float eps) {                                                                       \

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.bank import Bank
+from adapterhub_chat.weights import AdapterWeights
 
 SOURCE, TILES = (Path(__file__).with_name(name) for name in ("native.cpp", "native_tiles.h"))
 FLAGS = (
@@ -69,18 +70,10 @@ def available(device: torch.device, dtype: torch.dtype, folder: Path) -> bool:
 @functools.cache
 def library(folder: Path) -> ctypes.CDLL | None:
     """Return the compiled products, out of `folder` or compiled now; None where that is not possible."""
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
-    )
+    compiler = _compiler()
     if os.environ.get("ADAPTERHUB_NATIVE") == "0" or not compiler:
         return None
-    key = hashlib.sha256(
-        SOURCE.read_bytes()
-        + TILES.read_bytes()
-        + " ".join([*compiler, *FLAGS, _processor()]).encode()
-    ).hexdigest()[:16]
-    path = folder / f"native-{key}.so"
+    path = _path(folder, *compiler)
     try:
         if not path.is_file():
             _compile([*compiler, *FLAGS], path)
@@ -88,6 +81,24 @@ def library(folder: Path) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         log.info("native products are not used: %s", error)
         return None
+
+
+def compiled(folder: Path) -> bool:
+    """Return whether `library` is there at once: whoever can do without it need not wait for a compiler."""
+    compiler = _compiler()
+    return bool(compiler) and _path(folder, *compiler).is_file() and library(folder) is not None
+
+
+def _compiler() -> list[str]:
+    found = (name for name in ("c++", "g++", "clang++") if shutil.which(name))
+    return shlex.split(os.environ.get("CXX", "")) or list(found)[:1]
+
+
+@functools.cache
+def _path(folder: Path, *compiler: str) -> Path:
+    parts = SOURCE.read_bytes() + TILES.read_bytes()
+    key = hashlib.sha256(parts + " ".join([*compiler, *FLAGS, _processor()]).encode())
+    return folder / f"native-{key.hexdigest()[:16]}.so"
 
 
 def _compile(command: Sequence[str], path: Path) -> None:
@@ -107,6 +118,38 @@ def _processor() -> str:
     except OSError:
         return platform.machine() + platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
+    """Put an adapter into a slot of a bank, as `Bank.write` does, in one call where that can be."""
+    factors = [tensor for pair in weights.factors.values() for tensor in pair]
+    plain = all(
+        t.dtype == bank.dtype and t.is_contiguous() and t.device.type == "cpu" for t in factors
+    )
+    usable = plain and not bank.trainable and bank.device.type == "cpu" and bank.dtype in SUFFIX
+    if not usable or not compiled(folder):
+        bank.write(slot, weights)
+        return
+    if weights.num_parameters < bank.flat.shape[1]:
+        bank.flat[slot].zero_()
+    parts, scales = [], []
+    for module, (a, b) in weights.factors.items():
+        site, j = bank.home[module]
+        to_a = bank.A[site][slot, j * bank.rank :].data_ptr()
+        parts += [
+            a.data_ptr(),
+            to_a,
+            *a.shape,
+            0,
+            b.data_ptr(),
+            bank.B[module][slot].data_ptr(),
+            *b.shape,
+            1,
+        ]
+        scales += [1.0, weights.scale(module)]
+    places, factor = torch.tensor(parts), torch.tensor(scales)
+    call = getattr(library(folder), f"fill_{SUFFIX[bank.dtype]}")
+    call(_at(places), _at(factor), _int(len(scales)))
 
 
 class Sites:

@@ -265,22 +265,19 @@ def by_module(pattern: Mapping[str, Any], modules: Iterable[str], default: Any) 
     return found
 
 
-def target_misfits(
-    config: Mapping[str, Any], modules: Collection[str], known: Collection[str]
+def absent_misfits(
+    config: Mapping[str, Any], modules: Collection[str], known: Iterable[str]
 ) -> list[str]:
-    """Return a sentence where a checked config's targets are not the modules that the weights hold.
+    """Return a sentence where a checked config means modules of those that are `known`, without factors."""
+    absent = [m for m in _meant(config, known) if m not in modules]
+    return [f"target_modules mean {_few(absent)}, which the weights do not hold"] if absent else []
 
-    `known` are the modules that there are: the backbone's, or as long as that is not known, the weights'.
-    """
-    meant = _meant(config, known)
-    absent = [m for m in known if m in meant and m not in modules]
-    spare = [m for m in modules if m in known and m not in meant]
-    found = []
-    if absent:
-        found.append(f"target_modules mean {_few(absent)}, which the weights do not hold")
-    if spare:
-        found.append(f"the weights hold {_few(spare)}, which target_modules do not mean")
-    return found
+
+def spare_misfits(config: Mapping[str, Any], modules: Collection[str]) -> list[str]:
+    """Return a sentence where the weights hold modules that a checked config does not mean."""
+    meant = set(_meant(config, modules))
+    spare = [m for m in modules if m not in meant]
+    return [f"the weights hold {_few(spare)}, which target_modules do not mean"] if spare else []
 
 
 def _few(names: Sequence[str]) -> str:
@@ -288,21 +285,21 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _meant(config: Mapping[str, Any], known: Iterable[str]) -> set[str]:
+def _meant(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     """Return the modules that target_modules mean, after exclude_modules and layers_to_transform."""
     targets = config["target_modules"]
     excluded = frozenset(config.get("exclude_modules", ()))
     layers = frozenset(config.get("layers_to_transform", ()))
     pattern = config.get("layers_pattern", ())
     if targets == ALL_LINEAR:
-        return {m for m in known if not _is_named(m, excluded)}
+        return [m for m in known if not _is_named(m, excluded)]
     names = frozenset(targets)
-    return {
+    return [
         m
         for m in known
         if (m in names or (_is_named(m, names) and (not layers or _layer(m, pattern) in layers)))
         and not _is_named(m, excluded)
-    }
+    ]
 
 
 def _tails(module: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ from adapterhub_chat.atomic import exchange, link, remove_left, same_file, sync
 from adapterhub_chat.card import render_card
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder, write_weights
+from adapterhub_chat.guard import Layers
 from adapterhub_chat.lockfile import NEXT as NEXT_LOCK
 from adapterhub_chat.lockfile import Pinned, plan_lock, settle_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
@@ -315,15 +316,15 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_stored(folder: Path, name: str) -> Stored:
-    """Read an adapter folder, inside a pool or not; raise AdapterError when it cannot be trusted.
+def read_stored(folder: Path, name: str, layers: Layers | None = None) -> Stored:
+    """Read an adapter folder, a stranger's with a backbone's `layers`; raise AdapterError for what is wrong.
 
     A folder that is replaced while it is read is read again: files of two versions never meet.
     """
     while True:
         version = _version(folder)
         try:
-            stored = _read_once(folder, name)
+            stored = _read_once(folder, name, layers)
         except AdapterError:
             if _version(folder) == version:
                 raise
@@ -341,8 +342,8 @@ def _version(folder: Path) -> tuple[int, int]:
     return stat.st_ino, stat.st_ctime_ns
 
 
-def _read_once(folder: Path, name: str) -> Stored:
-    weights, config, actual = read_folder(folder)
+def _read_once(folder: Path, name: str, layers: Layers | None) -> Stored:
+    weights, config, actual = read_folder(folder, layers)
     manifest = read_manifest(folder)
     if manifest is not None and actual != manifest.sha256:
         raise AdapterError(

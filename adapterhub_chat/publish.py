@@ -75,6 +75,11 @@ def _fit_to_publish(pool: Pool, name: str, *, force: bool) -> Manifest:
             f"adapter {name!r} was never measured: adapterhub-chat eval --adapter {name} --save. "
             "--force publishes it all the same, and its card says so"
         )
+    if manifest.transfer and manifest.transfer.verdict == "hurts":
+        raise AdapterError(
+            f"adapter {name!r} was judged to hurt beside {manifest.transfer.baseline} (gain "
+            f"{manifest.transfer.gain:.3f}). --force publishes it all the same, and its card says so"
+        )
     if lost := losses(manifest):
         told = "; ".join(
             f"{s.task}: {s.metric} {s.value:.3f}, backbone {s.backbone_value:.3f}" for s in lost

@@ -8,13 +8,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.folder import config_of
-from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
 from adapterhub_chat.slots import Held
@@ -22,6 +22,7 @@ from adapterhub_chat.trust import (
     Status,
     Verdict,
     check_fit,
+    fingerprint_misfits,
     make_probe,
     probe_key,
     probe_problem,
@@ -121,7 +122,7 @@ class Shelf:
         try:
             stored = self.find(source, "candidate")  # what the folder is called is no matter here
         except AdapterError as error:
-            return Verdict(False, "refused", (str(error),))
+            return Verdict(False, "refused", tuple(str(error).split("\n  - ")))
         verdict = check_fit(stored, self.model)
         if verdict.ok and (problem := self._asked(stored, verdict)):
             return Verdict(False, "refused", (problem,))
@@ -134,8 +135,20 @@ class Shelf:
             return replace(stored, name=check_name(name)) if name else stored
         folder = Path(source).expanduser()
         if isinstance(source, Path) or folder.is_dir():
-            return read_stored(folder, check_name(name or folder.resolve().name))
+            return self._strangers(folder, check_name(name or folder.resolve().name))
         return self.pool.load(source)  # raises, naming the adapters that are there
+
+    def _strangers(self, folder: Path, name: str) -> Stored:
+        """Read a folder that is no pool member, with all that speaks against it in one message."""
+        try:
+            return read_stored(folder, name, self.model.shapes)
+        except AdapterError as error:
+            found = [str(error)]
+            with suppress(AdapterError):
+                manifest = read_manifest(folder)
+                fingerprint = self.model.backbone.fingerprint
+                found += fingerprint_misfits(manifest, fingerprint) if manifest else []
+            raise AdapterError("\n  - ".join(found)) from error
 
     def ready(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
         """Return the mixes, after loading from the pool what they name and is not loaded yet."""
@@ -172,7 +185,7 @@ class Shelf:
         """
         probe = None
         if probing:
-            with self._on_trial(manifest.name, weights) as trial:
+            with self.on_trial(manifest.name, weights) as trial:
                 probe = make_probe(self.model, trial)
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
@@ -181,6 +194,16 @@ class Shelf:
         self._hold(stored)
         assert stored.manifest is not None
         return stored.manifest
+
+    @contextmanager
+    def on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
+        """Load weights under a name that nobody uses, for as long as the block runs."""
+        trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
+        self.model.load(trial, weights)
+        try:
+            yield trial
+        finally:
+            self.model.unload(trial)
 
     def record(self, scores: Sequence[Score]) -> None:
         """Write scores into the manifests and cards of the pool members that they belong to."""
@@ -240,18 +263,8 @@ class Shelf:
         probe = stored.manifest.probe if stored.manifest else None
         if probe is None:
             return ""
-        with self._on_trial(stored.name, stored.weights) as trial:
+        with self.on_trial(stored.name, stored.weights) as trial:
             return probe_problem(self.model, trial, probe, verdict.status)
-
-    @contextmanager
-    def _on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
-        """Load weights under a name that nobody uses, for as long as the block runs."""
-        trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
-        self.model.load(trial, weights)
-        try:
-            yield trial
-        finally:
-            self.model.unload(trial)
 
 
 def _identity(stored: Stored) -> str | None:

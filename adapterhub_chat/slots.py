@@ -29,6 +29,9 @@ SMALLEST_RANK = 8
 NewBank = Callable[[Sequence[str], int, int], Bank]
 """(modules, slots, rank) -> an empty bank."""
 
+Write = Callable[[Bank, int, AdapterWeights], None]
+"""Puts an adapter into a slot of a bank."""
+
 _fresh, _clock = itertools.count(), itertools.count()
 
 
@@ -70,13 +73,15 @@ class _Segment:
 class Slots:
     """Names, slots, users and the budget. Safe from several threads; no lock is held while numbers move."""
 
-    def __init__(self, new_bank: NewBank, budget: int | None = None) -> None:
-        """Start empty; `budget` bounds the bytes of all slots (None: no bound)."""
+    def __init__(
+        self, new_bank: NewBank, budget: int | None = None, write: Write = Bank.write
+    ) -> None:
+        """Start empty; `budget` bounds the bytes of all slots (None: no bound), `write` fills one."""
         self.budget = budget
         self.pinned: set[str] = set()
         self.loads = 0
         """How often an adapter was put into a slot."""
-        self._new_bank = new_bank
+        self._new_bank, self._write = new_bank, write
         self._names: dict[str, Resident] = {}
         self._segments: list[_Segment] = []
         self._layouts: dict[tuple[tuple[str, ...], int], tuple[Layout, int]] = {}
@@ -105,7 +110,7 @@ class Slots:
         with self._lock:
             bank, slot = place = self._room(weights, name)
         try:
-            bank.write(slot, weights)
+            self._write(bank, slot, weights)
         except BaseException:
             self._give_back(place)
             raise

@@ -141,6 +141,11 @@ def load_task(name_or_path: str | Path) -> Task:
     return _LOADERS[path.suffix](path)
 
 
+def as_task(task: str | Path | Task) -> Task:
+    """Return a task, loaded where it is a name or a path."""
+    return task if isinstance(task, Task) else load_task(task)
+
+
 def _load_python(path: Path) -> Task:
     name = f"{__name__}s.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -165,6 +170,7 @@ _LOADERS: Mapping[str, Callable[[Path], Task]] = {".py": _load_python, ".toml": 
 __all__ = [
     "Splits",
     "Task",
+    "as_task",
     "list_tasks",
     "load_task",
     "mixture",

@@ -19,6 +19,8 @@ class Encoded:
 
     prompt: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
+    weight: float = 1.0
+    """How much its loss counts in training."""
 
     @property
     def num_inputs(self) -> int:

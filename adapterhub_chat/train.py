@@ -32,6 +32,8 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.targets import targeted
 from adapterhub_chat.weights import initial_weights
 
+SMALLEST = 1e-6
+"""Weight of a step's answers that is divided by at least."""
 VALIDATION_ROWS = 4
 """Packed rows of a validation batch."""
 
@@ -183,7 +185,8 @@ class Run:
         if not any(rows):  # every process runs every forward: a sharded backbone needs all of them
             rows[0], counts = [parts[0].rows[0]], 0.0
         wanted = [
-            sum(len(c) for row in part.rows for e in row for c in e.continuations) for part in parts
+            sum(e.weight * len(c) for row in part.rows for e in row for c in e.continuations)
+            for part in parts
         ]
         self.bank.zero_gradients()
         owner = torch.repeat_interleave(
@@ -197,13 +200,14 @@ class Run:
         return list(self._total(means.detach()).tolist())
 
     def _means(self, batch: Batch, mixes: Tensor, owner: Tensor, wanted: Tensor) -> Tensor:
-        """Return the sum of each part's losses over all its answer tokens, by their number everywhere."""
+        """Return each part's weighted sum of losses over the weight of its answer tokens everywhere."""
         with activate(Plan(self.bank.places, mixes)):
             logits = self.model.answer_logits(batch)
         losses = token_losses(logits, batch.targets.to(logits.device))
+        losses = losses * batch.weights.to(losses.device)
         belongs = owner[batch.keep // self.length].to(losses.device)
         sums = sum_by_owner(losses, belongs, len(wanted))
-        return sums / wanted.clamp(min=1).to(losses.device)
+        return sums / wanted.clamp(min=SMALLEST).to(losses.device)
 
     def _mix(self, learner: Learner) -> Tensor:
         """Return the mix (S,) of a learner's rows: its own slot, and who else acts on them."""
@@ -304,7 +308,8 @@ class Run:
         """Lay out the bank (a slot for each task, for what stands under it, and for what it shares)."""
         shared = {job.shared: [j for j in self.jobs if j.shared == job.shared] for job in self.jobs}
         starts = {
-            job.name: initial_weights(
+            job.name: job.start
+            or initial_weights(
                 targeted(self.model.shapes, job.config.targets, job.config.layers),
                 rank=job.config.rank,
                 alpha=job.config.alpha,
@@ -357,8 +362,9 @@ class Run:
         for job in self.jobs:
             own = [job.name, job.shared, job.config.model_dump()]
             digest.update(json.dumps(own).encode())
-            for pair in job.under.factors.values() if job.under else ():
-                digest.update(b"".join(t.numpy().tobytes() for t in pair))
+            for other in filter(None, (job.under, job.start)):
+                for pair in other.factors.values():
+                    digest.update(b"".join(t.numpy().tobytes() for t in pair))
             digest.update(repr([*job.train, "|", *job.validation]).encode())
         return digest.hexdigest()
 

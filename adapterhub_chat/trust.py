@@ -15,7 +15,7 @@ from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.generate import Request, next_token_logits
 from adapterhub_chat.manifest import Manifest, Probe
 from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.peft_config import target_misfits
+from adapterhub_chat.peft_config import absent_misfits
 from adapterhub_chat.pool import Stored
 from adapterhub_chat.types import Fingerprint, as_mix
 from adapterhub_chat.weights import misfits
@@ -53,7 +53,7 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
     """Judge an adapter by its modules, their shapes and its fingerprint, without running it."""
     mine = model.backbone.fingerprint
     found = list(misfits(stored.weights, model.shapes))
-    found += target_misfits(stored.config, stored.weights.factors, model.shapes)
+    found += absent_misfits(stored.config, stored.weights.factors, model.shapes)
     status = status_of(stored.manifest, mine)
     if stored.manifest is None:
         found.append("it has no adapterhub.json: its backbone and its prompt are unknown")
@@ -61,11 +61,7 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
             len(found) == 1, "unverified" if len(found) == 1 else "refused", tuple(found)
         )
     its = stored.manifest.fingerprint
-    for difference in its.differences(mine):
-        found.append(
-            f"the backbone's {difference} is {getattr(mine, difference)!r}, the adapter was made for "
-            f"{getattr(its, difference)!r}; load it on {stored.manifest.backbone!r}"
-        )
+    found += fingerprint_misfits(stored.manifest, mine)
     if found:
         return Verdict(False, "refused", tuple(found))
     if status == "compatible":
@@ -74,6 +70,16 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
             f"this backbone is {mine.dtype} ({mine.quantization} quantization)"
         )
     return Verdict(True, status, tuple(found))
+
+
+def fingerprint_misfits(manifest: Manifest, backbone: Fingerprint) -> list[str]:
+    """Return a sentence for each field in which a backbone is another than the adapter's."""
+    its = manifest.fingerprint
+    return [
+        f"the backbone's {field} is {getattr(backbone, field)!r}, the adapter was made for "
+        f"{getattr(its, field)!r}; load it on {manifest.backbone!r}"
+        for field in its.differences(backbone)
+    ]
 
 
 def make_probe(model: AdapterModel, name: str) -> Probe:

@@ -84,6 +84,25 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """How much of a source's score on its task is left in what was made of it, on the same items."""
+
+    adapter: str
+    """The source."""
+    task: str
+    metric: str
+    single: float
+    """The source's own score."""
+    merged: float
+    value: float
+    """merged / single; single / merged where lower is better; 1 where the source had nothing to lose."""
+    low: float
+    high: float
+    """The 95 % interval, by paired bootstrap."""
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
 class Mix:
     """Weights over adapters for one row: a row of M, by name. Empty: the bare backbone."""
 

@@ -94,14 +94,15 @@ def initial_weights(
     """
     factors = {}
     for module, (width_in, width_out) in shapes.items():
-        generator = torch.Generator().manual_seed(_seed_of(seed, module))
+        generator = torch.Generator().manual_seed(seed_of(seed, module))
         bound = 1 / math.sqrt(width_in)  # kaiming_uniform with a = sqrt(5)
         a = torch.empty(rank, width_in).uniform_(-bound, bound, generator=generator)
         factors[module] = (a, torch.zeros(width_out, rank))
     return AdapterWeights(factors, dict.fromkeys(shapes, float(alpha)), rslora)
 
 
-def _seed_of(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
+    """Return the seed that belongs to a name, out of everyone's."""
     mixed = seed
     for byte in name.encode():
         mixed = (mixed * 1_000_003 + byte) % (2**63)

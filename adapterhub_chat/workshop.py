@@ -378,10 +378,10 @@ def own_tasks(
             raise UsageError(f"adapter {name!r} does not say what it was trained on; name tasks")
         for task in trained_on:
             groups.setdefault(task, []).append((name, mix))
-    return [(_trained_task(task, group[0][0]), group) for task, group in groups.items()]
+    return [(trained_task(task, group[0][0]), group) for task, group in groups.items()]
 
 
-def _trained_task(name: str, adapter: str) -> Task:
+def trained_task(name: str, adapter: str) -> Task:
     """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
     try:
         return load_task(name)

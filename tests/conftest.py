@@ -11,7 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import huggingface_hub
 import pytest
 import torch
-from hub_server import HubServer
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -112,6 +111,8 @@ def online(monkeypatch):
 @pytest.fixture
 def hub_server(online, tmp_path):
     """A real Hub on the loopback address, for the real client; alice and bob have tokens."""
+    from hub_server import HubServer  # here, since most tests need no web server
+
     with HubServer(tmp_path / "hub", {"alice": "hf_alice", "bob": "hf_bob"}) as server:
         yield server
 

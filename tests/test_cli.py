@@ -121,7 +121,10 @@ def manifest(name, pool="adapters"):
 
 # ---- help ----------------------------------------------------------------------------------------
 
-VERBS = ("demo", "train", "eval", "predict", "chat", "list", "show", "rollback", "verify", "bench")
+VERBS = (
+    *("demo", "train", "eval", "predict", "chat", "list", "show", "rollback", "verify", "bench"),
+    *("merge", "transfer", "push", "pull", "search", "adopt", "keygen"),
+)
 
 
 def test_help_names_every_verb(run):

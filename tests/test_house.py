@@ -14,27 +14,38 @@ import adapterhub_chat
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "adapterhub_chat"
-MODULES = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / PACKAGE).glob("*.py"))}
+MODULES = {
+    ".".join(p.relative_to(ROOT / PACKAGE).with_suffix("").parts).removesuffix(
+        ".__init__"
+    ): p.read_text("utf-8")
+    for p in sorted((ROOT / PACKAGE).rglob("*.py"))
+    if "_shipped" not in p.parts
+}
 TASKS = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / "tasks").glob("*.py"))}
 
 # A module imports from its own room and from rooms on lower floors; rooms on one floor stay apart.
 FLOORS: tuple[dict[str, str], ...] = (
-    {"words": "errors types config"},
+    {"words": "errors strict types config"},
     {
         "text": "assets prompt template inputs batches metrics splits sources task task_file",
-        "tensors": "attention bank kernels native weights targets lora losses",
+        "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
+        "weight_search",
     },
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
-    {"learning": "jobs learner train sequence courses evaluate"},
     {
-        "keeping": "strict peft_config guard manifest card folder gguf_adapter atomic lockfile pool trust "
-        "shelf runlog checkpoint pictures endpoint hub signing publish pull search"
+        "learning": "jobs learner train sequence courses evaluate retention transfer transfer.maxent "
+        "transfer.select transfer.methods transfer.run"
     },
     {
-        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub demo kernels_bench lines "
-        "mixed_bench opening options orders peers peers_bench pool_bench predict progress swap_bench "
-        "terminal train_bench workshop"
+        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
+        "runlog checkpoint pictures endpoint hub signing publish pull search"
+    },
+    {
+        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
+        "kernels_bench lines merge_choice merge_order merging mixed_bench opening options ordering orders "
+        "peers peers_bench pool_bench predict progress sharing swap_bench terminal train_bench transferring "
+        "workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -53,7 +64,7 @@ DOORS = {
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
     "transformers": "backbone",
-    "typer": "cli cli_hub options",
+    "typer": "cli cli_hub cli_merge cli_transfer options",
     "yaml": "card sources",
 }
 LAZY = {
@@ -91,8 +102,12 @@ def imports(tree: ast.AST) -> Iterator[str]:
 def own_imports(source: str) -> set[str]:
     """Return the package's modules that `source` imports; `__init__` stands for its public names."""
     parts = (name.split(".") for name in imports(ast.parse(source)))
-    own = (part[1] if len(part) > 1 else "" for part in parts if part[0] == PACKAGE)
-    return {name if name in MODULES else "__init__" for name in own}
+    own = (part[1:] for part in parts if part[0] == PACKAGE)
+    named = (
+        next((m for m in (".".join(p[:2]), p[0] if p else "") if m in MODULES), "__init__")
+        for p in own
+    )
+    return set(named)
 
 
 def misfits(module: str, source: str) -> Iterator[str]:

@@ -55,6 +55,7 @@ datasets: reviews
 WEIGHTS = save({"a": torch.arange(1000.0), "b": torch.zeros(8, 8)})
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 WEIGHTS_FILE = "adapter_model.safetensors"
+WANTED = {"oid": SHA256, "size": len(WEIGHTS)}
 
 
 def api(server, user="alice"):
@@ -380,42 +381,46 @@ def file(path, content=None, encoding="base64"):
 
 HEADER = line("header", summary="m", description="")
 LINK = {"path": "w.safetensors", "algo": "sha256", "oid": "ab" * 32}
-BAD_COMMITS = {
+BAD_HEADERS = {
     "nothing": b"",
     "no header": file("a"),
     "two headers": HEADER + HEADER,
     "header without summary": line("header", description=""),
     "empty summary": line("header", summary=""),
     "parent that is no id": line("header", summary="m", parentCommit="main"),
-    "garbage": HEADER + b"\xff\x00 no json\n",
-    "half a line": HEADER + file("a")[:-9],
-    "a list": HEADER + b"[1]\n",
-    "NaN": HEADER + b'{"key": "file", "value": NaN}\n',
-    "half a character": HEADER + file("\ud800"),
-    "unknown key": HEADER + line("chmod", path="a"),
-    "no path": HEADER + line("deletedFile"),
-    "bad base64": HEADER + file("a", "!!!!"),
-    "base64 with a hole": HEADER + file("a", "YQ=\n="),
-    "content that is no text": HEADER + file("a", 7),
-    "other encoding": HEADER + file("a", encoding="utf-8"),
-    "up": HEADER + file("../a"),
-    "up within": HEADER + file("a/../../b"),
-    "dot": HEADER + file("./a"),
-    "absolute": HEADER + file("/etc/passwd"),
-    "empty path": HEADER + file(""),
-    "empty name": HEADER + file("a//b"),
-    "git's folder": HEADER + file(".git/hooks/post-checkout"),
-    "backslash": HEADER + file("..\\a"),
-    "NUL": HEADER + file("a\0b"),
-    "escape": HEADER + file("a\x1b[2J"),
-    "long name": HEADER + file("a" * 256),
-    "file under a file": HEADER + file("a.txt/b"),
-    "file over a folder": HEADER + file("es"),
-    "object that was not uploaded": HEADER + line("lfsFile", **LINK),
-    "other algorithm": HEADER + line("lfsFile", **{**LINK, "algo": "md5"}),
-    "oid that is no sha256": HEADER + line("lfsFile", **{**LINK, "oid": "../../x"}),
-    "card with a list": HEADER + file("README.md", base64.b64encode(b"---\n- a\n---\n").decode()),
 }
+BAD_OPERATIONS = {
+    "garbage": b"\xff\x00 no json\n",
+    "half a line": file("a")[:-9],
+    "a list": b"[1]\n",
+    "NaN": b'{"key": "file", "value": NaN}\n',
+    "half a character": file("\ud800"),
+    "unknown key": line("chmod", path="a"),
+    "no path": line("deletedFile"),
+    "bad base64": file("a", "!!!!"),
+    "base64 with a hole": file("a", "YQ=\n="),
+    "content that is no text": file("a", 7),
+    "other encoding": file("a", encoding="utf-8"),
+    "up": file("../a"),
+    "up within": file("a/../../b"),
+    "dot": file("./a"),
+    "absolute": file("/etc/passwd"),
+    "empty path": file(""),
+    "empty name": file("a//b"),
+    "git's folder": file(".git/hooks/post-checkout"),
+    "backslash": file("..\\a"),
+    "NUL": file("a\0b"),
+    "escape": file("a\x1b[2J"),
+    "long name": file("a" * 256),
+    "file under a file": file("a.txt/b"),
+    "file over a folder": file("es"),
+    "object that was not uploaded": line("lfsFile", **LINK),
+    "other algorithm": line("lfsFile", **{**LINK, "algo": "md5"}),
+    "oid that is no sha256": line("lfsFile", **{**LINK, "oid": "../../x"}),
+    "card with a list": file("README.md", base64.b64encode(b"---\n- a\n---\n").decode()),
+}
+GOOD = HEADER + file("good.txt")
+BAD_COMMITS = BAD_HEADERS | {name: GOOD + text for name, text in BAD_OPERATIONS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -434,14 +439,7 @@ def standing(tmp_path_factory):
 @pytest.mark.parametrize("body", BAD_COMMITS.values(), ids=BAD_COMMITS)
 def test_a_bad_commit_changes_nothing(standing, body):
     before = state(standing)
-    first, *rest = body.split(b"\n", 1)
-    good = file("good.txt") if rest and rest[0] else b""
-    done = ask(
-        standing,
-        "POST",
-        "/api/models/alice/x/commit/main",
-        b"\n".join([first, good + b"".join(rest)]),
-    )
+    done = ask(standing, "POST", "/api/models/alice/x/commit/main", body)
     assert done.status_code == 400, done.text
     assert done.json()["error"]
     assert state(standing) == before
@@ -469,36 +467,32 @@ def test_a_card_is_checked(server):
 
 
 def test_pushes_at_once_lose_nothing(server):
-    """Read, add a line, push on what was read; on 412 again."""
+    """Read, add a line, push on what was read; when that was passed, again."""
 
-    def one(worker):
-        client, tries = api(server), 0
-        for turn in range(2):
-            while True:
-                tries += 1
-                parent = head(server)
-                path = f"/alice/x/resolve/{parent}/lines.txt"
-                lines = ask(server, "GET", path).content if turn or parent != start else b""
-                lines = lines if not lines.startswith(b"{") else b""
-                files = [add("lines.txt", lines + f"{worker}.{turn}\n".encode())]
-                files += [add(f"{worker}.{turn}.safetensors", WEIGHTS + bytes([worker, turn]))]
-                try:
-                    client.create_commit("alice/x", files, commit_message="m", parent_commit=parent)
-                    break
-                except HfHubHTTPError as error:
-                    if error.response.status_code != 412:
-                        raise
-        return tries
+    def add_lines(worker):
+        for name in (f"{worker}.0", f"{worker}.1"):
+            while not add_line(name):
+                pass
 
-    start = head(server)
+    def add_line(name):
+        parent = head(server)
+        lines = ask(server, "GET", f"/alice/x/resolve/{parent}/lines.txt").content
+        files = {"lines.txt": lines + f"{name}\n".encode(), name: WEIGHTS + name.encode()}
+        try:
+            return push(server, files, parent_commit=parent)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 412:
+                raise
+
+    push(server, {"lines.txt": b""})
     with ThreadPoolExecutor(10) as executor:
-        tries = list(executor.map(one, range(10)))
-    wanted = {f"{worker}.{turn}" for worker in range(10) for turn in range(2)}
-    lines = ask(server, "GET", "/alice/x/resolve/main/lines.txt").text.split()
-    assert sorted(lines) == sorted(wanted)
-    assert {f"{name}.safetensors" for name in wanted} <= {*api(server).list_repo_files("alice/x")}
-    assert len(api(server).list_repo_commits("alice/x")) == 21
-    assert sum(tries) > 20
+        list(executor.map(add_lines, range(10)))
+    names = {f"{worker}.{turn}" for worker in range(10) for turn in range(2)}
+    assert sorted(ask(server, "GET", "/alice/x/resolve/main/lines.txt").text.split()) == sorted(
+        names
+    )
+    assert names <= {*api(server).list_repo_files("alice/x")}
+    assert len(api(server).list_repo_commits("alice/x")) == 22
 
 
 def test_of_twenty_pushes_on_one_parent_one_lands(server):
@@ -539,7 +533,7 @@ def test_a_tag_is_given_once(server, tmp_path):
     push(server, {"a.txt": b"2"})
     refused(409, client.create_tag, "alice/x", tag="v1")
     client.create_tag("alice/x", tag="v1", exist_ok=True)
-    client.create_tag("alice/x", tag="exp/é+1".replace("é", "e"), revision=first)
+    client.create_tag("alice/x", tag="exp/e+1", revision=first)
     tags = client.list_repo_refs("alice/x").tags
     assert [(t.name, t.ref, t.target_commit) for t in tags] == [
         ("v1", "refs/tags/v1", first),
@@ -573,7 +567,7 @@ def test_a_branch_goes_its_own_way(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a..b", "a//b", "/a", "-a", "a b", "a.lock", "ab" * 20, ""]
+    "name", ["../x", "a..b", "a//b", "/a", "-a", "a b", "a.lock", "ab" * 20, "refs/x", ""]
 )
 def test_a_ref_has_a_plain_name(standing, name):
     before = state(standing)
@@ -662,9 +656,6 @@ def test_an_upload_is_what_was_announced(server):
     assert "actions" not in announce(server)
     assert announce(server, size=7)["error"]["code"] == 422
     assert link(server).status_code == 200
-
-
-WANTED = {"oid": SHA256, "size": len(WEIGHTS)}
 
 
 def test_an_upload_url_is_good_for_one_thing(server):
@@ -834,10 +825,10 @@ def test_an_endless_drip_ends_with_its_reader(server):
     server.mischief = lambda seen, answer: Reply(200, {}, drip())
     with get_session().stream("GET", f"{server.endpoint}/x") as response:
         assert next(response.iter_raw()) == b"x"
-    time.sleep(0.3)
-    count = len(sent)
-    time.sleep(0.1)
-    assert len(sent) == count > 0
+    patience = time.monotonic() + 20
+    while time.monotonic() - sent[-1] < 0.2:
+        assert time.monotonic() < patience
+        time.sleep(0.05)
 
 
 def test_a_request_may_fail_before_or_after_it_is_done(server):

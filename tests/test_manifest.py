@@ -111,7 +111,7 @@ def test_a_file_that_is_no_manifest_is_refused(content, tmp_path):
 
 def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path):
     (tmp_path / FILE).mkdir()
-    assert "cannot be read" in refusal(tmp_path)
+    assert "not a regular file" in refusal(tmp_path)
 
 
 def test_all_misfits_stand_in_one_message(tmp_path):

@@ -7,6 +7,7 @@ from torch.nn import functional
 from adapterhub_chat import native
 from adapterhub_chat.bank import Bank, Site
 from adapterhub_chat.lora import Plan
+from adapterhub_chat.weights import AdapterWeights
 
 SITE = Site("q|k", ("q", "k"), 70, (130, 33))  # no width is a multiple of a tile or a vector
 OTHER = Site("o", ("o",), 96, (64,))
@@ -186,3 +187,37 @@ def test_without_a_compiler_there_is_none(tmp_path, monkeypatch):
     assert native.library(tmp_path / "other") is None
     assert not list((tmp_path / "other").iterdir())  # no half a library
     native.library.cache_clear()
+
+
+def adapter(rank, dtype, seed=0):
+    """Weights on every module of ALL's sites."""
+    outs = {
+        m: (s.in_features, o) for s in ALL for m, o in zip(s.members, s.out_features, strict=True)
+    }
+    factors = {
+        m: (
+            numbers(rank, i, seed=seed + n, dtype=dtype),
+            numbers(o, rank, seed=seed - n - 1, dtype=dtype),
+        )
+        for n, (m, (i, o)) in enumerate(outs.items())
+    }
+    return AdapterWeights(factors, {m: 3.0 + n for n, m in enumerate(outs)})
+
+
+@pytest.mark.parametrize("rank", [8, 5])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+def test_a_slot_is_filled_as_torch_fills_it(folder, dtype, source, rank):
+    ours, theirs = banks(dtype)[0], banks(dtype)[0]
+    weights = adapter(rank, source)
+    native.write(folder, ours, 1, weights)
+    theirs.write(1, weights)
+    assert torch.equal(ours.flat, theirs.flat)
+
+
+def test_a_slot_is_filled_without_a_library_too(tmp_path):
+    ours, theirs = banks(torch.float32)[0], banks(torch.float32)[0]
+    weights = adapter(8, torch.float32)
+    native.write(tmp_path / "nothing here", ours, 2, weights)
+    theirs.write(2, weights)
+    assert torch.equal(ours.flat, theirs.flat)
+    assert not (tmp_path / "nothing here").exists()

@@ -175,7 +175,7 @@ def test_a_tag_and_a_commit_are_pulled_as_they_were(made, other, speak, make_wei
 
 
 def test_pushes_at_once_lose_nothing(pico_folder, speak, make_weights, tmp_path):
-    weights = [make_weights(seed=seed) for seed in range(4)]
+    weights = [make_weights(seed=seed) for seed in range(2)]
     hubs = [
         keep(AdapterHub(str(pico_folder), tmp_path / f"p{n}", dtype="fp32", device="cpu"), w)
         for n, w in enumerate(weights)
@@ -187,7 +187,7 @@ def test_pushes_at_once_lose_nothing(pico_folder, speak, make_weights, tmp_path)
             hub.push("toy", REPO, version=f"{hub.pool.root.name}-{n}", **speak) for n in range(10)
         ]
 
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(2) as threads:
         done = [one for each in threads.map(many, hubs) for one in each]
     tags = Hub(**speak).tags(REPO)
     assert tags == {one.version: one.commit for one in done}

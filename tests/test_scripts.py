@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapterhub_chat import AdapterHub
+from adapterhub_chat.merge import METHODS
 from adapterhub_chat.peers import installed
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,29 @@ def test_compare_multitask_scores_every_way_beside_the_backbone(tasks, pico_fold
     assert list(found["cosines"]) == ["films beside shared|greetings beside shared"]
     run_script("compare_multitask", *tasks, *arguments)
     assert "cosine of gradients, films beside shared and greetings" in capsys.readouterr().out
+
+
+def test_compare_merge_scores_every_method_here_and_of_peft(
+    pool, tasks, pico_folder, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "tasks").symlink_to(tasks[0].parent)  # a manifest names its task, not its path
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--adapters", "films", "greetings", "--backbone", pico_folder, "--pool", pool)
+    run_script("compare_merge", *arguments, "--limit", 2, "--json")
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    ways = {(row["who"], row["method"]): row for row in rows}
+    assert {name for who, name in ways if who == "here"} == set(METHODS)
+    assert sum(who == "peft" for who, _ in ways) == 11
+    for row in rows:
+        assert [one["task"] for one in row["retention"]] == ["films", "greetings"]
+        assert row["lowest"] <= row["mean"]
+    assert {row["mean"] for row in rows if row["who"] == "apart"} == {1.0}
+    for here, peft in (("cat", "cat"), ("svd", "svd"), ("ties", "ties_svd")):
+        mine, its = ways["here", here], ways["peft", peft]
+        assert mine["mean"] == pytest.approx(its["mean"], rel=1e-3)
+        assert mine["rank"] == its["rank"]
+    run_script("compare_merge", *arguments, "--limit", 2)
+    assert "What is kept of each source's score" in capsys.readouterr().out
 
 
 def test_evaluate_prints_a_line_a_score(pool, tasks, pico_folder, capsys):

@@ -10,15 +10,21 @@ import threading
 from .server import HubServer
 
 
+def user(text: str) -> tuple[str, str]:
+    name, _, token = text.partition("=")
+    if not (name and token):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=TOKEN")
+    return name, token
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.hub_server", description=__doc__)
     parser.add_argument("--port", type=int, default=8123, help="0 takes a free one")
     parser.add_argument("--folder", required=True, help="where it keeps all that is pushed to it")
-    parser.add_argument(
-        "--user", action="append", metavar="NAME=TOKEN", help="may be given several times"
-    )
+    about = "may be given several times; without it, alice=hf_alice"
+    parser.add_argument("--user", action="append", type=user, metavar="NAME=TOKEN", help=about)
     chosen = parser.parse_args()
-    users = dict(pair.split("=", 1) for pair in chosen.user or ["alice=hf_alice"])
+    users = dict(chosen.user or [("alice", "hf_alice")])
     with HubServer(chosen.folder, users, port=chosen.port) as server:
         token = next(iter(users.values()))
         sys.stdout.write(
@@ -27,9 +33,9 @@ def main() -> None:
             f"or, in Python, HfApi(endpoint={server.endpoint!r}, token={token!r}).\n"
         )
         sys.stdout.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -40,7 +40,8 @@ class Hub:
 
 
 def _hub(request: Request) -> Hub:
-    return request.app.state.hub
+    hub: Hub = request.app.state.hub
+    return hub
 
 
 TheHub = Annotated[Hub, Depends(_hub)]

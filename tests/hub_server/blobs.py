@@ -66,7 +66,6 @@ class Incoming:
         """Let it be found under `path`, whatever happens to the machine from here on."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.path, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -86,7 +85,7 @@ class Blobs:
         self._incoming.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        return self.folder / sha256[:2] / sha256
+        return self.folder / sha256
 
     def part(self, repo: int, sha256: str, number: int) -> Path:
         """Where one part of an upload waits for the others."""

@@ -33,7 +33,7 @@ def read_card(text: str) -> dict[str, Any]:
     return card
 
 
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(maxsize=100)
 def card_json(text: str) -> str:
     """The metadata as JSON; that of a card which cannot be read is empty."""
     try:

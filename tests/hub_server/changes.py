@@ -105,14 +105,15 @@ class Changes:
 
 def read_changes(body: bytes) -> Changes:
     """Return what the lines say; the first that is wrong is an error."""
-    header, *operations = [
+    header, *rest = [
         _read_line(number, line)
         for number, line in enumerate(body.split(b"\n"), 1)
         if line.strip() or number == 1
     ]
-    if not isinstance(header, Header) or any(isinstance(o, Header) for o in operations):
+    operations = tuple(line for line in rest if not isinstance(line, Header))
+    if not isinstance(header, Header) or len(operations) < len(rest):
         raise HubError(400, "A commit is one header and then its operations.")
-    return Changes(header, tuple(operations))
+    return Changes(header, operations)
 
 
 def _read_line(number: int, text: bytes) -> Header | Operation:

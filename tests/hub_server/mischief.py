@@ -47,7 +47,7 @@ class Seen:
 class Reply:
     """What is sent: the names of headers are lower case; an iterator of bytes is sent piece by piece.
 
-    Content-Length follows a body that was changed. With `cut`, the connection breaks off after so many bytes.
+    Content-Length follows the body, except of a HEAD. After `cut` bytes the connection breaks off.
     """
 
     status: int = 200

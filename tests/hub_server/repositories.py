@@ -18,7 +18,7 @@ from .views import Json, commit_json, entries, listing, model_info, refs_json
 
 NAME = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 REF = re.compile(
-    r"(?!.*(\.\.|//|\.lock$|/$))(?![0-9a-f]{40}$)[A-Za-z0-9_][\w./+-]{0,199}", re.ASCII
+    r"(?!refs/|.*(\.\.|//|\.lock$|/$))(?![0-9a-f]{40}$)[A-Za-z0-9_][\w./+-]{0,199}", re.ASCII
 )
 BRIEF = {
     "_id", "id", "modelId", "private", "createdAt", "downloads", "likes", "tags", "library_name",

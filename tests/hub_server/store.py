@@ -14,9 +14,10 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from .blobs import Blobs, Entry, Tree, lfs_entry
 from .errors import BUSY, STALE, HubError, repo_not_found, revision_not_found
@@ -116,7 +117,7 @@ class Store:
                 self._db.execute("ROLLBACK")
                 raise
 
-    def _rows(self, query: str, *values: object) -> list[tuple]:
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
@@ -257,11 +258,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _repo(row: tuple) -> Repo:
-    *names, private, created = row
-    return Repo(*names, bool(private), created)
+def _repo(row: tuple[Any, ...]) -> Repo:
+    repo = Repo(*row)
+    return replace(repo, private=bool(repo.private))
 
 
-def _commit(row: tuple) -> Commit:
-    *about, tree = row
-    return Commit(*about, {path: Entry(*entry) for path, entry in json.loads(tree).items()})
+def _commit(row: tuple[Any, ...]) -> Commit:
+    tree = json.loads(row[-1])
+    return replace(Commit(*row), tree={path: Entry(*entry) for path, entry in tree.items()})

@@ -23,7 +23,8 @@ def card_of(store: Store, commit: Commit) -> Json:
     if entry is None or entry.size > MOST_CARD:
         return {}
     text = store.blobs.path(entry.sha256).read_text("utf-8", errors="replace")
-    return json.loads(card_json(text))
+    card: Json = json.loads(card_json(text))
+    return card
 
 
 def model_info(store: Store, repo: Repo, commit: Commit, blobs: bool = False) -> Json:

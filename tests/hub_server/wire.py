@@ -42,17 +42,13 @@ class Wire:
         mischief = self._mischief()
         if mischief is None:
             return await self._app(scope, receive, send)
-        truth: list[Reply] = []
-
-        async def ask() -> Reply:
-            truth.append(await _answer(self._app, scope, receive))
-            return truth[-1]
 
         def play() -> Reply:
-            return mischief(seen, lambda: _copy(from_thread.run(ask)))
+            return mischief(seen, lambda: from_thread.run(_answer, self._app, scope, receive))
 
         reply = await to_thread.run_sync(play, limiter=self._threads)
-        _fit_length(reply, truth[-1] if truth else Reply())
+        if seen.method != "HEAD":
+            _fit_length(reply)
         await _send(reply, receive, send)
 
 
@@ -79,14 +75,7 @@ async def _answer(app: ASGIApp, scope: Scope, receive: Receive) -> Reply:
     return reply
 
 
-def _copy(reply: Reply) -> Reply:
-    return Reply(reply.status, {**reply.headers}, reply.body)
-
-
-def _fit_length(reply: Reply, truth: Reply) -> None:
-    """Announce the length of a body that is not the true one."""
-    if reply.body is truth.body:
-        return
+def _fit_length(reply: Reply) -> None:
     reply.headers.pop("content-length", None)
     if isinstance(reply.body, bytes):
         reply.headers["content-length"] = str(len(reply.body))

@@ -1,0 +1,73 @@
+"""Low-rank matrices kept as two factors: joined, compressed and measured without ever being multiplied out.
+
+Legend: B (out, r) and A (r, in) of a delta B A; k ranks that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Pair = tuple[Tensor, Tensor]
+"""(B (out, r), A (r, in)): the delta B A. Rank 0 is the zero delta."""
+
+EXACT_SIDE = 2048
+"""Up to this smaller side, a dense delta is compressed exactly; above it, from a sketch."""
+SPARE, ROUNDS = 16, 6
+"""Columns beside the wanted ones, and power iterations, of a sketch."""
+
+
+def joined(pairs: Sequence[Pair]) -> Pair:
+    """Return the sum of the deltas: ranks side by side."""
+    return torch.cat([b for b, _ in pairs], dim=1), torch.cat([a for _, a in pairs])
+
+
+def compress(delta: Pair | Tensor, rank: int) -> tuple[Pair, float, float]:
+    """Return the best approximation of rank k, and the energy (squared Frobenius norm) kept and in all.
+
+    The singular values are shared evenly between both factors, so that neither loses digits when it is
+    rounded; ranks that a delta does not have are zeros.
+    """
+    left, values, right = _top(delta, rank) if isinstance(delta, Tensor) else _svd(*delta)
+    everything = delta if isinstance(delta, Tensor) else values
+    total = float(everything.double().square().sum())
+    kept = float(values[:rank].square().sum())
+    root = values[:rank].clamp(min=0).sqrt()
+    b, a = left[:, :rank] * root, root[:, None] * right[:rank]
+    spare = rank - len(root)
+    return (functional.pad(b, (0, spare)), functional.pad(a, (0, 0, 0, spare))), kept, total
+
+
+def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, V^T of B A, from a small square core (arXiv 0909.4061, section 3)."""
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, values, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, values, vh @ q_a.T
+
+
+def _top(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading k of U, S, V^T of a dense matrix (out, in)."""
+    if dense.shape[0] > dense.shape[1]:
+        left, values, right = _top(dense.T, rank)
+        return right.T, values, left.T
+    if dense.shape[0] > EXACT_SIDE:
+        basis = _sketch(dense, rank + SPARE).double()
+    else:  # the eigenvectors of D D^T are the left singular vectors; half the work of an SVD
+        wide = dense.double()
+        basis = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:]
+    u, values, vh = torch.linalg.svd(basis.T @ dense.double(), full_matrices=False)
+    return basis @ u[:, :rank], values[:rank], vh[:rank]
+
+
+def _sketch(dense: Tensor, columns: int) -> Tensor:
+    """Return an orthonormal basis of the leading left directions (arXiv 0909.4061, algorithm 4.4)."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(dense.shape[1], columns, generator=generator).to(dense)
+    basis: Tensor = torch.linalg.qr(dense @ start)[0]
+    for _ in range(ROUNDS):
+        basis = torch.linalg.qr(dense @ (dense.T @ basis))[0]
+    return basis

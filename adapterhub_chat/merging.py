@@ -1,0 +1,210 @@
+"""Merging: adapters of the pool become one new adapter, checked, kept, and measured against its sources."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.evaluate import judge, score
+from adapterhub_chat.folder import WEIGHTS
+from adapterhub_chat.manifest import Manifest, MergeReport, Training, Tried, file_sha256
+from adapterhub_chat.merge import METHODS, Merged, merge
+from adapterhub_chat.merge_choice import MIX, choose, learn
+from adapterhub_chat.merge_order import (
+    AUTO,
+    LEARN,
+    MergeOrder,
+    merged_by,
+    read_source,
+    tasks_of,
+)
+from adapterhub_chat.pool import Stored
+from adapterhub_chat.prompt import placeholders
+from adapterhub_chat.retention import drift, mean_and_lowest, retention, yardsticks
+from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.task import Task
+from adapterhub_chat.template import encode_prompts, messages_of
+from adapterhub_chat.trust import PROBE_PROMPT, make_probe, probe_problem
+from adapterhub_chat.types import Example, Mix, Retention, Score, as_mix
+from adapterhub_chat.workshop import Listeners
+
+GAP = 0.01
+"""The run-time mix must keep so much more than the merge before it is worth a word."""
+
+
+def merge_adapters(
+    shelf: Shelf,
+    order: MergeOrder,
+    tasks: Mapping[str, str | Path | Task],
+    listeners: Listeners,
+) -> Manifest:
+    """Merge, check, keep and measure; see AdapterHub.merge."""
+    sources = [read_source(shelf, name) for name in order.names]
+    needed = order.method == AUTO or order.weights == LEARN
+    own = tasks_of(sources, tasks, needed=needed)
+    tried: tuple[Tried, ...] = ()
+    if order.method == AUTO:
+        order, tried = choose(shelf, order, sources, own, listeners)
+    if order.weights == LEARN:
+        order = replace(order, weights=learn(shelf, order, sources, own))
+    merged = merged_by(order, sources)
+    _check_identity(shelf, order, sources)
+    kept = shelf.keep(merged.weights, _draft(shelf, order, sources, merged, tried))
+    _check_saved(shelf, kept.name, merged)
+    done = _measured(shelf, order, kept, own, listeners)
+    shelf.describe(done.name, done)
+    if done.merge and done.merge.verdict:
+        warnings.warn(f"{done.name}: {done.merge.verdict}", stacklevel=3)
+    return done
+
+
+def _draft(
+    shelf: Shelf,
+    order: MergeOrder,
+    sources: Sequence[Stored],
+    merged: Merged,
+    tried: tuple[Tried, ...],
+) -> Manifest:
+    """Return the manifest of a merged adapter: not measured yet; it is prompted as its heaviest source."""
+    said = [source.manifest for source in sources if source.manifest]
+    weights = dict(zip(order.names, order.numbers, strict=True))
+    if not said:
+        raise AdapterError(
+            f"none of {', '.join(order.names)} has a manifest, so nobody knows how the merged adapter is to "
+            "be prompted; adapterhub-chat adopt gives them one"
+        )
+    heaviest = max(said, key=lambda manifest: abs(weights.get(manifest.name, 0.0)))
+    backbone = shelf.model.backbone
+    named = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+    training = Training(
+        how="merge",
+        tasks=_once(task for m in said for task in m.training.tasks),
+        data_sha256=_once(data for m in said for data in m.training.data_sha256),
+        sources=_once(source for m in said for source in m.training.sources),
+        parents=tuple(file_sha256(source.path / WEIGHTS) for source in sources),
+        note=f"merged by {order.method} from {named}; prompted as {heaviest.name}",
+    )
+    return Manifest(
+        name=order.name,
+        about="; ".join(_once(m.about for m in said if m.about)),
+        language=", ".join(_once(m.language for m in said if m.language)),
+        licence=", ".join(_once(m.licence for m in said if m.licence)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
+        contract=heaviest.contract,
+        metric=heaviest.metric,
+        training=training,
+        merge=MergeReport(
+            method=order.method,
+            weights=weights,
+            rank=merged.weights.max_rank,
+            density=order.options.density or METHODS[order.method].density,
+            seed=order.options.seed,
+            energy=round(merged.report.energy, 6),
+            tried=tried,
+        ),
+    )
+
+
+def _once(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _check_identity(shelf: Shelf, order: MergeOrder, sources: Sequence[Stored]) -> None:
+    """Raise AdapterError unless each source, merged alone with weight 1, answers as it does itself."""
+    density = None if METHODS[order.method].density is None else 1.0
+    for source in sources:
+        alone = merge([source.weights], [1.0], method=order.method, density=density)
+        probe = make_probe(shelf.model, source.name)
+        with shelf.on_trial(source.name, alone.weights) as trial:
+            if problem := probe_problem(shelf.model, trial, probe, "exact"):
+                raise AdapterError(
+                    f"{order.method} is not trusted here: {source.name!r} alone, with weight 1, "
+                    f"does not come out as itself: {problem}"
+                )
+
+
+def _check_saved(shelf: Shelf, name: str, merged: Merged) -> None:
+    """Raise AdapterError unless what is read back is what was merged, to the bit."""
+    stored = shelf.pool.load(name)
+    same = stored.weights.factors.keys() == merged.weights.factors.keys() and all(
+        torch.equal(mine, its)
+        for module, own in merged.weights.factors.items()
+        for mine, its in zip(own, stored.weights.factors[module], strict=True)
+    )
+    if not same:
+        raise AdapterError(f"adapter {name!r} was not saved as it was merged; check the disk")
+
+
+def _measured(
+    shelf: Shelf,
+    order: MergeOrder,
+    kept: Manifest,
+    own: Mapping[str, Sequence[Task]],
+    listeners: Listeners,
+) -> Manifest:
+    """Return a kept adapter's manifest with what it keeps of its sources, on test items, and its scores."""
+    model = shelf.model
+    found: list[Retention] = []
+    mixed: list[Retention] = []
+    scores: dict[str, Score] = {}
+    for stick in yardsticks(model, own, "test", order.options.limit, listeners.on_judged):
+        task, items = stick.task, stick.examples
+        told = partial(listeners.on_judged, task.name)
+        judged, at_run_time, backbone = (
+            judge(model, task, items, mix, told, details=False)
+            for mix in (as_mix(kept.name), order.mix, Mix())
+        )
+        found.append(retention(stick, judged.rows))
+        mixed.append(retention(stick, at_run_time.rows))
+        one = score(kept.name, task, judged, backbone)
+        scores[task.name] = replace(one, precision=model.backbone.precision)
+    assert kept.merge is not None
+    report = kept.merge.model_copy(
+        update={
+            "retention": tuple(found),
+            "mix": tuple(mixed),
+            "drift": {name: _drift(shelf, name, kept.name) for name in order.names},
+            "verdict": _verdict(order, kept.merge, found, mixed),
+        }
+    )
+    done = kept.model_copy(update={"merge": report})
+    return done.with_scores(list(scores.values())) if scores else done
+
+
+def _drift(shelf: Shelf, source: str, merged: str) -> float:
+    """Return how far a source's next tokens have moved: the probe prompt, bare and in its contract."""
+    tokenizer = shelf.model.backbone.tokenizer
+    prompts = [tuple(tokenizer(PROBE_PROMPT).input_ids)]
+    if contract := shelf.contract(as_mix(source)):
+        fields = dict.fromkeys(placeholders(contract.template), PROBE_PROMPT)
+        prompts += encode_prompts(tokenizer, [messages_of(contract, Example(fields, ""))])
+    return round(drift(shelf.model, prompts, as_mix(source), as_mix(merged)), 6)
+
+
+def _verdict(
+    order: MergeOrder, report: MergeReport, found: Sequence[Retention], mixed: Sequence[Retention]
+) -> str:
+    """Return what speaks against the merge, or an empty string."""
+    said = []
+    low = [one for one in found if one.value < order.options.floor]
+    if low:
+        named = ", ".join(f"{one.task} {one.value:.0%}" for one in low)
+        said.append(
+            f"it keeps less than {order.options.floor:.0%} of its sources' scores on {named}"
+        )
+    if found and (mix := mean_and_lowest(mixed)[0]) > (merged := mean_and_lowest(found)[0]) + GAP:
+        every = report.tried and max(report.tried, key=lambda one: one.mean).method == MIX
+        what = "every merge that was tried" if every else "this merge"
+        said.append(
+            f"the run-time mix {order.mix} keeps more than {what} ({mix:.0%} on average, not {merged:.0%})"
+        )
+    return "; ".join(said)

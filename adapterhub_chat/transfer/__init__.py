@@ -1,0 +1,1 @@
+"""Adapters for a target out of a source: reweight the source, stack, warm start; and the gate that judges."""

@@ -1,0 +1,150 @@
+"""Maximum-entropy transfer: which source examples speak for the target, as weights over them.
+
+Of all weightings of n source examples whose mean target log-likelihood reaches a level, the one of smallest
+KL divergence to the uniform is w_i ~ exp(lam * log p_T(y_i | x_i)); lam = 1 is P_S(x) P_T(y|x), normalised.
+Where the target has no labels, entropy balancing (Hainmueller 2012, doi.org/10.1093/pan/mpr025) matches the
+mean of features instead. Pure functions of float64 tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterhub_chat.errors import DataError
+
+STEPS = 60
+"""Halvings of a bisection: more than a float64 can tell apart."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Weights over source examples, mean 1, and how they came about."""
+
+    weights: Tensor
+    """(n,) float64."""
+    lam: float
+    """The Lagrange multiplier: 0 is the uniform, 1 the plain formula."""
+    effective: float
+    """Effective sample size, as a share of n."""
+    clipped: int
+    """How many weights were cut to the largest allowed."""
+
+
+def tilt(log_likelihood: Tensor, lam: float) -> Tensor:
+    """Return w_i ~ exp(lam * l_i), (n,), summing to 1."""
+    return (lam * log_likelihood.double()).softmax(0)
+
+
+def effective_size(weights: Tensor) -> float:
+    """Return (sum w)^2 / sum w^2: as many equal weights would vary as little."""
+    weights = weights.double()
+    return float(weights.sum() ** 2 / weights.square().sum())
+
+
+def kl_to_uniform(weights: Tensor) -> float:
+    """Return the KL divergence of weights that sum to 1 from equal ones, in nats."""
+    weights = weights.double()
+    return float(torch.special.xlogy(weights, weights * len(weights)).sum())
+
+
+def reweighted(
+    log_likelihood: Tensor, *, share: float = 0.3, lam: float = 1.0, most: float = 20.0
+) -> Weighting:
+    """Return the weighting for (n,) target log-likelihoods of the source's labels.
+
+    `lam` is taken down until the effective sample size is at least `share` of n; then no weight is larger
+    than `most` times the mean. Raises DataError for numbers that are none, or nothing to weigh.
+    """
+    _check(log_likelihood)
+    count = len(log_likelihood)
+    if effective_size(tilt(log_likelihood, lam)) < share * count:
+        low, high = 0.0, lam  # the effective size falls as lam grows
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            enough = effective_size(tilt(log_likelihood, middle)) >= share * count
+            low, high = (middle, high) if enough else (low, middle)
+        lam = low
+    return _clipped(tilt(log_likelihood, lam), lam, most)
+
+
+def lam_for(log_likelihood: Tensor, level: float) -> float:
+    """Return the multiplier at which the weighted mean of (n,) log-likelihoods is `level`.
+
+    Raises DataError, naming the nearest level, when no weighting reaches it: it must lie between the plain
+    mean (lam = 0) and the largest value (lam without end).
+    """
+    _check(log_likelihood)
+    values = log_likelihood.double()
+    low, high = float(values.mean()), float(values.max())
+    if not low <= level < high:
+        nearest = low if level < low else high
+        raise DataError(
+            f"no multiplier gives a mean log-likelihood of {level:.4g}: the nearest is {nearest:.4g} (lam "
+            f"{'= 0' if level < low else 'without end'})"
+        )
+    top = 1.0
+    while float(tilt(values, top) @ values) < level:
+        top *= 2
+    bottom = 0.0
+    for _ in range(STEPS):
+        middle = (bottom + top) / 2
+        below = float(tilt(values, middle) @ values) < level
+        bottom, top = (middle, top) if below else (bottom, middle)
+    return bottom
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Weights that bring the source's mean features to the target's."""
+
+    weighting: Weighting
+    residual: float
+    """Largest distance that is left between two means, in standard deviations of the source."""
+
+
+def balanced(source: Tensor, target: Tensor, *, ridge: float = 1e-2, most: float = 20.0) -> Balance:
+    """Return weights ~ exp(lam . phi) for source features (n, d) that match the mean of target ones (m, d).
+
+    Minimises the convex dual log mean exp(lam . phi) - lam . phi_T + ridge / 2 |lam|^2 by L-BFGS; features
+    are scaled by the source's own deviations first.
+    """
+    _check(source)
+    _check(target)
+    mean, deviation = source.double().mean(0), source.double().std(0).clamp(min=1e-9)
+    phi, goal = (source.double() - mean) / deviation, (target.double().mean(0) - mean) / deviation
+    lam = torch.zeros(phi.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([lam], max_iter=200, line_search_fn="strong_wolfe")
+
+    def dual() -> Tensor:
+        optimizer.zero_grad()
+        value = (phi @ lam).logsumexp(0) - lam @ goal + ridge / 2 * lam.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(dual)
+    weights = (phi @ lam.detach()).softmax(0)
+    residual = float((weights @ phi - goal).abs().max())
+    return Balance(_clipped(weights, float(lam.detach().norm()), most), residual)
+
+
+def _clipped(weights: Tensor, lam: float, most: float) -> Weighting:
+    """Scale to mean 1 and cut what is larger than `most`; the rest is scaled up again."""
+    scaled = weights * len(weights)
+    over = scaled > most
+    if bool(over.any()) and bool((~over).any()):
+        rest = len(weights) - most * int(over.sum())
+        if rest > 0:
+            scaled = torch.where(over, most, scaled * rest / scaled[~over].sum())
+    return Weighting(scaled, lam, effective_size(scaled) / len(scaled), int(over.sum()))
+
+
+def _check(values: Tensor) -> None:
+    if not values.numel():
+        raise DataError("there is nothing to weigh: no source or target examples")
+    if not bool(values.isfinite().all()):
+        bad = int((~values.isfinite()).sum())
+        raise DataError(f"{bad} of {values.numel()} numbers to weigh by are not finite")

@@ -1,0 +1,118 @@
+"""A transfer from beginning to end: train every method, judge, choose. Returns values, writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.evaluate import judge
+from adapterhub_chat.metrics import METRICS, Rows
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.train import Event, train
+from adapterhub_chat.transfer.maxent import Weighting
+from adapterhub_chat.transfer.methods import (
+    BASELINE,
+    METHODS,
+    Setting,
+    few_shot_jobs,
+    finished,
+    maxent_job,
+)
+from adapterhub_chat.transfer.select import Verdict, best, verdict
+from adapterhub_chat.types import BACKBONE, Mix, as_mix
+from adapterhub_chat.weights import AdapterWeights
+
+SHARE = 0.3
+"""Least effective sample size of a reweighted source, as a share of it."""
+AS_IS = "source"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to serve the target, measured on its validation examples."""
+
+    method: str
+    value: float
+    verdict: Verdict
+    weights: AdapterWeights | None = None
+    """None: the bare backbone."""
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Every candidate, beside the baseline, and which one is chosen."""
+
+    baseline: str
+    candidates: dict[str, Candidate]
+    chosen: str
+    seconds: float
+    weighting: Weighting | None = None
+    rows: dict[str, Rows] = field(default_factory=dict)
+
+
+def transfer(
+    model: AdapterModel,
+    setting: Setting,
+    method: str = "auto",
+    *,
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> Outcome:
+    """Train what `method` needs (auto: all of METHODS), judge it beside the baseline, and choose.
+
+    The baseline is the few-shot target adapter, or the backbone where the target has no labelled training
+    examples. `auto` takes the candidate with the best lower bound of those that help, else the baseline.
+    """
+    if method not in (*METHODS, "auto"):
+        raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
+    if not setting.shots and method in ("target", "finetune", "stack"):
+        raise UsageError(f"method {method!r} learns from the target's labels; give shots")
+    started = time.monotonic()
+    wanted = METHODS if method == "auto" else (BASELINE, method)
+    jobs = few_shot_jobs(model.backbone.tokenizer, setting, wanted)
+    made = train(model, jobs, on_event=on_event) if jobs else {}
+    weights = {name: finished(setting, name, done) for name, done in made.items()}
+    steps = {name: done.steps for name, done in made.items()}
+    weighting = None
+    if "maxent" in wanted:
+        with _on_trial(model, weights.get(BASELINE)) as teacher:
+            job, weighting = maxent_job(model, setting, teacher, SHARE)
+        done = train(model, [job], on_event=on_event)["maxent"]
+        weights["maxent"], steps["maxent"] = done.weights, done.steps
+    every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source, **weights}
+    rows = {name: _rows(model, setting, own) for name, own in every.items()}
+    baseline = BASELINE if setting.shots else BACKBONE
+    metric = setting.target.metric
+    verdicts = {name: verdict(metric, own, rows[baseline]) for name, own in rows.items()}
+    candidates = {
+        name: Candidate(
+            name, METRICS[metric].aggregate(rows[name]), verdicts[name], own, steps.get(name, 0)
+        )
+        for name, own in every.items()
+    }
+    chosen = best(verdicts, baseline) if method == "auto" else method
+    seconds = time.monotonic() - started
+    return Outcome(baseline, candidates, chosen, seconds, weighting, rows)
+
+
+def _rows(model: AdapterModel, setting: Setting, weights: AdapterWeights | None) -> Rows:
+    with _on_trial(model, weights) as mix:
+        return judge(model, setting.target, setting.validation, mix).rows
+
+
+@contextmanager
+def _on_trial(model: AdapterModel, weights: AdapterWeights | None) -> Iterator[Mix]:
+    """Load weights under a name that nobody uses, for as long as the block runs."""
+    if weights is None:
+        yield Mix()
+        return
+    name = f"candidate {uuid4().hex}"
+    model.load(name, weights)
+    try:
+        yield as_mix(name)
+    finally:
+        model.unload(name)

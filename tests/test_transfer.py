@@ -1,0 +1,260 @@
+"""Transfer on a pico model: what each method is, what the gate says, what is not followed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import toy_answers, toy_task
+
+from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.errors import AdapterError, DataError, UsageError
+from adapterhub_chat.jobs import Job, make_job
+from adapterhub_chat.learner import Part
+from adapterhub_chat.task import Splits, Task
+from adapterhub_chat.template import Encoded
+from adapterhub_chat.train import Run, train
+from adapterhub_chat.transfer.methods import (
+    few_shot_jobs,
+    likelihoods,
+    make_setting,
+    maxent_job,
+    shots_of,
+)
+from adapterhub_chat.transfer.run import transfer
+from adapterhub_chat.types import Example, as_mix
+from adapterhub_chat.weights import concatenate
+
+QUICK = TrainConfig(max_steps=12, rows_per_step=1, learning_rate=0.02, eval_examples=12, patience=0)
+
+
+def parts_of(task, **changes):
+    """The same task with other splits."""
+    parts = {split: task.split(split) for split in ("train", "validation", "test")} | changes
+    return Task(task.name, task.contract, task.metric, lambda: Splits(parts))
+
+
+@pytest.fixture
+def source(model):
+    """A source adapter, trained on the toy task."""
+    job = make_job(model.backbone.tokenizer, "source", toy_task(), QUICK)
+    return train(model, [job])["source"].weights
+
+
+@pytest.fixture
+def setting(source):
+    return make_setting(source, toy_task(), toy_task("target"), 4, QUICK)
+
+
+def test_shots_have_every_label_and_depend_on_the_seed(setting):
+    assert sorted(e.answer for e in setting.shots) == ["bad", "bad", "good", "good"]
+    other = shots_of(toy_task(), 4, seed=5)
+    assert other != list(setting.shots)
+    assert shots_of(toy_task(), 4, seed=5) == other
+
+
+def test_a_stack_learns_under_the_frozen_source(model, setting):
+    (job,) = (
+        j for j in few_shot_jobs(model.backbone.tokenizer, setting, ["stack"]) if j.name == "stack"
+    )
+    before = {m: (a.clone(), b.clone()) for m, (a, b) in setting.source.factors.items()}
+    own = train(model, [job])["stack"].weights
+    for module, (a, b) in setting.source.factors.items():
+        assert torch.equal(a, before[module][0])
+        assert torch.equal(b, before[module][1])
+    model.load("s", setting.source)
+    model.load("t", own)
+    model.load("flat", concatenate([setting.source, own]))
+    ids = torch.tensor([model.backbone.tokenizer("good film").input_ids])
+    with torch.inference_mode():
+        logits = []
+        for mix in ({"s": 1.0, "t": 1.0}, "flat"):
+            with model.mixing([as_mix(mix)]):
+                logits.append(model.backbone.model(ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_warm_start_begins_where_the_source_is(model, setting):
+    (job,) = (
+        j
+        for j in few_shot_jobs(model.backbone.tokenizer, setting, ["finetune"])
+        if j.name == "finetune"
+    )
+    still = replace(
+        job, config=job.config.model_copy(update={"learning_rate": 1e-12, "max_steps": 1})
+    )
+    own = train(model, [still])["finetune"].weights
+    for module, (a, b) in setting.source.factors.items():
+        mine = own.factors[module]
+        scale = own.scale(module)
+        torch.testing.assert_close(scale * mine[1] @ mine[0], b @ a, atol=1e-4, rtol=1e-4)
+
+
+def test_the_weights_of_maxent_are_the_targets_likelihoods(model, setting):
+    model.load("teacher", setting.source)
+    job, weighting = maxent_job(model, setting, as_mix("teacher"), 0.0)
+    shares = likelihoods(model, setting, as_mix("teacher")).double().exp()
+    wanted = shares / shares.mean()
+    torch.testing.assert_close(weighting.weights, wanted.clamp(max=20), atol=1e-6, rtol=1e-6)
+    own = [e.weight for e in job.train[: len(setting.source_examples)]]
+    assert own == pytest.approx(weighting.weights.tolist())
+    repeated = len(job.train) - len(setting.source_examples)
+    assert repeated / len(job.train) == pytest.approx(0.2, abs=0.07)
+
+
+def test_a_weight_counts_as_so_many_examples(model):
+    """An example of weight 2 gives the loss and the gradient of the example twice."""
+    ids = tuple(range(5, 12))
+    one, other = Encoded(ids, ((20, 2),)), Encoded(ids[::-1], ((30, 2),))
+    found = []
+    for row in ([one, one, other], [replace(one, weight=2.0), other]):
+        run = Run(model, [Job("a", row, (), QUICK)])
+        learner = run.families[0].learners[0]
+        loss = run._backward([Part(learner, [row], 1.0)])
+        found.append((loss, learner.gradient(0, run.bank.scratch).clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
+
+
+def test_auto_takes_what_helps(model, source):
+    few = parts_of(toy_task("target"))
+    outcome = transfer(model, make_setting(source, toy_task(), few, 2, QUICK))
+    assert set(outcome.candidates) == {
+        "backbone",
+        "source",
+        "target",
+        "finetune",
+        "stack",
+        "maxent",
+    }
+    assert outcome.baseline == "target"
+    chosen = outcome.candidates[outcome.chosen]
+    assert chosen.verdict.word in ("helps", "neutral")
+    assert chosen.value >= outcome.candidates["target"].value
+    assert outcome.weighting is not None
+    assert outcome.weighting.effective >= 0.3 - 1e-6
+
+
+def test_a_hostile_source_is_called_so_and_not_taken(model):
+    """Labels turned round: the source as it is hurts, and nothing worse than the baseline is chosen."""
+    config = QUICK.model_copy(update={"max_steps": 60, "eval_examples": 60})
+    flipped = toy_task(size=300, flip=True)
+    job = make_job(model.backbone.tokenizer, "source", flipped, config)
+    weights = train(model, [job])["source"].weights
+    outcome = transfer(
+        model, make_setting(weights, flipped, toy_task("target", size=300), 16, config)
+    )
+    assert outcome.candidates["source"].verdict.word == "hurts"
+    assert outcome.chosen != "source"
+    assert outcome.candidates[outcome.chosen].verdict.word != "hurts"
+
+
+def test_without_shots_the_backbone_is_the_baseline(model, source):
+    outcome = transfer(model, make_setting(source, toy_task(), toy_task("target"), 0, QUICK))
+    assert outcome.baseline == "backbone"
+    assert set(outcome.candidates) == {"backbone", "source", "maxent"}
+
+
+def shorter(task, split, keep):
+    return parts_of(task, **{split: tuple(e for e in task.split(split) if keep(e))})
+
+
+@pytest.mark.parametrize(
+    ("target", "shots", "words"),
+    [
+        (toy_answers, 4, "labels are bad, good, the target's none"),
+        (
+            lambda: shorter(toy_task(), "train", lambda e: False),
+            4,
+            "has 0 training examples, 4 shots",
+        ),
+        (
+            lambda: shorter(toy_task(), "train", lambda e: e.answer == "bad"),
+            4,
+            "have the label 'bad'",
+        ),
+        (lambda: shorter(toy_task(), "validation", lambda e: False), 4, "no validation examples"),
+    ],
+)
+def test_what_does_not_fit_is_said(source, target, shots, words):
+    with pytest.raises(DataError, match=words):
+        make_setting(source, toy_task(), target(), shots, QUICK)
+
+
+def test_all_misfits_come_at_once(source):
+    empty = parts_of(toy_answers(), train=(), validation=())
+    with pytest.raises(DataError) as refused:
+        make_setting(source, toy_task(), empty, 4, QUICK)
+    for words in ("labels are", "0 training examples", "no validation examples"):
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "shots", "words"), [("magic", 4, "allowed are auto"), ("stack", 0, "give shots")]
+)
+def test_a_method_that_cannot_be_is_refused(model, source, method, shots, words):
+    with pytest.raises(UsageError, match=words):
+        transfer(model, make_setting(source, toy_task(), toy_task("t"), shots, QUICK), method)
+
+
+def test_examples_with_contracts_of_their_own_are_asked_as_the_targets(source):
+    odd = Example({"text": "x"}, "good", contract=toy_answers().contract)
+    kept = make_setting(source, parts_of(toy_task(), train=(odd,)), toy_task("t"), 0, QUICK)
+    assert kept.source_examples == [odd]
+
+
+# ---- from names to an adapter in the pool --------------------------------------------------------
+
+
+@pytest.fixture
+def taught(hub):
+    """A hub whose pool has a source adapter."""
+    hub.train([toy_task()], names=["source"], max_steps=12, rows_per_step=1, learning_rate=0.02)
+    return hub
+
+
+FEW = {"max_steps": 8, "rows_per_step": 1, "learning_rate": 0.02, "eval_examples": 12}
+
+
+def test_a_transfer_ends_as_an_adapter_with_its_verdict(taught):
+    done = taught.transfer("source", toy_task("target"), shots=4, source_task=toy_task(), **FEW)
+    report = done.manifest.transfer
+    assert done.manifest.name == "target-from-source"
+    assert report.method == done.outcome.chosen
+    assert report.verdict == done.outcome.candidates[report.method].verdict.word
+    assert set(report.values) == set(done.outcome.candidates)
+    assert done.manifest.training.how == "transfer"
+    source = taught.pool.manifest("source").sha256
+    assert done.manifest.training.parents in ((source,), ())
+    assert [s.task for s in done.manifest.scores] == ["target"]
+    assert taught.verify("target-from-source").ok
+    assert "## Transfer" in (taught.pool.root / "target-from-source" / "README.md").read_text()
+    assert taught.predict("target-from-source", ["good good film"])[0].label in ("good", "bad")
+
+
+@pytest.mark.parametrize("method", ["target", "finetune", "stack", "maxent"])
+def test_each_method_can_be_asked_for(taught, method):
+    target = toy_task("target")
+    done = taught.transfer(
+        "source", target, method, name="made", shots=4, source_task=toy_task(), **FEW
+    )
+    assert done.outcome.chosen == method
+    assert taught.pool.manifest("made").transfer.method == method
+    if method == "stack":
+        assert taught.pool.load("made").weights.max_rank == 16  # the source's ranks and its own
+
+
+def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
+    access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
+    taught.transfer("source", toy_task("target"), "stack", shots=4, source_task=toy_task(), **FEW)
+    manifest = taught.pool.manifest("target-from-source")
+    worse = manifest.transfer.model_copy(update={"verdict": "hurts", "gain": -0.2})
+    taught.pool.describe(manifest.name, manifest.model_copy(update={"transfer": worse}))
+    with pytest.raises(AdapterError, match=r"judged to hurt beside target \(gain -0.200\)"):
+        taught.push("target-from-source", "alice/x", **access)
+    taught.push("target-from-source", "alice/x", force=True, **access)
+    assert "made it hurt" in (taught.pool.root / manifest.name / "README.md").read_text()
+
+
+def test_a_source_must_say_what_it_learnt(taught):
+    with pytest.raises(UsageError, match=r"unknown task 'toy'|source_task"):
+        taught.transfer("source", toy_task("target"), shots=4, **FEW)
