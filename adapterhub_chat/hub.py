@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -26,6 +27,7 @@ from urllib.parse import quote, urlencode
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import _http as http
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session
 from huggingface_hub.utils.tqdm import (
@@ -265,12 +267,7 @@ class Hub:
     @contextlib.contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
         """Keep the block's requests to the endpoint; turn what goes wrong into a HubError about `what`."""
-        client = get_session()
-        if _check not in client.event_hooks["request"]:
-            client.event_hooks = {
-                **client.event_hooks,
-                "request": [_check, *client.event_hooks["request"]],
-            }
+        _hook_in()
         token = _hosts.set(self._allowed)
         try:
             yield
@@ -306,6 +303,27 @@ class Hub:
 def _token_of_user() -> str | None:
     """Return the token in the environment: the one that is kept on disk belongs to huggingface.co."""
     return os.environ.get("HF_TOKEN") or None
+
+
+def _hook_in() -> None:
+    """Have every client of the library look at our requests: the one that is there, and those to come.
+
+    After a broken connection the library throws its client away and makes another one.
+    """
+    if getattr(http._GLOBAL_CLIENT_FACTORY, "func", None) is not _hooked:
+        http._GLOBAL_CLIENT_FACTORY = partial(_hooked, http._GLOBAL_CLIENT_FACTORY)
+    _with_check(get_session())
+
+
+def _hooked(factory: Any) -> Any:
+    return _with_check(factory())
+
+
+def _with_check(client: Any) -> Any:
+    hooks = client.event_hooks
+    if _check not in hooks["request"]:
+        client.event_hooks = {**hooks, "request": [_check, *hooks["request"]]}
+    return client
 
 
 def _check(request: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,7 +16,8 @@ from adapterhub_chat.manifest import file_sha256
 
 FILE, NEXT = "adapters.lock.json", ".next.lock.json"
 MOST_BYTES = 16 * 2**20
-SHA256, COMMIT = r"^[0-9a-f]{64}$", r"^[0-9a-f]{40}$"
+COMMIT = r"^[0-9a-f]{40}$"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Pinned(BaseModel):
@@ -27,8 +29,8 @@ class Pinned(BaseModel):
     repo: str
     revision: str = Field(description="What was asked for: a branch, tag or commit.")
     commit: str = Field(pattern=COMMIT, description="What that was then.")
-    files: dict[str, str] = Field(description="sha256 of each file that was pulled.")
-    installed: dict[str, str] = Field(
+    files: dict[str, Sha256] = Field(description="sha256 of each file that was pulled.")
+    installed: dict[str, Sha256] = Field(
         default_factory=dict, description="sha256 of each file as it was put into the pool."
     )
     signed_by: str = Field(

@@ -99,7 +99,8 @@ def pull_locked(shelf: Shelf, token: str | None = None) -> list[Pulled]:
     done = []
     for name, pinned in lock.adapters.items():
         with pool.quarantine() as folder:
-            if not is_installed(pool.root / check_name(name), pinned.installed):
+            whole = set(NEEDED) <= set(pinned.installed)
+            if not (whole and is_installed(pool.root / check_name(name), pinned.installed)):
                 _restore(pinned, folder, token)
                 done.append(_install(shelf, name, folder, pinned))
                 continue
@@ -232,7 +233,8 @@ def _keep_for_later(folder: Path, hashes: Mapping[str, str]) -> None:
 def _restore(pinned: Pinned, folder: Path, token: str | None) -> None:
     """Put the files that a lock names into a folder; raise HubError when they cannot be had any more."""
     snapshot: Snapshot | None = None
-    hub = Hub(pinned.endpoint, token)
+    own = Hub().endpoint  # a token is for the user's own Hub, whatever a lock names
+    hub = Hub(pinned.endpoint, token if pinned.endpoint == own else None)
     for name, sha256 in pinned.files.items():
         if name not in LIMITS:
             raise UsageError(f"adapters.lock.json names a file {name!r:.80}, which no adapter has")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import keep_adapter as keep
@@ -184,7 +185,7 @@ def test_pushes_at_once_lose_nothing(pico_folder, speak, make_weights, tmp_path)
 
     def many(hub):
         return [
-            hub.push("toy", REPO, version=f"{hub.pool.root.name}-{n}", **speak) for n in range(10)
+            hub.push("toy", REPO, version=f"{hub.pool.root.name}-{n}", **speak) for n in range(20)
         ]
 
     with ThreadPoolExecutor(2) as threads:
@@ -363,3 +364,36 @@ def test_offline_is_said(other, speak, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         other.pull(REPO, **speak)
+
+
+def test_a_lock_sends_no_token_to_the_hub_that_it_names(
+    made, other, speak, hub_server, monkeypatch
+):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    (other.pool.root / "toy" / WEIGHTS).write_bytes(b"broken")
+    monkeypatch.setenv("ADAPTERHUB_CACHE", str(other.pool.root.parent / "another cache"))
+    hub_server.requests.clear()
+    assert other.pull_locked("hf_secret")[0].changed
+    assert hub_server.requests
+    assert all("authorization" not in seen.headers for seen in hub_server.requests)
+
+
+def test_a_lock_that_leaves_out_the_weights_is_not_believed(made, other, speak):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    path = other.pool.root / "adapters.lock.json"
+    lock = json.loads(path.read_text())
+    del lock["adapters"]["toy"]["installed"][WEIGHTS]
+    path.write_text(json.dumps(lock))
+    (other.pool.root / "toy" / WEIGHTS).write_bytes(b"other")
+    assert other.pull_locked()[0].changed
+
+
+def test_a_client_that_is_made_anew_keeps_to_the_endpoint(made, speak, monkeypatch):
+    """The library throws its client away after a broken connection."""
+    hub = Hub(**speak)
+    with hub._speaking("trying"):
+        huggingface_hub.close_session()
+        with pytest.raises(HubError, match="is another host"):
+            huggingface_hub.get_session().get("http://localhost:9/x")
