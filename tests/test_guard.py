@@ -801,6 +801,41 @@ def test_all_that_is_wrong_stands_in_one_message(folder, hub):
         assert words in message
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "22 half of the layers missing",
+        "21 another hidden size",
+        "a layer that is not there",
+        "17 nan in BF16",
+        "19 all 1e30",
+        "36 targets that hang",
+        "24 the backbone's head",
+        "weights a FIFO",
+    ],
+)
+def test_a_pool_member_is_checked_as_a_stranger(case, hub):
+    spoil, words = CASES[case]
+    folder = write_good(hub.pool.root / "bad", hub)
+    spoil(folder)
+    try:
+        for source in ("bad", folder):
+            with pytest.raises(AdapterError, match=re.escape(words)):
+                hub.load(source)
+            assert words in "; ".join(hub.verify(source).problems)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_modules_sizes_and_numbers_that_are_wrong_stand_in_one_message(folder, hub):
+    for case in ("one module missing", "21 another hidden size", "17 nan in F32"):
+        CASES[case][0](folder)
+    with pytest.raises(AdapterError) as refused:
+        hub.load(folder)
+    for case in ("one module missing", "21 another hidden size", "17 nan in F32"):
+        assert CASES[case][1] in str(refused.value)
+
+
 def test_refusals_leave_no_file_open(folder, hub):
     before = len(os.listdir("/proc/self/fd"))
     for spoil in (weights(lambda d: d[:-1]), replaced(WEIGHTS, os.mkfifo), linked(CONFIG)):
