@@ -15,7 +15,7 @@ from adapterhub_chat.errors import PoolError, join_misfits
 from adapterhub_chat.manifest import file_sha256
 
 FILE, NEXT = "adapters.lock.json", ".next.lock.json"
-MOST_BYTES = 16 * 2**20
+MOST_BYTES, SHOWN = 2**20, 10
 COMMIT = r"^[0-9a-f]{40}$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -34,7 +34,9 @@ class Pinned(BaseModel):
         default_factory=dict, description="sha256 of each file as it was put into the pool."
     )
     signed_by: str = Field(
-        default="", description="The public key of its signature, if it had one."
+        default="",
+        pattern=r"^(ed25519:[A-Za-z0-9+/]{43}=)?$",
+        description="The public key of its signature, if it had one.",
     )
 
 
@@ -76,7 +78,7 @@ def read_lock(root: Path) -> Lock:
     except OSError as error:
         raise PoolError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise PoolError(join_misfits(str(path), explain(error, Lock))) from error
+        raise PoolError(join_misfits(str(path), list(explain(error, Lock))[:SHOWN])) from error
 
 
 def plan_lock(root: Path, name: str, pinned: Pinned | None) -> None:

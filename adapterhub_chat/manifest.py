@@ -28,6 +28,9 @@ FILE, MAX_BYTES = "adapterhub.json", 2**20
 How = Literal["joint", "sequence", "shared", "merge", "transfer", "foreign"]
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Training(BaseModel):
     """How the adapter was made."""
 
@@ -42,12 +45,14 @@ class Training(BaseModel):
         default=(), description="Content hashes of the adapters it was made from."
     )
     settings: dict[str, Any] = Field(default_factory=dict)
-    steps: int = 0
-    best_step: int = 0
-    tokens: int = 0
+    steps: Count = 0
+    best_step: Count = 0
+    tokens: Count = 0
     seconds: float = 0.0
-    backbone_bytes: int = Field(default=0, description="Of the backbone's weights in training.")
-    peak_bytes: int = Field(default=0, description="Most memory that the run had used at its end.")
+    backbone_bytes: Count = Field(default=0, description="Of the backbone's weights in training.")
+    peak_bytes: Count = Field(
+        default=0, description="Most memory that the run had used at its end."
+    )
     validation_loss: float | None = None
     stopped: str = ""
     conflict: dict[str, FiniteFloat] = Field(
@@ -164,7 +169,7 @@ class Manifest(BaseModel):
     contract: PromptContract
     metric: str = ""
     training: Training = Training()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[Score, ...] = Field(default=(), max_length=1000)
     probe: Probe | None = None
     transfer: TransferReport | None = None
     merge: MergeReport | None = None

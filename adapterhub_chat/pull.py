@@ -73,6 +73,11 @@ def pull(
     with shelf.pool.quarantine() as folder:
         hashes = _download(hub, snapshot, folder)
         signer = _signer(folder, hashes, key)
+        if known and not replace and known.commit == snapshot.commit and known.files != hashes:
+            raise HubError(
+                f"{repo} at {snapshot.commit} has other files than when it was pulled before; a commit does "
+                "not change. If you trust that, pull with --replace"
+            )
         if known and known.signed_by and not replace and signer not in (known.signed_by, key):
             raise AdapterError(
                 f"{repo} was signed by {known.signed_by} when {name!r} was pulled, and by "
@@ -118,9 +123,9 @@ def _refuse_strangers(
     shelf: Shelf, name: str, repo: str, hub: Hub, lock: Lock, *, replace: bool
 ) -> None:
     """Raise UsageError when the pool has an adapter of that name from elsewhere."""
-    if replace or name not in shelf.pool:
-        return
     known = lock.adapters.get(name)
+    if replace or (known is None and name not in shelf.pool):
+        return
     if known is None:
         origin = "was not pulled"
     elif (known.endpoint, known.repo) != (hub.endpoint, repo):
@@ -196,7 +201,8 @@ def _install(shelf: Shelf, name: str, folder: Path, pinned: Pinned) -> Pulled:
         file: file_sha256(folder / file) for file in (*LIMITS, CARD) if (folder / file).is_file()
     }
     pinned = pinned.model_copy(update={"installed": installed})
-    changed = not is_installed(shelf.pool.root / name, installed)
+    there = is_installed(shelf.pool.root / name, installed)
+    changed = not there or read_lock(shelf.pool.root).adapters.get(name) != pinned
     if changed:
         shelf.pool.install(name, folder, pinned)
     return Pulled(name, pinned.repo, pinned.commit, verdict.status, pinned.signed_by, changed)

@@ -86,7 +86,7 @@ def kept_share(metric: Metric, single: Rows, merged: Rows) -> tuple[float, float
     if whole == 0:
         return 1.0, 1.0, 1.0
     gain, low, high = paired_difference(merged, single, metric.statistic)
-    return 1 + gain / whole, 1 + low / whole, 1 + high / whole
+    return 1 + gain / whole, max(1 + low / whole, 0.0), 1 + high / whole
 
 
 def mean_and_lowest(found: Sequence[Retention]) -> tuple[float, float]:

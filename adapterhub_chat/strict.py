@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import reprlib
 import stat
@@ -65,7 +66,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 def parse_json(data: bytes) -> Any:
     """Return the value of JSON in UTF-8; raise ValueError for all that readers disagree about.
 
-    That is: a key twice in one object, NaN and Infinity, a negative zero, and deep nesting.
+    That is: a key twice in one object, NaN and Infinity (also as 1e999), a negative zero, and deep nesting.
     """
     try:
         value = json.loads(
@@ -73,6 +74,7 @@ def parse_json(data: bytes) -> Any:
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_int=_integer,
+            parse_float=_finite,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -97,6 +99,13 @@ def _integer(text: str) -> int:
     if text == "-0":
         raise ValueError("-0 is no whole number")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{shown(text)} is too large for a number")
+    return value
 
 
 def _is_deep(value: Any) -> bool:

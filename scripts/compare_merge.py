@@ -42,6 +42,8 @@ PEFT_KINDS = (
     "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
 MERGED = "merged"
+WIDTH = 180
+"""Of the table, where it is not printed to a terminal."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"limit": options.limit, "rows": [asdict(row) for row in rows]}, indent=2))
     else:
-        Console().print(table_of(rows))
+        wide = None if sys.stdout.isatty() else WIDTH
+        Console(width=wide).print(table_of(rows))
     return 0
 
 

@@ -378,7 +378,7 @@ def test_the_verb_shows_what_is_kept(run, tmp_path):
         )
     )
     (tmp_path / "films.toml").write_text(
-        'metric = "accuracy"\n[data]\npath = "films.csv"\n[columns]\ntext = "text"\n'
+        'metric = "accuracy"\n[data]\npath = "films.csv"\n[columns]\ntext = "text"\nanswer = "answer"\n'
         '[labels]\n0 = "negative"\n1 = "positive"\n'
     )
     judged = f"films={tmp_path / 'films.toml'}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from adapterhub_chat.folder import CONFIG, WEIGHTS
 from adapterhub_chat.hub import Hub
 from adapterhub_chat.lockfile import read_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
+from adapterhub_chat.manifest import read_manifest
 
 REPO = "alice/toy"
 PROMPTS = ["good film", "a bad one"]
@@ -397,3 +399,58 @@ def test_a_client_that_is_made_anew_keeps_to_the_endpoint(made, speak, monkeypat
         huggingface_hub.close_session()
         with pytest.raises(HubError, match="is another host"):
             huggingface_hub.get_session().get("http://localhost:9/x")
+
+
+def test_a_commit_whose_files_have_changed_is_seen(made, other, speak, make_weights):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    path = other.pool.root / "adapters.lock.json"
+    lock = json.loads(path.read_text())
+    lock["adapters"]["toy"]["files"][WEIGHTS] = "0" * 64  # as if the Hub had given others then
+    path.write_text(json.dumps(lock))
+    with pytest.raises(HubError, match="a commit does not change"):
+        other.pull(REPO, **speak)
+
+
+def test_a_pinned_name_whose_folder_is_gone_is_not_taken_over(made, other, speak):
+    made.push("toy", REPO, **speak)
+    made.push("toy", "alice/other-toy", **speak)
+    other.pull(REPO, **speak)
+    shutil.rmtree(other.pool.root / "toy")
+    with pytest.raises(UsageError, match=f"came from {REPO}"):
+        other.pull("alice/other-toy", name="toy", **speak)
+    other.pull("alice/other-toy", name="toy", replace=True, **speak)
+    assert read_lock(other.pool.root).adapters["toy"].repo == "alice/other-toy"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["training"].update(peak_bytes=10**400), "peak_bytes"),
+        (lambda m: m["scores"][0].update(value="X"), "value"),
+    ],
+)
+def test_numbers_beyond_all_bounds_are_refused(made, other, speak, change, words):
+    folder, hub = made.pool.root / "toy", Hub(**speak)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    files = {n: (folder / n).read_bytes() for n in (CONFIG, WEIGHTS)}
+    hub.create(REPO, private=False)
+    hub.commit(REPO, files | {MANIFEST: json.dumps(manifest).encode()}, "bad")
+    with pytest.raises(AdapterError, match=words):
+        other.pull(REPO, **speak)
+
+
+def test_a_number_too_large_for_json_is_refused(tmp_path):
+    (tmp_path / MANIFEST).write_text('{"scores": [1e999]}')
+    with pytest.raises(AdapterError, match="too large for a number"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("bad", ["\u00e9", "AA", "=" * 88])
+def test_a_signature_that_is_none_is_refused(tmp_path, bad):
+    signing.make_key(tmp_path / "k")
+    hashes = {"a": "0" * 64}
+    values = json.loads(signing.sign(tmp_path / "k", hashes)) | {"signature": bad}
+    with pytest.raises(AdapterError, match="is not the signature"):
+        signing.signer_of(json.dumps(values).encode(), hashes)

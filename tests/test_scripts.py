@@ -117,7 +117,7 @@ def test_compare_merge_scores_every_method_here_and_of_peft(
     assert {row["mean"] for row in rows if row["who"] == "apart"} == {1.0}
     for here, peft in (("cat", "cat"), ("svd", "svd"), ("ties", "ties_svd")):
         mine, its = ways["here", here], ways["peft", peft]
-        assert mine["mean"] == pytest.approx(its["mean"], rel=1e-3)
+        assert mine["mean"] == pytest.approx(its["mean"], rel=0.02)  # bf16
         assert mine["rank"] == its["rank"]
     run_script("compare_merge", *arguments, "--limit", 2)
     assert "What is kept of each source's score" in capsys.readouterr().out
