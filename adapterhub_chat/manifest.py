@@ -20,11 +20,11 @@ from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.learner import Trained
 from adapterhub_chat.metrics import METRICS
-from adapterhub_chat.strict import parse_json, read_regular
+from adapterhub_chat.strict import parse_json, read_bytes
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Fingerprint, PromptContract, Retention, Score
 
-FILE, MOST_BYTES = "adapterhub.json", 2**20
+FILE, MAX_BYTES = "adapterhub.json", 2**20
 How = Literal["joint", "sequence", "shared", "merge", "transfer", "foreign"]
 
 
@@ -258,11 +258,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / FILE
     if not os.path.lexists(path):
         return None
-    said = parse_json(read_regular(path, MOST_BYTES), path)
+    data = read_bytes(path, MAX_BYTES)
     try:
-        return Manifest.model_validate_json(json.dumps(said))
+        return Manifest.model_validate(parse_json(data))
     except ValidationError as error:
         raise AdapterError(join_misfits(str(path), explain(error, Manifest))) from error
+    except ValueError as error:
+        raise AdapterError(f"{path} is not valid JSON: {error}") from error
 
 
 def dump_manifest(manifest: Manifest) -> str:

@@ -111,15 +111,14 @@ class Pool:
         The version before it is kept for `rollback`, and the one before that is gone; the same weights
         and config again are no new version. The manifest's `sha256` is set to that of the written
         weights. Raises PoolError for a full disk or missing rights, UsageError for a name that cannot be
-        a folder.
+        a folder, AdapterError for what could not be loaded again.
         """
         check_name(name)
         with self._changing(f"saving {name!r}") as scratch:
             write_weights(scratch / WEIGHTS, weights)
             (scratch / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
-            final = manifest.model_copy(
-                update={"name": name, "sha256": file_sha256(scratch / WEIGHTS)}
-            )
+            sha256 = _read_back(scratch, name)
+            final = manifest.model_copy(update={"name": name, "sha256": sha256})
             _write_words(scratch, final)
             self._keep_earlier(scratch, name)
             plan_lock(self.root, name, None)
@@ -352,6 +351,15 @@ def _read_once(folder: Path, name: str, layers: Layers | None) -> Stored:
             f"expected {manifest.sha256[:12]}...; pull or train the adapter again"
         )
     return Stored(name, folder, weights, config, manifest)
+
+
+def _read_back(scratch: Path, name: str) -> str:
+    """Return the sha256 of the weights just written; raise AdapterError when nobody could read them."""
+    try:
+        *_, sha256 = read_folder(scratch)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r} is not saved: {error}") from error
+    return sha256
 
 
 def _write_words(folder: Path, manifest: Manifest) -> None:

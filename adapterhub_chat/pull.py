@@ -15,15 +15,22 @@ from adapterhub_chat.card import render_card
 from adapterhub_chat.endpoint import check_repo
 from adapterhub_chat.errors import AdapterError, HubError, UsageError
 from adapterhub_chat.folder import CONFIG, WEIGHTS
+from adapterhub_chat.guard import MAX_CONFIG, MAX_WEIGHTS
 from adapterhub_chat.hub import Hub, Snapshot
 from adapterhub_chat.lockfile import Lock, Pinned, is_installed, read_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
+from adapterhub_chat.manifest import MAX_BYTES as MAX_MANIFEST
 from adapterhub_chat.manifest import file_sha256
 from adapterhub_chat.pool import CARD, Stored, check_name
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.trust import Status
 
-LIMITS = {CONFIG: 64 * 2**10, WEIGHTS: 2 * 2**30, MANIFEST: 2**20, signing.FILE: 64 * 2**10}
+LIMITS = {
+    CONFIG: MAX_CONFIG,
+    WEIGHTS: MAX_WEIGHTS,
+    MANIFEST: MAX_MANIFEST,
+    signing.FILE: 64 * 2**10,
+}
 """The files that are taken, and the most bytes of each."""
 NEEDED = (CONFIG, WEIGHTS)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from adapterhub_chat.backbone import LIBRARIES
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.generate import Request, next_token_logits
-from adapterhub_chat.lora_config import missing_targets
 from adapterhub_chat.manifest import Manifest, Probe
 from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.peft_config import absent_misfits
 from adapterhub_chat.pool import Stored
 from adapterhub_chat.types import Fingerprint, as_mix
 from adapterhub_chat.weights import misfits
@@ -50,14 +50,10 @@ def status_of(manifest: Manifest | None, backbone: Fingerprint) -> Status:
 
 
 def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
-    """Judge an adapter by its shapes and its fingerprint, without running it."""
+    """Judge an adapter by its modules, their shapes and its fingerprint, without running it."""
     mine = model.backbone.fingerprint
     found = list(misfits(stored.weights, model.shapes))
-    if missing := missing_targets(stored.config, stored.weights.factors, model.shapes):
-        found.append(
-            f"its config names {len(missing)} layers that have no factors in its weights, "
-            f"such as {missing[0]}"
-        )
+    found += absent_misfits(stored.config, stored.weights.factors, model.shapes)
     status = status_of(stored.manifest, mine)
     if stored.manifest is None:
         found.append("it has no adapterhub.json: its backbone and its prompt are unknown")

@@ -273,6 +273,20 @@ def test_pefts_own_random_start_agrees_too(tmp_path, hub, pico_folder):
     torch.testing.assert_close(our_logits(hub.model, name), logits_of(theirs), **TOLERANCE)
 
 
+def test_a_regular_expression_is_refused_and_plain_names_in_its_place_are_read(
+    tmp_path, hub, pico_folder, refuses
+):
+    config = peft.LoraConfig(r=4, target_modules=r".*layers\.0\..*_proj")
+    theirs = peft_saves(pico_folder, tmp_path / "theirs", config)
+    refuses(tmp_path / "theirs", "target_modules = ", "name the modules that the weights hold")
+    held = {key.rsplit(".lora_")[0] for key in load_file(tmp_path / "theirs" / WEIGHTS)}
+    names = sorted(name.removeprefix("base_model.model.") for name in held)
+    edit_config(tmp_path / "theirs", target_modules=names)
+    with pytest.warns(UserWarning, match="unverified"):
+        name = hub.load(tmp_path / "theirs")
+    torch.testing.assert_close(our_logits(hub.model, name), logits_of(theirs), **TOLERANCE)
+
+
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
 def test_a_converted_start_is_plain_lora_again(tmp_path, hub, pico_folder):
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
@@ -424,15 +438,13 @@ def raw_safetensors(kind, shape, size):
         lambda data: data[:8] + b"#" + data[9:],
         lambda data: (2**62).to_bytes(8, "little") + data[8:],
         lambda data: bytes(len(data)),
-        lambda data: raw_safetensors("F4", [4, 32], 64),
-        lambda data: raw_safetensors("NEW", [4, 32], 64),
         lambda data: raw_safetensors("F32", [10**9, 10**9], 64),
         lambda data: raw_safetensors("F32", [-4, -32], 512),
     ],
 )
 def test_damaged_weights_are_refused(damage, folder, refuses):
     (folder / WEIGHTS).write_bytes(damage((folder / WEIGHTS).read_bytes()))
-    refuses(folder, str(folder / WEIGHTS))
+    refuses(folder, str(folder), f"{WEIGHTS} cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +468,7 @@ def test_tensors_that_do_not_share_out_the_file_are_refused(places, folder, refu
     text += b" " * (-len(text) % 8)
     numbers = torch.ones(256).numpy().tobytes()
     (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + numbers)
-    refuses(folder, str(folder / WEIGHTS))
+    refuses(folder, str(folder), f"{WEIGHTS} cannot be read")
 
 
 @pytest.mark.parametrize("spaces", range(1, 5))
@@ -467,7 +479,6 @@ def test_numbers_that_do_not_lie_on_their_boundary_are_read_as_well(spaces, fold
     header = data[8 : 8 + size] + b" " * spaces
     (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     after, *_ = read_folder(folder)
-    assert (after.buffer is None) == (spaces < 4)
     for module, pair in before.factors.items():
         assert all(map(torch.equal, pair, after.factors[module]))
     assert after.finite()
@@ -476,14 +487,14 @@ def test_numbers_that_do_not_lie_on_their_boundary_are_read_as_well(spaces, fold
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_single_number_that_is_not_finite_is_found(bad, folder):
     weights, *_ = read_folder(folder)
-    assert weights.buffer is not None
     assert weights.finite()
     a, b = weights.factors[FIRST]
     broken = b.clone()
     broken[3, 2] = bad
     assert not weights.with_factors({**weights.factors, FIRST: (a, broken)}).finite()
     edit_tensors(folder, lambda tensors: tensors[key(FIRST, "B")][3, 2].fill_(bad))
-    assert not read_folder(folder)[0].finite()
+    with pytest.raises(AdapterError, match=f"{FIRST}: some numbers are not finite"):
+        read_folder(folder)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=ONCE_PER_TEST)
@@ -524,9 +535,9 @@ def put(module, factor, tensor):
         (put(SECOND, "B", torch.zeros(64, 4)), [SECOND, "32 -> 64", "32 -> 48"]),
         (put(FIRST, "A", torch.zeros(4)), [FIRST, "matrices"]),
         (put(FIRST, "A", torch.zeros(4, 32, 1)), [FIRST, "matrices"]),
-        (put(FIRST, "A", torch.zeros(4, 32).long()), [FIRST, "numbers of type 'I64'"]),
+        (put(FIRST, "A", torch.zeros(4, 32).long()), [FIRST, "'I64'"]),
         (put(FIRST, "A", torch.zeros(4, 32).to(torch.float8_e4m3fn)), [FIRST, "F8_E4M3"]),
-        (put(FIRST, "B", torch.zeros(32, 4).cfloat()), [FIRST, "C64"]),
+        (put(FIRST, "B", torch.zeros(32, 4).cfloat()), [FIRST, "'C64'"]),
         (put(FIRST, "A", torch.full((4, 32), math.nan)), [FIRST, "not finite"]),
         (put(FIRST, "B", torch.full((32, 4), math.inf)), [FIRST, "not finite"]),
         (lambda tensors: tensors.pop(key(FIRST, "A")), [FIRST, "lora_B but not the other"]),
@@ -554,17 +565,17 @@ def test_tensors_that_do_not_fit_are_refused(change, words, folder, refuses):
     [
         ("r", 8, [f"{FIRST}: the config says rank 8", f"{SECOND}: the config says rank 8"]),
         ("rank_pattern", {"q_proj": 2}, [f"{FIRST}: the config says rank 2"]),
-        ("r", 0, ["r = 0 must be a whole number between 1 and 1024"]),
-        ("r", "4", ["r = '4' must"]),
-        ("r", True, ["r = True must"]),
-        ("r", None, ["r = None must"]),
-        ("lora_alpha", math.nan, ["NaN is no JSON number"]),
-        ("lora_alpha", math.inf, ["Infinity is no JSON number"]),
+        ("r", 0, ["r = 0 is refused: it must be a whole number from 1 to 1024"]),
+        ("r", "4", ["r = '4' is refused"]),
+        ("r", True, ["r = True is refused"]),
+        ("r", None, ["r = None is refused"]),
+        ("lora_alpha", math.nan, ["NaN is no number in JSON"]),
+        ("lora_alpha", math.inf, ["Infinity is no number in JSON"]),
         ("lora_alpha", -1, ["lora_alpha = -1"]),
         ("lora_alpha", [8], ["lora_alpha = [8]"]),
         ("rank_pattern", [4], ["rank_pattern must be an object"]),
-        ("alpha_pattern", {"q_proj": math.nan}, ["NaN is no JSON number"]),
-        ("alpha_pattern", {"q_proj": math.inf}, ["Infinity is no JSON number"]),
+        ("alpha_pattern", {"q_proj": math.nan}, ["NaN is no number"]),
+        ("alpha_pattern", {"q_proj": math.inf}, ["Infinity is no number"]),
         ("alpha_pattern", {"q_proj": 0}, ["alpha_pattern: q_proj = 0"]),
         ("alpha_pattern", {"^model.*q_proj": 2}, ["'^model.*q_proj' is refused", "plain module"]),
         ("rank_pattern", {".*": 4}, ["'.*' is refused"]),
@@ -593,14 +604,9 @@ def test_all_misfits_stand_in_one_message(folder, refuses):
 def test_all_misfits_with_the_backbone_stand_in_one_message(folder, refuses):
     def change(tensors):
         tensors[key(FIRST, "A")] = torch.zeros(4, 7)
-        tensors[key(SECOND, "B")] = torch.full((48, 4), math.nan)
         for factor in "AB":
+            del tensors[key(SECOND, factor)]
             tensors[key("model.layers.9.mlp.up_proj", factor)] = torch.zeros(4, 4)
 
     edit_tensors(folder, change)
-    refuses(
-        folder,
-        "7 -> 32",
-        f"{SECOND}: some numbers of lora_B are not finite",
-        "layers.9.mlp.up_proj",
-    )
+    refuses(folder, "7 -> 32", f"target_modules mean {SECOND}, which", "layers.9.mlp.up_proj")

@@ -38,7 +38,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "transfer.select transfer.methods transfer.run"
     },
     {
-        "keeping": "manifest card lora_config guard folder gguf_adapter atomic lockfile pool trust shelf "
+        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
         "runlog checkpoint pictures endpoint hub signing publish pull search"
     },
     {

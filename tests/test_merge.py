@@ -151,7 +151,7 @@ def test_knots_works_in_a_basis_that_the_sources_share():
     """Two sources of one output space: the basis has its rank, not the sum of the ranks."""
     one = adapter(1, rank=3)
     other = replace(
-        one, factors={m: (a.flip(1), b) for m, (a, b) in one.factors.items()}, buffer=None
+        one, factors={m: (a.flip(1), b) for m, (a, b) in one.factors.items()}, checked=False
     )
     merged = merge([one, other], method="knots", density=0.5)
     assert merged.weights.max_rank == 3

@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import functools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -34,10 +35,15 @@ CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["adapterhub_chat.pool", "pytest", "hypothesis"])
 
 
+UNIT = 2.0**-16
+"""So small that the numbers of every version could be those of a trained adapter."""
+
+
 def version(number, width=64):
     """What to save: every file of version n says n."""
+    unit = number * UNIT
     weights = AdapterWeights(
-        {"layer": (torch.full((8, width), number), torch.full((width, 8), -float(number)))},
+        {"layer": (torch.full((8, width), unit), torch.full((width, 8), -unit))},
         {"layer": float(number)},
     )
     manifest = Manifest(
@@ -57,8 +63,9 @@ def save(pool, name, number, width=64):
 def complete_version(stored):
     """Which version this is; fails when its files are not all of that one."""
     a, b = stored.weights.factors["layer"]
-    (number,) = a.unique().tolist()
-    assert b.unique().tolist() == [-number]
+    (unit,) = a.unique().tolist()
+    assert b.unique().tolist() == [-unit]
+    number = unit / UNIT
     assert stored.config["lora_alpha"] == number
     assert stored.manifest.about == f"version {number}"
     assert f"version {number}\n" in (stored.path / "README.md").read_text()
@@ -147,6 +154,19 @@ def test_without_an_earlier_version_rolling_back_says_so(pool):
         pool.rollback("a")
     with pytest.raises(UnknownNameError, match="known: a"):
         pool.rollback("b")
+    assert contents(pool.root) == before
+    assert leftovers(pool) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "width", "reason"),
+    [(1e30, 64, "at most 65504"), (math.nan, 64, "not finite"), (1.0, 0, "cannot have the shape")],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(number, width, reason, pool):
+    save(pool, "a", 1)
+    before = contents(pool.root)
+    with pytest.raises(AdapterError, match=f"(?s)adapter 'a' is not saved: .*{reason}"):
+        save(pool, "a", number, width)
     assert contents(pool.root) == before
     assert leftovers(pool) == []
 
@@ -677,7 +697,7 @@ def test_a_reader_never_sees_half_a_version(pool):
             assert pool.names() == ["a"]
             stored = pool.load("a")
             a, _ = stored.weights.factors["layer"]
-            number = float(a[0, 0])
+            number = float(a[0, 0]) / UNIT
             assert stored.config["lora_alpha"] == number
             assert stored.manifest.about == f"version {number}"
             seen.append(number)

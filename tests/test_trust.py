@@ -245,7 +245,7 @@ def test_another_scaling_is_refused(hub, kept):
         ({"tokens": [1, 300, 2, 3, 4]}, "token 300, the backbone has 300"),
         ({"tokens": [1, 2]}, "2 tokens have 5 log-probabilities"),
         ({"backbone_logprobs": [-1.0]}, "5 tokens have 1 log-probabilities"),
-        ({"logprobs": [-1.0, float("nan"), -1.0, -1.0, -1.0]}, "NaN is no JSON number"),
+        ({"logprobs": [-1.0, float("nan"), -1.0, -1.0, -1.0]}, "NaN is no number in JSON"),
         ({"logprobs": [-90.0] * 5}, "is off by"),
         ({"prompt": ""}, "probe.prompt"),
     ],
@@ -451,12 +451,11 @@ def test_a_damaged_config_is_refused(hub, kept):
 def test_shapes_and_fingerprint_misfits_stand_in_one_message(hub, kept, other_folder):
     there = AdapterHub(str(other_folder), hub.pool.root, dtype="fp32", device="cpu")
     first = "model.layers.0.self_attn.q_proj"
-    edit_tensors(kept, lambda name, t: t[:, :-1] if f"{first}.lora_A" in name else t * float("nan"))
+    edit_tensors(kept, lambda name, t: t[:, :-1] if f"{first}.lora_A" in name else t)
     assert_refused(
         there,
         kept,
         f"{first}: the adapter maps 31 -> 32",
-        "model.layers.1.mlp.up_proj: some numbers of lora_A and lora_B are not finite",
         "the backbone's weights is",
     )
 
