@@ -35,10 +35,9 @@ class Hosts:
         if url.scheme == "https" and url.host.endswith(self.stores or ("\0",)):
             request.headers.pop("authorization", None)
             return
-        raise HubError(
-            f"{self.scheme}://{self.host} sent on to {url.scheme}://{url.host}, which is another host; "
-            "nothing was sent there"
-        )
+        own = f"{self.scheme}://{self.host}" + (f":{self.port}" if self.port else "")
+        there = f"{url.scheme}://{url.netloc.decode()}"
+        raise HubError(f"{own} sent on to {there}, which is another host; nothing was sent there")
 
 
 def check_repo(repo: str) -> str:

@@ -16,18 +16,16 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import _http as http
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session
 from huggingface_hub.utils.tqdm import (
@@ -36,14 +34,8 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
-from adapterhub_chat.endpoint import (
-    COMMIT,
-    PUBLIC,
-    Hosts,
-    check_endpoint,
-    check_repo,
-    check_revision,
-)
+from adapterhub_chat.bounds import Bounds, within
+from adapterhub_chat.endpoint import COMMIT, PUBLIC, check_endpoint, check_repo, check_revision
 from adapterhub_chat.errors import HubError, UsageError
 
 ANSWER_BYTES = 4 * 2**20
@@ -57,7 +49,10 @@ CODES = {
     403: "the token does not give the right to do this",
 }
 
-_hosts: ContextVar[Hosts | None] = ContextVar("adapterhub_hub_hosts", default=None)
+HOPS = 5
+"""Redirects that are followed."""
+SHA256, GIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class Hub:
         self.endpoint, self._allowed = check_endpoint(endpoint or default)
         if token is None and self.endpoint == default.rstrip("/"):
             token = huggingface_hub.get_token() if self.endpoint == PUBLIC else _token_of_user()
-        self._token: str | bool = token or False
+        self._token: str | Literal[False] = token or False
         self._api = HfApi(endpoint=self.endpoint, token=self._token, library_name="adapterhub-chat")
 
     def __repr__(self) -> str:
@@ -141,26 +136,32 @@ class Hub:
         where = f"{name} of {snapshot.repo}"
         if file.size > limit:
             raise HubError(f"{where} has {file.size:,} bytes; at most {limit:,} are taken")
-        sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.size)
         path = f"/{snapshot.repo}/resolve/{snapshot.commit}/{quote(name)}"
-        size = 0
-        with target.open("xb") as out:
-            for piece in self._pieces(path, where, file.size):
-                size += len(piece)
-                if size > file.size:
-                    raise HubError(f"{where} is longer than the {file.size:,} bytes it should have")
-                for digest in (sha256, blob):
-                    digest.update(piece)
-                out.write(piece)
+
+        def write() -> tuple[int, str, str]:
+            sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % file.size)
+            size = 0
+            with target.open("xb") as out:
+                for piece in self._pieces(path, where):
+                    size += out.write(piece)
+                    sha256.update(piece)
+                    blob.update(piece)
+            return size, sha256.hexdigest(), blob.hexdigest()
+
+        size, sha256, blob = self._ask(f"reading {where}", write, file.size, file.size)
         if size != file.size:
             raise HubError(f"{where} ended after {size:,} of {file.size:,} bytes")
-        for kind, wanted, digest in (
-            ("sha256", file.sha256, sha256),
-            ("git hash", file.blob, blob),
-        ):
-            if wanted and wanted != digest.hexdigest():
-                raise HubError(f"{where} has the {kind} {digest.hexdigest()}, not {wanted}")
-        return Fetched(size, sha256.hexdigest())
+        wrong = [
+            f"the {kind} {own}, not {wanted}"
+            for kind, own, wanted in (
+                ("sha256", sha256, file.sha256),
+                ("git hash", blob, file.blob),
+            )
+            if wanted and wanted != own
+        ]
+        if wrong:
+            raise HubError(f"{where} has {' and '.join(wrong)}")
+        return Fetched(size, sha256)
 
     def find(
         self, tags: Sequence[str], text: str = "", author: str = "", limit: int = 20
@@ -175,68 +176,78 @@ class Hub:
     def tags(self, repo: str) -> dict[str, str]:
         """Return a repository's tags, each with its commit."""
         found = self._json(f"/api/models/{check_repo(repo)}/refs", repo).get("tags")
-        entries = [e for e in found or [] if isinstance(e, dict)]
+        entries = [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
         return {str(e.get("name")): str(e.get("targetCommit")) for e in entries}
 
     # -- writing -----------------------------------------------------------------------------------
 
     def create(self, repo: str, *, private: bool) -> None:
         """Have a repository; one that is there stays as it is."""
-        with self._speaking(f"creating {repo}"):
-            self._api.create_repo(check_repo(repo), private=private or None, exist_ok=True)
+        check_repo(repo)
+        self._ask(
+            f"creating {repo}",
+            lambda: self._api.create_repo(repo, private=private or None, exist_ok=True),
+        )
 
     def commit(self, repo: str, files: Mapping[str, bytes], message: str) -> str:
         """Put all files into one commit on main; return it.
 
         When another commit comes first it is tried again on top of that one. Raises HubError.
         """
+        size = sum(map(len, files.values()))
         for attempt in range(TRIES):
-            with self._speaking(f"pushing to {repo}"):
-                head = self.snapshot(repo).commit
-                try:
-                    return self._commit_on(head, repo, files, message)
-                except HfHubHTTPError as error:
-                    if _status(error) not in (409, 412):
-                        raise
+            head = self.snapshot(repo).commit
+
+            def push(head: str = head) -> str | None:
+                return self._commit_on(head, repo, files, message)
+
+            if (commit := self._ask(f"pushing to {repo}", push, size)) is not None:
+                return commit
             time.sleep(random.uniform(0.5, 1.5) * min(WAIT * 2**attempt, 2.0))
         raise HubError(
             f"{repo} is committed to all the time; {TRIES} tries met another commit each"
         )
 
-    def _commit_on(self, head: str, repo: str, files: Mapping[str, bytes], message: str) -> str:
+    def _commit_on(
+        self, head: str, repo: str, files: Mapping[str, bytes], message: str
+    ) -> str | None:
+        """Return the new commit on top of `head`, None when another one came first."""
         # as streams: the client sends those as plain large files, where it would need Xet's own servers
         added = [CommitOperationAdd(name, io.BytesIO(data)) for name, data in files.items()]
-        with _quiet("huggingface_hub._commit_api"):
-            for one in added:  # one by one: several are sent by threads that know no bounds
-                self._api.preupload_lfs_files(repo, [one], num_threads=1, free_memory=False)
-            done = self._api.create_commit(
-                repo, added, commit_message=message, parent_commit=head, num_threads=1
-            )
-        if not COMMIT.fullmatch(done.oid):
+        try:
+            with _quiet("huggingface_hub._commit_api"):
+                for one in added:  # one by one: several are sent by threads that know no bounds
+                    self._api.preupload_lfs_files(repo, [one], num_threads=1, free_memory=False)
+                done = self._api.create_commit(
+                    repo, added, commit_message=message, parent_commit=head, num_threads=1
+                )
+        except HfHubHTTPError as error:
+            if _status(error) in (409, 412):
+                return None
+            raise
+        if not isinstance(done.oid, str) or not COMMIT.fullmatch(done.oid):
             raise HubError(f"{self.endpoint} names no commit after pushing to {repo}")
         return done.oid
 
     def tag(self, repo: str, name: str, commit: str) -> bool:
         """Give a commit a tag; return False, with nothing changed, when there is one of that name."""
-        with self._speaking(f"tagging {repo} as {name}"):
+        check_revision(name)
+
+        def create() -> bool:
             try:
-                self._api.create_tag(repo, tag=check_revision(name), revision=commit)
+                self._api.create_tag(repo, tag=name, revision=commit)
             except HfHubHTTPError as error:
                 if _status(error) != 409:
                     raise
                 return False
-        return True
+            return True
+
+        return self._ask(f"tagging {repo} as {name}", create)
 
     # -- inside ------------------------------------------------------------------------------------
 
     def _json(self, path: str, what: str, kind: type = dict) -> Any:
-        data = bytearray()
-        for piece in self._pieces(path, what, 0):
-            data += piece
-            if len(data) > ANSWER_BYTES:
-                raise HubError(
-                    f"{self.endpoint} answers about {what} with more than {ANSWER_BYTES:,} bytes"
-                )
+        data = self._ask(f"reading {what}", lambda: b"".join(self._pieces(path, what)))
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -245,40 +256,36 @@ class Hub:
             raise HubError(f"{self.endpoint} answers about {what} with JSON of another form")
         return found
 
-    def _pieces(self, path: str, what: str, size: int) -> Iterator[bytes]:
-        """Yield the bytes that stand at a path; raise HubError when they do not come, or too slowly."""
+    def _pieces(self, path: str, what: str) -> Iterator[bytes]:
+        """Yield the bytes that stand at a path; redirects are looked at before anything of them is read."""
+        client = get_session()
         headers = build_hf_headers(token=self._token, library_name="adapterhub-chat")
-        headers |= {"accept-encoding": "identity"}
-        deadline = time.monotonic() + PATIENCE + size / SLOWEST
-        url = self.endpoint + path
-        with (
-            self._speaking(f"reading {what}"),
-            get_session().stream("GET", url, headers=headers, timeout=PATIENCE) as answer,
-        ):
-            if answer.status_code >= 400:
-                raise HubError(f"{_reason(answer)}: {what} at {self.endpoint}")
-            if answer.headers.get("content-encoding", "identity") != "identity":
-                raise HubError(f"{self.endpoint} packs {what} although it was told not to")
-            for piece in answer.iter_raw():
-                if time.monotonic() > deadline:
-                    raise HubError(f"{what} comes too slowly from {self.endpoint}; try again later")
-                yield piece
+        request = client.build_request("GET", self.endpoint + path, headers=headers)
+        for _ in range(HOPS):
+            answer = client.send(request, stream=True, follow_redirects=False)
+            with closing(answer):
+                if answer.next_request is None:
+                    if answer.status_code >= 300:
+                        raise HubError(f"{self._reason(answer)}: {what} at {self.endpoint}")
+                    yield from answer.iter_raw()
+                    return
+                request = answer.next_request
+        raise HubError(f"{self.endpoint} sends on for {what} more than {HOPS} times")
 
-    @contextlib.contextmanager
-    def _speaking(self, what: str) -> Iterator[None]:
-        """Keep the block's requests to the endpoint; turn what goes wrong into a HubError about `what`."""
-        _hook_in()
-        token = _hosts.set(self._allowed)
+    def _ask(self, what: str, work: Callable[[], T], size: int = 0, most: int = ANSWER_BYTES) -> T:
+        """Return what `work` returns, which asks the endpoint alone, for `most` bytes, in time for `size`.
+
+        Whatever goes wrong is a HubError about `what`.
+        """
+        end = time.monotonic() + PATIENCE + size / SLOWEST
         try:
-            yield
+            return within(Bounds(self._allowed, most, end), what, work)
         except (HubError, UsageError):
             raise
         except Exception as error:
             if (found := self._explained(error, what)) is None:
                 raise
             raise found from None  # what stands behind may show headers
-        finally:
-            _hosts.reset(token)
 
     def _explained(self, error: Exception, what: str) -> HubError | None:
         """Return what the client's or the network's error means; None for a mistake of our own."""
@@ -289,47 +296,36 @@ class Hub:
             if isinstance(one, OfflineModeIsEnabled):
                 return HubError(f"{what} needs {self.endpoint}, and HF_HUB_OFFLINE is set")
             if isinstance(one, HfHubHTTPError):
-                return HubError(f"{what} failed: {_reason(one.response)} at {self.endpoint}")
-            if type(one).__module__.startswith("httpx") or isinstance(one, OSError):
+                return HubError(f"{what} failed: {self._reason(one.response)} at {self.endpoint}")
+            lost = isinstance(one, ConnectionError | TimeoutError)
+            if lost or type(one).__module__.startswith("httpx"):
                 kind = type(one).__name__
                 return HubError(f"{what} failed: {self.endpoint} cannot be reached ({kind})")
-        if isinstance(
-            error, ValueError | KeyError | TypeError
-        ):  # the client met an answer it cannot read
-            return HubError(f"{what} failed: {self.endpoint} gave a wrong answer ({plain(error)})")
+        wrong = ValueError | KeyError | TypeError | AttributeError | IndexError
+        if isinstance(error, wrong):  # the client met an answer it cannot read
+            said = self._plain(error)
+            return HubError(f"{what} failed: {self.endpoint} gave a wrong answer ({said})")
         return None
+
+    def _reason(self, answer: Any) -> str:
+        """Return why a Hub refused, in its own words where it has some."""
+        status = answer.status_code
+        said = answer.headers.get("X-Error-Message") or CODES.get(status) or ""
+        if status == 404 and not said:
+            said = "not found (or private, and the token does not give access)"
+        if status == 416 or status >= 500:
+            said = said or "the server failed"
+        return f"HTTP {status} {self._plain(said)}".rstrip()
+
+    def _plain(self, text: object) -> str:
+        """Return what a Hub says as one short line, without the token, should it echo that."""
+        said = str(text)
+        return plain(said.replace(self._token, "<token>") if self._token else said)
 
 
 def _token_of_user() -> str | None:
     """Return the token in the environment: the one that is kept on disk belongs to huggingface.co."""
     return os.environ.get("HF_TOKEN") or None
-
-
-def _hook_in() -> None:
-    """Have every client of the library look at our requests: the one that is there, and those to come.
-
-    After a broken connection the library throws its client away and makes another one.
-    """
-    if getattr(http._GLOBAL_CLIENT_FACTORY, "func", None) is not _hooked:
-        http._GLOBAL_CLIENT_FACTORY = partial(_hooked, http._GLOBAL_CLIENT_FACTORY)
-    _with_check(get_session())
-
-
-def _hooked(factory: Any) -> Any:
-    return _with_check(factory())
-
-
-def _with_check(client: Any) -> Any:
-    hooks = client.event_hooks
-    if _check not in hooks["request"]:
-        client.event_hooks = {**hooks, "request": [_check, *hooks["request"]]}
-    return client
-
-
-def _check(request: Any) -> None:
-    """Hold a request of ours to its endpoint; other people's requests in this process are not ours."""
-    if (hosts := _hosts.get()) is not None:
-        hosts.check(request)
 
 
 def _remote_file(entry: Any) -> RemoteFile | None:
@@ -340,19 +336,12 @@ def _remote_file(entry: Any) -> RemoteFile | None:
     size = (lfs or {}).get("size", entry.get("size"))
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         return None
-    sha256, blob = str((lfs or {}).get("sha256") or ""), str(entry.get("blobId") or "")
-    return RemoteFile(entry["rfilename"], size, sha256, "" if lfs else blob)
-
-
-def _reason(answer: Any) -> str:
-    """Return why a Hub refused, in its own words where it has some, without control characters."""
-    status = answer.status_code
-    said = answer.headers.get("X-Error-Message") or CODES.get(status) or ""
-    if status == 404 and not said:
-        said = "not found (or private, and the token does not give access)"
-    if status == 416 or status >= 500:
-        said = said or "the server failed"
-    return f"HTTP {status} {plain(said)}".rstrip()
+    sha256, blob = (lfs or {}).get("sha256"), entry.get("blobId")
+    if isinstance(sha256, str) and SHA256.fullmatch(sha256):
+        return RemoteFile(entry["rfilename"], size, sha256=sha256)
+    if not lfs and isinstance(blob, str) and GIT.fullmatch(blob):
+        return RemoteFile(entry["rfilename"], size, blob=blob)
+    return None  # nothing says what is in it
 
 
 def plain(text: object) -> str:

@@ -1,8 +1,11 @@
 """A Hub that lies, against pull and push: nothing but the reason comes of it."""
 
+import contextlib
+import gzip
 import hashlib
 import itertools
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -66,6 +69,10 @@ def redirect(where, pattern=FILE):
     return only(pattern, lambda _seen, _answer: Reply(302, {"location": where}))
 
 
+def sent(pattern, status, body=b"", **headers):
+    return only(pattern, lambda *_: Reply(status, headers, body))
+
+
 def drip(_seen, _answer):
     def pieces():
         for _ in itertools.count():
@@ -86,6 +93,9 @@ def huge(_seen, _answer):
 
 
 MANY = [{"rfilename": f"f{n}", "size": 1} for n in range(20_000)]
+ECHO = {"x-error-message": "no Bearer hf_alice"}
+PACKED = {"content-encoding": "gzip"}
+BOMB = gzip.compress(b"\0" * 10**8)
 LIES = {
     "sha with ..": (info(lambda s: s.update(sha="../../..")), "names no commit"),
     "sha of a path": (info(lambda s: s.update(sha="/etc/passwd")), "names no commit"),
@@ -111,15 +121,15 @@ LIES = {
     "config too large": (entry(CONFIG, size=65 * 2**10), "at most 65,536"),
     "manifest too large": (entry(MANIFEST, size=2 * 2**20), "at most 1,048,576"),
     "weights too large": (entry(WEIGHTS, lfs={"sha256": "0" * 64, "size": 3 * 2**30}), "at most"),
-    "another sha256": (entry(WEIGHTS, lfs={"sha256": "0" * 64, "size": 1}), "longer than"),
+    "another sha256": (entry(WEIGHTS, lfs={"sha256": "0" * 64, "size": 1}), "more than the 1 bytes"),
     "another git hash": (entry(CONFIG, blobId="0" * 40), "has the git hash"),
     "JSON is a list": (only(INFO, after(lambda r: setattr(r, "json", [1]))), "of another form"),
     "JSON is none": (body(lambda _: b"<html>", INFO), "no JSON"),
     "JSON is deep": (body(lambda _: b"[" * 100_000, INFO), "no JSON"),
-    "JSON is huge": (only(INFO, huge), "more than 4,194,304 bytes"),
+    "JSON is huge": (only(INFO, huge), "more than the 4,194,304 bytes"),
     "other bytes of the same size": (body(flipped), "has the sha256"),
     "other config of the same size": (body(flipped, FILE + r".*config\.json"), "has the git hash"),
-    "longer than announced": (body(lambda data: data + b"x" * 10**7), "longer than"),
+    "longer than announced": (body(lambda data: data + b"x" * 10**7), "more than the"),
     "shorter than announced": (body(lambda data: data[:-1]), "ended after"),
     "empty": (body(lambda _: b""), "ended after 0 of"),
     "breaks off": (only(FILE, after(lambda r: setattr(r, "cut", 100))), "cannot be reached"),
@@ -135,8 +145,13 @@ LIES = {
     "redirect to a name": (redirect("https://attacker.example/x"), "is another host"),
     "redirect of the description": (redirect("http://localhost:9/x", INFO), "is another host"),
     "redirect to a file": (redirect("file:///etc/passwd"), "another host|cannot be reached"),
-    "redirect loop": (redirect("/alice/toy/resolve/main/adapter_config.json"), "cannot be reached"),
-    "redirect to nowhere": (redirect("http://[::1"), "cannot be reached|wrong answer"),
+    "redirect loop": (redirect("/alice/toy/resolve/main/adapter_config.json"), "more than 5 times"),
+    "redirect with a bomb": (sent(FILE, 302, BOMB, location="/x", **PACKED), "packs its answer"),
+    "answer with a bomb": (sent(INFO, 200, BOMB, **PACKED), "packs its answer"),
+    "no hash of the weights": (entry(WEIGHTS, lfs=None, blobId=None), "adapter_model.safetensors not found"),
+    "a hash that is none": (entry(CONFIG, blobId="../../x"), "adapter_config.json not found"),
+    "the token in an error": (sent(INFO, 403, **ECHO), "no Bearer <token>"),
+    "redirect to nowhere": (redirect("http://[::1"), "HTTP 302|cannot be reached|wrong answer"),
 }  # fmt: skip
 
 
@@ -385,3 +400,77 @@ def test_a_pulled_adapter_is_checked_as_a_strangers(made, victim, hub_server, tm
             victim.pull(REPO, **access)
         assert everything(victim.pool.root) == before or not victim.pool.names()
         assert not list(victim.pool.root.glob(".incoming*"))
+
+
+# ---- a server that takes its time ----------------------------------------------------------------
+
+
+def speak_raw(answer):
+    """Serve every connection with `answer(socket)`; return the endpoint and what ends it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def one(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            answer(connection)
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=one, args=listening.accept()[:1], daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listening.getsockname()[1]}", listening.close
+
+
+def drip_headers(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        time.sleep(0.1)
+        connection.sendall(b"x-a: b\r\n")
+
+
+def go_on(connection):
+    while True:
+        time.sleep(0.1)
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def say_nothing(_connection):
+    time.sleep(60)
+
+
+def come_back_tomorrow(connection):
+    connection.sendall(b"HTTP/1.1 429 No\r\nRetry-After: 100000\r\nContent-Length: 0\r\n\r\n")
+
+
+@pytest.mark.parametrize("answer", [drip_headers, go_on, say_nothing, come_back_tomorrow])
+def test_a_slow_server_holds_up_nobody(made, victim, online, answer):
+    endpoint, end = speak_raw(answer)
+    try:
+        for ask in (
+            lambda: victim.pull(REPO, endpoint=endpoint),
+            lambda: made.push("toy", REPO, endpoint=endpoint),
+        ):
+            started = time.monotonic()
+            with pytest.raises(HubError):
+                ask()
+            assert time.monotonic() - started < 5
+    finally:
+        end()
+
+
+def test_a_push_does_not_sleep_as_long_as_it_is_told_to(made, victim, hub_server):
+    access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
+    hub_server.mischief = sent("preupload", 429, **{"retry-after": "100000"})
+    started = time.monotonic()
+    with pytest.raises(HubError, match="too slowly"):
+        made.push("toy", REPO, **access)
+    assert time.monotonic() - started < 5
+
+
+def test_a_bomb_is_not_unpacked_for_a_push_either(made, hub_server):
+    access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
+    hub_server.mischief = sent("repos/create", 200, BOMB, **PACKED)
+    with pytest.raises(HubError, match="packs its answer"):
+        made.push("toy", REPO, **access)

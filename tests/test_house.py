@@ -39,7 +39,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {
         "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
-        "runlog checkpoint pictures endpoint hub signing publish pull search"
+        "runlog checkpoint pictures endpoint bounds hub signing publish pull search"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
@@ -56,7 +56,7 @@ DOORS = {
     "accelerate": "train",
     "datasets": "task_file",
     "gguf": "gguf_adapter",
-    "huggingface_hub": "hub",
+    "huggingface_hub": "bounds hub",
     "numpy": "guard metrics",
     "pydantic": "config lockfile manifest options signing task_file",
     "pydantic_core": "config",
