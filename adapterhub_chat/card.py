@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from adapterhub_chat.endpoint import REPO
 from adapterhub_chat.manifest import Manifest, losses
 from adapterhub_chat.types import Fingerprint
 
@@ -20,6 +21,7 @@ LICENCES = {
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})?")
 HUB_DATA = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 MARKUP = re.compile(r"([\\<>\[\]!`|*_~#])")
+LINK = re.compile(r"://|www\.|@|mailto:|xmpp:", re.IGNORECASE)
 NO_CODE = re.compile(r"[^\w./:@ +=-]")
 
 
@@ -119,8 +121,12 @@ def _transfer(manifest: Manifest) -> str:
 
 
 def _text(words: object) -> str:
-    """Return foreign words as plain text on one line: Markdown shows them as they are written."""
+    """Return foreign words as plain text on one line: Markdown shows them as they are written.
+
+    But for addresses, which it would make links of: those get a blank.
+    """
     line = " ".join("".join(c if c.isprintable() else " " for c in str(words)).split())
+    line = LINK.sub(lambda found: f"{found[0]} ", line)
     return MARKUP.sub(r"\\\1", line)
 
 
@@ -189,7 +195,7 @@ def _use(manifest: Manifest) -> str:
         "```\n",
         "The folder is in PEFT's format: `peft`, vLLM, LoRAX and SGLang load it unchanged.\n",
     ]
-    if manifest.published:
+    if REPO.fullmatch(manifest.published) and REPO.fullmatch(manifest.base_model):
         lines += _elsewhere(*map(_code, (manifest.base_model, manifest.published, manifest.name)))
     contract = manifest.contract
     lines += ["Prompt the adapter as it was trained:\n", "```text"]

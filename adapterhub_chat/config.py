@@ -17,6 +17,10 @@ from adapterhub_chat.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 
 
+SHOWN = 100
+"""Misfits in one message."""
+
+
 class TrainConfig(BaseModel):
     """How one adapter is trained."""
 
@@ -295,12 +299,20 @@ _MISSING_KEY = {"missing", "missing_argument", "missing_keyword_only_argument"}
 
 
 def explain(error: ValidationError, model: type) -> list[str]:
-    """Return one sentence for each misfit of `model` (a pydantic model or dataclass)."""
-    return [_sentence(detail, model) for detail in error.errors(include_url=False)]
+    """Return one sentence for each misfit of `model` (a pydantic model or dataclass), SHOWN at most."""
+    details = error.errors(include_url=False)
+    more = [f"and {len(details) - SHOWN} more"] if len(details) > SHOWN else []
+    return [*(_sentence(detail, model) for detail in details[:SHOWN]), *more]
+
+
+def _printable(part: int | str) -> str:
+    """Return a key as a message may hold it, whoever wrote it."""
+    text = "".join(c if c.isprintable() else "?" for c in str(part))
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _sentence(detail: ErrorDetails, model: type) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
+    where = ".".join(_printable(part) for part in detail["loc"])
     *path, last = detail["loc"] or ("",)
     allowed = sorted(_fields_at(model, path))
     if detail["type"] in _UNKNOWN_KEY:

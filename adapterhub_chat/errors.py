@@ -75,9 +75,12 @@ class QueueFullError(AdapterHubError):
     """The engine refuses a request: too many wait already."""
 
 
-def join_misfits(source: str, misfits: Iterable[str]) -> str:
-    """Return one message that lists every misfit found in `source`."""
+def join_misfits(source: str, misfits: Iterable[str], most: int = 100) -> str:
+    """Return one message that lists what misfits in `source`, of very many the first, and how many follow."""
     listed = list(misfits)
     if len(listed) == 1:
         return f"{source}: {listed[0]}"
-    return f"{source}: {len(listed)} problems\n" + "\n".join(f"  - {m}" for m in listed)
+    more = [f"and {len(listed) - most} more"] if len(listed) > most else []
+    return "\n".join(
+        [f"{source}: {len(listed)} problems", *(f"  - {m}" for m in listed[:most] + more)]
+    )

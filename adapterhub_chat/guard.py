@@ -28,6 +28,7 @@ from adapterhub_chat.peft_config import (
     config_misfits,
     rebuilt,
     spare_misfits,
+    with_modules,
 )
 from adapterhub_chat.strict import parse_json, shown
 
@@ -49,8 +50,6 @@ ship here reach 0.14. Two random factors of deviation 0.3 and rank 64, at scale 
 far more than any training leaves, and far less than it takes to make numbers overflow."""
 MAX_PADDING = 64
 """How many times its numbers an adapter may take once loaded, when all its modules get its largest rank."""
-MAX_LISTED = 100
-"""Misfits in one message."""
 PREFIX = "base_model.model."
 KEY = re.compile(rf"base_model\.model\.(?P<module>{NAME})\.lora_(?P<factor>[AB])\.weight")
 KINDS = {
@@ -130,10 +129,9 @@ def check(source: str, config: bytes, weights: memoryview, layers: Layers | None
         if layers is not None:
             found += _layer_misfits(settings, layout, layers)
     if found or settings is None or layout is None:
-        more = [f"and {len(found) - MAX_LISTED} more"] if len(found) > MAX_LISTED else []
-        raise AdapterError(join_misfits(source, found[:MAX_LISTED] + more))
+        raise AdapterError(join_misfits(source, found))
     alphas = by_module(settings["alpha_pattern"], layout.pairs, settings["lora_alpha"])
-    return Checked(settings, alphas, layout, _header_end(data))
+    return Checked(with_modules(settings, layout.pairs), alphas, layout, _header_end(data))
 
 
 def _settings(config: bytes) -> tuple[dict[str, Any] | None, list[str]]:

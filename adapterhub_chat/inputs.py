@@ -68,8 +68,7 @@ def unanswered(contract: PromptContract, inputs: Sequence[Any]) -> list[Example]
         except UsageError as error:
             misfits.append(str(error))
     if misfits:
-        more = [f"and {len(misfits) - SHOWN} more"] if len(misfits) > SHOWN else []
-        raise DataError(join_misfits("the inputs", misfits[:SHOWN] + more))
+        raise DataError(join_misfits("the inputs", misfits, SHOWN))
     return examples
 
 

@@ -10,14 +10,19 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adapterhub_chat.atomic import sync
 from adapterhub_chat.config import explain
-from adapterhub_chat.errors import PoolError, join_misfits
+from adapterhub_chat.errors import AdapterError, PoolError, join_misfits
 from adapterhub_chat.manifest import file_sha256
+from adapterhub_chat.strict import parse_json, read_bytes
 
-FILE, NEXT = "adapters.lock.json", ".next.lock.json"
-MOST_BYTES, SHOWN = 2**20, 10
+FILE, NEXT, STEP = "adapters.lock.json", ".next.lock.json", ".next.lock.step"
+"""The lock; the one that is to come; and what has to be in its place first."""
+MOST_BYTES, MOST_VALUES = 2**20, 20_000
 COMMIT = r"^[0-9a-f]{40}$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,95}$")]
+"""Of a file in an adapter's folder, and of an adapter."""
 
 
 class Pinned(BaseModel):
@@ -29,8 +34,8 @@ class Pinned(BaseModel):
     repo: str
     revision: str = Field(description="What was asked for: a branch, tag or commit.")
     commit: str = Field(pattern=COMMIT, description="What that was then.")
-    files: dict[str, Sha256] = Field(description="sha256 of each file that was pulled.")
-    installed: dict[str, Sha256] = Field(
+    files: dict[Name, Sha256] = Field(description="sha256 of each file that was pulled.")
+    installed: dict[Name, Sha256] = Field(
         default_factory=dict, description="sha256 of each file as it was put into the pool."
     )
     signed_by: str = Field(
@@ -46,7 +51,7 @@ class Lock(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int = Field(default=1, ge=1, le=1)
-    adapters: dict[str, Pinned] = Field(default_factory=dict)
+    adapters: dict[Name, Pinned] = Field(default_factory=dict)
 
     def with_pinned(self, name: str, pinned: Pinned | None) -> Lock:
         """Return the lock with another source for one adapter, or without it."""
@@ -55,62 +60,62 @@ class Lock(BaseModel):
 
 
 class Step(BaseModel):
-    """A lock that is to come, and the adapter that has to be in its place first."""
+    """The adapter that has to be in its place before the lock that is to come is in force."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     pinned: Pinned | None
-    lock: Lock
 
 
 def read_lock(root: Path) -> Lock:
     """Return a pool's lock, an empty one when it has none; raise PoolError for one that cannot be read."""
     path = root / FILE
-    try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise PoolError(f"{path} is larger than {MOST_BYTES:,} bytes; it is no lock file")
-        return Lock.model_validate_json(data)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return Lock()
-    except OSError as error:
-        raise PoolError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return Lock.model_validate(parse_json(read_bytes(path, MOST_BYTES), MOST_VALUES))
+    except AdapterError as error:
+        raise PoolError(str(error)) from error
     except ValidationError as error:
-        raise PoolError(join_misfits(str(path), list(explain(error, Lock))[:SHOWN])) from error
+        raise PoolError(join_misfits(str(path), explain(error, Lock))) from error
+    except ValueError as error:
+        raise PoolError(f"{path} is no lock file: {error}") from error
 
 
 def plan_lock(root: Path, name: str, pinned: Pinned | None) -> None:
-    """Write down what a pool's lock is to say once the adapter of that name is in its place.
+    """Write what a pool's lock is to say once the adapter of that name is in its place.
 
-    Under the pool's lock, before the folder is renamed; `settle_lock` completes it, now or after a kill.
+    Under the pool's lock, before the folder is renamed. All that takes room on the disk is written here:
+    `settle_lock` renames, now or after a kill.
     """
     lock = read_lock(root)
     if pinned is None and name not in lock.adapters:
         return
-    step = Step(name=name, pinned=pinned, lock=lock.with_pinned(name, pinned))
-    scratch = root / f".tmp-{NEXT}"
-    scratch.write_text(step.model_dump_json())
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, root / NEXT)
+    step = Step(name=name, pinned=pinned)
+    for file, text in (
+        (NEXT, dump_lock(lock.with_pinned(name, pinned))),
+        (STEP, step.model_dump_json()),
+    ):
+        scratch = root / f".tmp-{file}"
+        scratch.write_text(text)
+        sync(scratch)
+        os.replace(scratch, root / file)
 
 
 def settle_lock(root: Path) -> None:
     """Put a planned lock into force if its adapter came into place, else forget it."""
-    path = root / NEXT
+    path = root / STEP
     try:
         step = Step.model_validate_json(path.read_bytes())
     except FileNotFoundError:
+        (root / NEXT).unlink(missing_ok=True)
         return
     except ValidationError:  # of another version of this project
-        path.unlink()
-        return
-    if _has_come(root, step):
-        scratch = root / f".tmp-{FILE}"
-        scratch.write_text(dump_lock(step.lock))
-        os.replace(scratch, root / FILE)
+        step = None
+    if step is not None and (root / NEXT).is_file() and _has_come(root, step):
+        os.replace(root / NEXT, root / FILE)
+    (root / NEXT).unlink(missing_ok=True)
     path.unlink()
 
 

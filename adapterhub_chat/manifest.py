@@ -24,7 +24,7 @@ from adapterhub_chat.strict import parse_json, read_bytes
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Fingerprint, PromptContract, Retention, Score
 
-FILE, MAX_BYTES = "adapterhub.json", 2**20
+FILE, MAX_BYTES, MAX_VALUES = "adapterhub.json", 2**20, 10_000
 How = Literal["joint", "sequence", "shared", "merge", "transfer", "foreign"]
 
 
@@ -260,7 +260,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     data = read_bytes(path, MAX_BYTES)
     try:
-        return Manifest.model_validate(parse_json(data))
+        return Manifest.model_validate(parse_json(data, MAX_VALUES))
     except ValidationError as error:
         raise AdapterError(join_misfits(str(path), explain(error, Manifest))) from error
     except ValueError as error:

@@ -265,6 +265,20 @@ def by_module(pattern: Mapping[str, Any], modules: Iterable[str], default: Any) 
     return found
 
 
+def with_modules(config: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
+    """Return a checked config whose patterns name whole modules, each that differs from the default.
+
+    PEFT reads a pattern's key as the end of a regular expression, in which a dot is any letter: `q.proj`
+    would mean `q_proj` to it, and nothing here.
+    """
+    found = dict(config)
+    for setting, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        values = by_module(config[setting], modules, config[default])
+        order = dict.fromkeys([*(m for m in config[setting] if m in values), *values])
+        found[setting] = {m: values[m] for m in order if values[m] != config[default]}
+    return found
+
+
 def absent_misfits(
     config: Mapping[str, Any], modules: Collection[str], known: Iterable[str]
 ) -> list[str]:

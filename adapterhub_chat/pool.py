@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,16 @@ from typing import Any
 
 from adapterhub_chat.atomic import exchange, link, remove_left, same_file, sync
 from adapterhub_chat.card import render_card
-from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
+from adapterhub_chat.errors import (
+    AdapterError,
+    AdapterHubError,
+    PoolError,
+    UnknownNameError,
+    UsageError,
+)
 from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder, write_weights
 from adapterhub_chat.guard import Layers
-from adapterhub_chat.lockfile import NEXT as NEXT_LOCK
-from adapterhub_chat.lockfile import Pinned, plan_lock, settle_lock
+from adapterhub_chat.lockfile import NEXT, STEP, Pinned, plan_lock, settle_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
 from adapterhub_chat.manifest import Manifest, dump_manifest, file_sha256, read_manifest
 from adapterhub_chat.types import BACKBONE
@@ -37,7 +42,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 RESERVED = (BACKBONE, "auto")
 CARD = "README.md"
 TEMPORARY, ASIDE, INCOMING = ".tmp-", ".old-", ".incoming-"
-LEFT = (TEMPORARY, ASIDE, INCOMING, NEXT_LOCK)
+LEFT = (TEMPORARY, ASIDE, INCOMING, NEXT, STEP)
 """What a killed run may leave, by how it begins."""
 EARLIER = ".earlier"
 """Sub-folder of an adapter with the version before it."""
@@ -125,13 +130,17 @@ class Pool:
             self._replace(scratch, name)
         return Stored(name, self.root / name, weights, dict(config), final)
 
-    def install(self, name: str, folder: Path, pinned: Pinned) -> None:
+    def install(
+        self, name: str, folder: Path, pinned: Pinned, may: Callable[[], None] = lambda: None
+    ) -> None:
         """Move the checked files of a quarantine folder into the pool under a name, and pin their source.
 
         One step for adapter and lock: what a kill leaves of it is completed, or undone, by the next writer.
+        `may` is asked while nobody else can write, and raises when the name is not free.
         """
         check_name(name)
         with self._changing(f"installing {name!r}") as scratch:
+            may()
             for file in pinned.installed:
                 os.rename(folder / file, scratch / file)
             self._keep_earlier(scratch, name)
@@ -147,6 +156,10 @@ class Pool:
             fcntl.flock(mine, fcntl.LOCK_EX)  # tells others that somebody is at work there
         try:
             yield folder
+        except AdapterHubError:
+            raise
+        except OSError as error:
+            raise PoolError(_explain(error, self.root, "a download")) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(mine)
@@ -245,6 +258,8 @@ class Pool:
             with self._locked():
                 settle_lock(self.root)
                 yield
+        except AdapterHubError:
+            raise
         except OSError as error:
             raise PoolError(_explain(error, self.root, what)) from error
 

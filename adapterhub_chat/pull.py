@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from adapterhub_chat.hub import Hub, Snapshot
 from adapterhub_chat.lockfile import Lock, Pinned, is_installed, read_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
 from adapterhub_chat.manifest import MAX_BYTES as MAX_MANIFEST
-from adapterhub_chat.manifest import file_sha256
+from adapterhub_chat.manifest import file_sha256, read_manifest
 from adapterhub_chat.pool import CARD, Stored, check_name
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.trust import Status
@@ -92,7 +94,13 @@ def pull(
             files=hashes,
             signed_by=signer,
         )
-        return _install(shelf, name, folder, asked)
+        _refuse_borrowed(folder, repo, signer)
+
+        def still_mine() -> None:
+            now = read_lock(shelf.pool.root)
+            _refuse_strangers(shelf, name, repo, hub, now, replace=replace)
+
+        return _install(shelf, name, folder, asked, still_mine)
 
 
 def pull_locked(shelf: Shelf, token: str | None = None) -> list[Pulled]:
@@ -104,16 +112,22 @@ def pull_locked(shelf: Shelf, token: str | None = None) -> list[Pulled]:
     done = []
     for name, pinned in lock.adapters.items():
         with pool.quarantine() as folder:
-            whole = set(NEEDED) <= set(pinned.installed)
-            if not (whole and is_installed(pool.root / check_name(name), pinned.installed)):
+            if not _is_there(pool.root / check_name(name), pinned):
                 _restore(pinned, folder, token)
+                _signer(folder, pinned.files, pinned.signed_by or None)
                 done.append(_install(shelf, name, folder, pinned))
                 continue
+        signer = _signer(pool.root / name, pinned.files, pinned.signed_by or None)
         status = shelf.verify(name).status
-        done.append(
-            Pulled(name, pinned.repo, pinned.commit, status, pinned.signed_by, changed=False)
-        )
+        done.append(Pulled(name, pinned.repo, pinned.commit, status, signer, changed=False))
     return done
+
+
+def _is_there(folder: Path, pinned: Pinned) -> bool:
+    """Return whether a pool member is what a lock says, weights and config at least, and all it names."""
+    weights = pinned.files.get(WEIGHTS, "")
+    whole = CONFIG in pinned.installed and pinned.installed.get(WEIGHTS) == weights
+    return whole and is_installed(folder, pinned.installed)
 
 
 # ---- who may take a name -------------------------------------------------------------------------
@@ -188,8 +202,27 @@ def _signer(folder: Path, hashes: Mapping[str, str], key: str | None) -> str:
     return signer
 
 
-def _install(shelf: Shelf, name: str, folder: Path, pinned: Pinned) -> Pulled:
-    """Check what lies in quarantine as a stranger's, and put it into the pool in one step."""
+def _refuse_borrowed(folder: Path, repo: str, signer: str) -> None:
+    """Raise AdapterError for files that somebody signed for another repository."""
+    manifest = read_manifest(folder) if signer else None
+    if manifest is not None and manifest.published != repo:
+        raise AdapterError(
+            f"the files of {repo} were signed for {manifest.published or 'no repository'!r:.120}: somebody "
+            "else may have put them there"
+        )
+
+
+def _install(
+    shelf: Shelf,
+    name: str,
+    folder: Path,
+    pinned: Pinned,
+    may: Callable[[], None] = lambda: None,
+) -> Pulled:
+    """Check what lies in quarantine as a stranger's, and put it into the pool in one step.
+
+    `may` is asked again under the pool's lock: it raises when somebody else has taken the name meanwhile.
+    """
     verdict = shelf.verify(folder)
     if not verdict.ok:
         problems = "; ".join(verdict.problems)
@@ -204,7 +237,7 @@ def _install(shelf: Shelf, name: str, folder: Path, pinned: Pinned) -> Pulled:
     there = is_installed(shelf.pool.root / name, installed)
     changed = not there or read_lock(shelf.pool.root).adapters.get(name) != pinned
     if changed:
-        shelf.pool.install(name, folder, pinned)
+        shelf.pool.install(name, folder, pinned, may)
     return Pulled(name, pinned.repo, pinned.commit, verdict.status, pinned.signed_by, changed)
 
 
@@ -227,13 +260,13 @@ def _kept(sha256: str) -> Path:
 def _keep_for_later(folder: Path, hashes: Mapping[str, str]) -> None:
     """Keep files by their content, so that a lock can be followed without a network."""
     for name, sha256 in hashes.items():
-        target = _kept(sha256)
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".tmp-{os.getpid()}-{sha256}")
-        shutil.copyfile(folder / name, scratch)
-        os.replace(scratch, target)
+        with suppress(OSError):  # a cache that cannot be written to keeps nothing
+            target = _kept(sha256)
+            if is_installed(target.parent, {target.name: sha256}):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                os.replace(shutil.copyfile(folder / name, Path(scratch) / sha256), target)
 
 
 def _restore(pinned: Pinned, folder: Path, token: str | None) -> None:

@@ -35,14 +35,20 @@ def search(backbone: Backbone, hub: Hub, text: str, author: str, limit: int) -> 
     asset = ASSETS.get(backbone.name)
     base = (asset and asset.upstream) or backbone.name
     asked = [[own]] + [[f"base_model:{base}"]] * bool(REPO.fullmatch(base))
-    entries = {e.get("id"): e for tags in asked for e in hub.find(tags, text, author, limit)}
-    found = [_found(entry, own) for repo, entry in entries.items() if REPO.fullmatch(str(repo))]
+    entries = {
+        entry["id"]: entry
+        for tags in asked
+        for entry in hub.find(tags, text, author, limit)
+        if isinstance(entry.get("id"), str) and REPO.fullmatch(entry["id"])
+    }
+    found = [_found(entry, own) for entry in entries.values()]
     found.sort(key=lambda one: (ORDER.index(one.fit), -one.downloads))
     return found[:limit]
 
 
 def _found(entry: dict[str, Any], own: str) -> Found:
-    tags = [tag for tag in entry.get("tags") or [] if isinstance(tag, str)]
+    said = entry.get("tags")
+    tags = [tag for tag in said if isinstance(tag, str)] if isinstance(said, list) else []
     prints = [tag for tag in tags if tag.startswith("adapterhub-") and tag != "adapterhub-chat"]
     fit: Fit = "exact" if own in prints else "other weights" if prints else "unverified"
     downloads = entry.get("downloads")
@@ -65,5 +71,5 @@ def _scores(card: Any) -> list[tuple[str, str, float]]:
             for result in model["results"]
             for metric in result["metrics"][:1]  # the second is the backbone's
         ]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return []

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
 from adapterhub_chat.folder import config_of
 from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
@@ -133,10 +133,15 @@ class Shelf:
         if isinstance(source, str) and source in self.pool:
             stored = self.pool.load(source)
             return replace(stored, name=check_name(name)) if name else stored
-        folder = Path(source).expanduser()
-        if isinstance(source, Path) or folder.is_dir():
-            return self._strangers(folder, check_name(name or folder.resolve().name))
-        return self.pool.load(source)  # raises, naming the adapters that are there
+        try:
+            folder = Path(source).expanduser()
+            if isinstance(source, Path) or folder.is_dir():
+                return self._strangers(folder, check_name(name or folder.resolve().name))
+        except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, AdapterHubError):
+                raise
+            raise UsageError(f"{str(source)[:100]!r} cannot be a folder: {error!s:.200}") from error
+        return self.pool.load(str(source))  # raises, naming the adapters that are there
 
     def _strangers(self, folder: Path, name: str) -> Stored:
         """Read a folder that is no pool member, with all that speaks against it in one message."""

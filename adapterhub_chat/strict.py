@@ -63,11 +63,14 @@ def read_bytes(path: Path, most: int) -> bytes:
         return file.read(size)
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, values: int | None = None) -> Any:
     """Return the value of JSON in UTF-8; raise ValueError for all that readers disagree about.
 
     That is: a key twice in one object, NaN and Infinity (also as 1e999), a negative zero, and deep nesting.
+    Nor may there be more than so many `values`, by their commas: those bound what is built.
     """
+    if values is not None and data.count(b",") >= values:
+        raise ValueError(f"it holds more than {values:,} values")
     try:
         value = json.loads(
             data.decode("utf-8"),

@@ -46,7 +46,8 @@ def status_of(manifest: Manifest | None, backbone: Fingerprint) -> Status:
         return "unverified"
     if manifest.fingerprint.differences(backbone):
         return "refused"
-    return "exact" if manifest.fingerprint == backbone else "compatible"
+    same = manifest.fingerprint == backbone and manifest.probe is not None
+    return "exact" if same else "compatible"
 
 
 def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
@@ -64,7 +65,11 @@ def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
     found += fingerprint_misfits(stored.manifest, mine)
     if found:
         return Verdict(False, "refused", tuple(found))
-    if status == "compatible":
+    if stored.manifest.probe is None:
+        found.append(
+            "it has no probe: nobody can tell whether it does what it did when it was made"
+        )
+    if its != mine:
         found.append(
             f"made on {its.dtype} ({its.quantization} quantization), "
             f"this backbone is {mine.dtype} ({mine.quantization} quantization)"
@@ -113,6 +118,8 @@ def probe_problem(model: AdapterModel, name: str, probe: Probe | None, status: S
         return ""
     off = _change(with_adapter, probe.tokens, probe.logprobs)
     drift = _change(without, probe.tokens, probe.backbone_logprobs)
+    if status == "exact" and not drift <= TOLERANCE:
+        return f"the backbone alone answers its probe otherwise than is recorded, by {drift:.2f}"
     limit = TOLERANCE + PER_DRIFT * drift
     if not off <= limit:
         return f"a log-probability of its probe is off by {off:.2f}, more than {limit:.2f}"

@@ -133,3 +133,21 @@ def test_words_of_strangers_stay_words(words):
     )  # no code, nothing that is escaped
     for part in ("<script", "<img", "![", "](", "\x1b", "\n# Ignore", "\n# heading"):
         assert part not in outside
+
+
+@pytest.mark.parametrize("words", ["https://evil.example/x", "www.evil.example", "me@evil.example"])
+def test_addresses_of_strangers_are_no_links(words):
+    assert words not in render_card(manifest(about=words))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"published": "me/x --replace --endpoint https://evil.example"},
+        {"published": "me/x", "backbone": "x --trust-remote-code"},
+    ],
+)
+def test_no_command_has_options_of_strangers(change):
+    text = render_card(manifest(**change))
+    assert "vllm serve" not in text
+    assert "adapterhub-chat pull" not in text

@@ -610,3 +610,14 @@ def test_all_misfits_with_the_backbone_stand_in_one_message(folder, refuses):
 
     edit_tensors(folder, change)
     refuses(folder, "7 -> 32", f"target_modules mean {SECOND}, which", "layers.9.mlp.up_proj")
+
+
+def test_a_pattern_that_only_peft_would_understand_is_not_handed_on(tmp_path, model, make_weights):
+    """To PEFT a dot in a pattern's key is any letter: this one would scale every q_proj."""
+    folder = write(tmp_path / "adapter", model, make_weights(rank=4, alpha=8))
+    edit_config(folder, alpha_pattern={"q.proj": 1e5})
+    _, config, _ = read_folder(folder)
+    assert config["alpha_pattern"] == {}
+    edit_config(folder, alpha_pattern={"layers.0.self_attn.q_proj": 4})
+    _, config, _ = read_folder(folder)
+    assert config["alpha_pattern"] == {"model.layers.0.self_attn.q_proj": 4}

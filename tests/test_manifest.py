@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 
 import pytest
 from conftest import toy_task
@@ -212,3 +213,26 @@ def test_a_loss_that_was_never_measured_stays_out_of_the_json(loss, backbone, ma
     manifest = manifest_of([task], backbone, job, trained, how="sequence")
     assert manifest.training.validation_loss is None
     json.loads(dump_manifest(manifest), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": [0] * 200_000},
+        {"training": {"tasks": [0] * 200_000}},
+        {"contract": {"stop": [0] * 200_000}},
+        {str(n): 1 for n in range(80_000)},
+    ],
+)
+def test_a_manifest_of_many_values_is_refused_before_they_are_looked_at(tmp_path, change):
+    (tmp_path / FILE).write_text(json.dumps(change))
+    started = time.monotonic()
+    assert "more than 10,000 values" in refusal(tmp_path)
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_strangers_keys_are_shown_without_control_characters(tmp_path):
+    (tmp_path / FILE).write_text(json.dumps({"\x1b[2J\n" + "k" * 5000: 1}))
+    message = refusal(tmp_path)
+    assert "\x1b" not in message
+    assert len(message) < 3000

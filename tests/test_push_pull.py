@@ -1,5 +1,6 @@
 """push and pull against a real Hub on the loopback address: round trips, tags, races, keys, the lock."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,14 +13,15 @@ import pytest
 import torch
 from conftest import keep_adapter as keep
 from conftest import toy_task
+from hub_server import after, only
 
 from adapterhub_chat import AdapterHub, signing
-from adapterhub_chat.errors import AdapterError, HubError, UsageError
+from adapterhub_chat.errors import AdapterError, HubError, PoolError, UsageError
 from adapterhub_chat.folder import CONFIG, WEIGHTS
-from adapterhub_chat.hub import Hub
+from adapterhub_chat.hub import Hub, RemoteFile, Snapshot
 from adapterhub_chat.lockfile import read_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
-from adapterhub_chat.manifest import read_manifest
+from adapterhub_chat.manifest import file_sha256, read_manifest
 
 REPO = "alice/toy"
 PROMPTS = ["good film", "a bad one"]
@@ -456,3 +458,189 @@ def test_a_signature_that_is_none_is_refused(tmp_path, bad):
     values = json.loads(signing.sign(tmp_path / "k", hashes)) | {"signature": bad}
     with pytest.raises(AdapterError, match="is not the signature"):
         signing.signer_of(json.dumps(values).encode(), hashes)
+
+
+# ---- locks, signatures and moments that cannot be trusted ----------------------------------------
+
+
+def relock(hub, change):
+    """Change what a pool's lock says of `toy`."""
+    path = hub.pool.root / "adapters.lock.json"
+    lock = json.loads(path.read_text())
+    change(lock["adapters"]["toy"])
+    path.write_text(json.dumps(lock))
+
+
+def test_a_lock_cannot_say_who_signed(made, other, speak, tmp_path):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    key = signing.make_key(tmp_path / "k.pem")
+    relock(other, lambda pinned: pinned.update(signed_by=key))
+    with pytest.raises(AdapterError, match="signed by nobody"):
+        other.pull_locked()
+    shutil.rmtree(other.pool.root / "toy")
+    with pytest.raises(AdapterError, match="signed by nobody"):
+        other.pull_locked()
+
+
+def test_a_lock_whose_two_halves_differ_is_followed_in_what_was_pulled(
+    made, other, speak, make_weights
+):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    wanted = read_lock(other.pool.root).adapters["toy"].files[WEIGHTS]
+    keep(made, make_weights(seed=9))
+    for name in (WEIGHTS, MANIFEST, "README.md"):
+        shutil.copyfile(made.pool.root / "toy" / name, other.pool.root / "toy" / name)
+    folder = other.pool.root / "toy"
+    hashes = {n: file_sha256(folder / n) for n in (CONFIG, WEIGHTS, MANIFEST, "README.md")}
+    relock(other, lambda pinned: pinned.update(installed=hashes))
+    assert other.pull_locked()[0].changed
+    assert file_sha256(folder / WEIGHTS) == wanted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pinned: pinned.update(installed={"x" * 5000: "0" * 64}),
+        lambda pinned: pinned.update(installed={"../../etc/passwd": "0" * 64}),
+        lambda pinned: pinned.update(files={"a\0b": "0" * 64}),
+        lambda pinned: pinned.update(signed_by="\x1b[2J"),
+        lambda pinned: pinned.update(commit="main"),
+    ],
+)
+def test_a_lock_that_names_what_cannot_be_is_refused(made, other, speak, change):
+    made.push("toy", REPO, **speak)
+    other.pull(REPO, **speak)
+    relock(other, change)
+    with pytest.raises(PoolError, match=r"adapters\.lock\.json"):
+        other.pull_locked()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"adapters": [' + "0," * 400_000 + "0]}", " " * 2**21]
+)
+def test_a_lock_that_is_none_is_refused_at_once(other, text):
+    other.pool.root.mkdir()
+    (other.pool.root / "adapters.lock.json").write_text(text)
+    with pytest.raises(PoolError, match=r"adapters\.lock\.json") as refused:
+        other.pull_locked()
+    assert len(str(refused.value)) < 2000
+
+
+def test_files_that_were_signed_for_another_repository_are_refused(made, other, speak, tmp_path):
+    key = signing.make_key(tmp_path / "k.pem")
+    made.push("toy", REPO, sign=tmp_path / "k.pem", **speak)
+    hub, names = Hub(**speak), (CONFIG, WEIGHTS, MANIFEST, signing.FILE)
+    snapshot = hub.snapshot(REPO)
+    for name in names:
+        hub.download(snapshot, name, tmp_path / name, 2**20)
+    hub.create("alice/copy", private=False)
+    hub.commit("alice/copy", {n: (tmp_path / n).read_bytes() for n in names}, "borrowed")
+    with pytest.raises(AdapterError, match=f"were signed for '{REPO}'"):
+        other.pull("alice/copy", require_signature=key, **speak)
+    assert other.pool.names() == []
+
+
+def test_what_is_saved_during_a_download_is_not_replaced(
+    made, other, speak, make_weights, hub_server
+):
+    made.push("toy", REPO, **speak)
+
+    def save_first(reply):
+        if "toy" not in other.pool:
+            keep(other, make_weights(seed=5))
+
+    hub_server.mischief = only("resolve/.*safetensors", after(save_first))
+    with pytest.raises(UsageError, match="was not pulled"):
+        other.pull(REPO, **speak)
+    assert other.pool.load("toy").weights.factors.keys() == make_weights(seed=5).factors.keys()
+    assert read_lock(other.pool.root).adapters == {}
+    assert not list(other.pool.root.glob(".[nt]*"))
+
+
+def test_many_pulls_at_once_all_get_through(made, speak, pico_folder, tmp_path):
+    made.push("toy", REPO, **speak)
+    other = AdapterHub(str(pico_folder), tmp_path / "many", dtype="fp32", device="cpu")
+    with ThreadPoolExecutor(8) as threads:
+        done = list(threads.map(lambda n: other.pull(REPO, name=f"toy{n}", **speak), range(16)))
+    assert [one.name for one in done] == [f"toy{n}" for n in range(16)]
+    assert set(read_lock(other.pool.root).adapters) == {f"toy{n}" for n in range(16)}
+
+
+def test_a_cache_that_cannot_be_written_to_keeps_nothing(made, other, speak, tmp_path, monkeypatch):
+    made.push("toy", REPO, **speak)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path / "file"))
+    assert other.pull(REPO, **speak).changed
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_the_pool_as_it_was(made, other, speak, monkeypatch):
+    made.push("toy", REPO, **speak)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("adapterhub_chat.hub.Hub._pieces", full)
+    monkeypatch.setattr("adapterhub_chat.hub.Hub.snapshot", lambda *_: snapshot)
+    snapshot = Snapshot(
+        REPO, "a" * 40, {n: RemoteFile(n, 10, blob="0" * 40) for n in (CONFIG, WEIGHTS)}
+    )
+    with pytest.raises(PoolError, match="the disk is full"):
+        other.pull(REPO, **speak)
+    assert other.pool.names() == []
+    assert not list(other.pool.root.glob(".incoming*"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("/refs", {"tags": 5}),
+        ("/refs", {"tags": [{"name": []}]}),
+        ("repos/create", []),
+        ("repos/create", {"url": 5}),
+        ("preupload", []),
+        ("objects/batch", []),
+        ("/commit/", {}),
+        ("/commit/", {"commitOid": 5, "commitUrl": 5}),
+    ],
+)
+def test_odd_answers_to_a_push_are_hub_errors(made, speak, hub_server, pattern, said):
+    def odd(reply):
+        reply.json, reply.status = said, 200
+
+    hub_server.mischief = only(pattern, after(odd))
+    message = ""
+    try:
+        made.push("toy", REPO, **speak)
+    except HubError as error:  # any other error is a bug
+        message = str(error)
+    assert "hf_alice" not in message
+
+
+HUGE = {"task": {"name": "t"}, "metrics": [{"type": "m", "value": 10**400}]}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"id": ["a"]},
+        {"id": "alice/x", "tags": 5},
+        {"id": "alice/x", "downloads": "many", "cardData": []},
+        {"id": "alice/x", "cardData": {"model-index": [{"results": [HUGE]}]}},
+    ],
+)
+def test_odd_answers_to_a_search_hide_nothing_else(made, speak, hub_server, entry):
+    made.push("toy", REPO, **speak)
+
+    def odd(reply):
+        reply.json = [entry, *reply.json]
+
+    hub_server.mischief = only("GET /api/models", after(odd))
+    assert REPO in [one.repo for one in made.search(**speak)]
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nosuchuser/x", "a\0b", "x/" * 3000])
+def test_what_cannot_be_a_folder_is_a_sentence(other, source):
+    with pytest.raises(UsageError):
+        other.load(source)

@@ -247,12 +247,24 @@ def test_another_scaling_is_refused(hub, kept):
         ({"backbone_logprobs": [-1.0]}, "5 tokens have 1 log-probabilities"),
         ({"logprobs": [-1.0, float("nan"), -1.0, -1.0, -1.0]}, "NaN is no number in JSON"),
         ({"logprobs": [-90.0] * 5}, "is off by"),
+        (
+            {"logprobs": [-500.0] * 5, "backbone_logprobs": [1e300] * 5, "shift": 0.0},
+            "the backbone alone answers its probe otherwise",
+        ),
         ({"prompt": ""}, "probe.prompt"),
     ],
 )
 def test_a_forged_probe_is_refused(change, words, hub, kept):
     edit_json(kept / MANIFEST, lambda values: values["probe"].update(change))
     assert_refused(hub, kept, words)
+
+
+def test_without_a_probe_nobody_calls_it_exact(hub, kept):
+    edit_json(kept / MANIFEST, lambda values: values.update(probe=None))
+    verdict = hub.verify("a")
+    assert (verdict.ok, verdict.status) == (True, "compatible")
+    assert "it has no probe" in verdict.problems[0]
+    assert next(i.status for i in hub.adapters() if i.name == "a") == "compatible"
 
 
 def test_a_probe_without_the_backbones_numbers_is_compared_in_the_same_precision_only(
