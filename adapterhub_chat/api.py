@@ -144,7 +144,7 @@ class AdapterHub(Sharing):
         requests = replies(self.model, rows, mixes, contracts, seed, given)
         return decode(self.model, requests, on_text=on_text)
 
-    def generate(
+    def generate(  # noqa: PLR0913 - the options of every engine, by their usual names
         self,
         prompts: Sequence[str],
         adapters: Sequence[AdapterChoice] | None = None,
@@ -152,6 +152,8 @@ class AdapterHub(Sharing):
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         seed: int | None = None,
@@ -159,11 +161,19 @@ class AdapterHub(Sharing):
         """Continue raw prompts (no chat template) in one mixed batch; return the new texts.
 
         Row i does not depend on the other rows, sampled or not: equal prompts under one `seed` give
-        equal texts. `stop` texts end an answer and are no part of it.
+        equal texts. `stop` texts end an answer and are no part of it; the other options are `Sampling`'s.
+        Log-probabilities, deadlines and cancelling are asked of `engine`.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(
-            max_new_tokens, temperature, top_p, stops, ignore_eos=ignore_eos, seed=seed
+            max_new_tokens,
+            temperature,
+            top_p,
+            stops,
+            ignore_eos,
+            seed,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
         )
         return decode(self.model, self._raw(prompts, adapters, sampling))
 

@@ -7,6 +7,7 @@ folder gives in half a second.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from adapterhub_chat import assets
 from adapterhub_chat.attention import packed_attention
 from adapterhub_chat.errors import UnknownNameError, UsageError
+from adapterhub_chat.quantized import dense, keep_gradients
 from adapterhub_chat.types import Fingerprint
 
 Quantize = Literal["nf4", "int8"]
@@ -124,7 +126,7 @@ def load_backbone(
     if quantize is None:
         model.to(where)
     else:
-        _keep_gradients_through_4bit(model)
+        keep_gradients(model)
     if where.type == "cpu" and getattr(model, "_supports_attention_backend", False):
         model.set_attn_implementation(PACKED)
     model.requires_grad_(False).eval()
@@ -280,15 +282,35 @@ def _bits_and_bytes(quantize: Quantize, dtype: torch.dtype) -> Any:
     )
 
 
-def _keep_gradients_through_4bit(model: nn.Module) -> None:
-    """Forbid bitsandbytes' packed CPU weights, which silently drop the gradient after one eval forward.
+def plain_copy(backbone: Backbone) -> Any:
+    """Return transformers' own model with the same numbers, unpacked, to which nothing is attached."""
+    config = copy.deepcopy(backbone.model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _quiet():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=backbone.dtype, attn_implementation="sdpa"
+        )
+    model.to(backbone.device).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        module = backbone.model.get_submodule(layer)
+        parameter.copy_(dense(module) if kind == "weight" else getattr(module, kind))
+    return model
 
-    bitsandbytes 0.50's Linear4bit repacks itself for AVX512-BF16 in its first eval forward; from then on
-    its product has no autograd. The flag is read before that happens.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+def save_plain(backbone: Backbone, model: Any, folder: Path, quantize: Quantize | None) -> None:
+    """Write a plain copy with the backbone's tokenizer, as `from_pretrained` reads it, packed if asked."""
+    with _quiet():
+        model.save_pretrained(folder)
+        backbone.tokenizer.save_pretrained(folder)
+        if quantize is not None:
+            packed = load_backbone(
+                str(folder), dtype=backbone.dtype, device=backbone.device, quantize=quantize
+            )
+            for file in folder.glob("*.safetensors*"):
+                file.unlink()
+            packed.model.save_pretrained(folder)
 
 
 def fingerprint_of(

@@ -1,4 +1,4 @@
-"""The verb of the command line that makes one adapter of several."""
+"""The verbs of the command line that make one thing of several: an adapter, or a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from adapterhub_chat.config import MergeOptions
 from adapterhub_chat.errors import UsageError
+from adapterhub_chat.export import FORMS, MOST_DRIFT
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.merge import METHODS
 from adapterhub_chat.merge_order import AUTO, LEARN
@@ -84,6 +85,32 @@ def merge(
         print_json({**made, "parents": parents, **manifest.merge.model_dump(mode="json")})
     else:
         _print(manifest, pool)
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
+    form: Annotated[
+        str, typer.Option(help=f"One of {', '.join(FORMS)} (the smallest that is near enough).")
+    ] = FORMS[0],
+    most_drift: Annotated[
+        float, typer.Option(min=0, help="How near auto asks for: nats of KL on probe prompts.")
+    ] = MOST_DRIFT,
+    backbone: BackboneOption = "smollm2-135m",
+    pool: PoolOption = Path("adapters"),
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the backbone with an adapter merged into it, as a model folder for plain transformers."""
+    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    done = hub.export(adapter, folder, form=form, most_drift=most_drift)
+    if as_json:
+        print_json({"path": str(done.path), "form": done.form, "drift": dict(done.drift)})
+        return
+    drifts = ", ".join(f"{name} {value:.4f}" for name, value in done.drift.items())
+    typer.echo(f"{done.path}: {done.form}; drift from {adapter} unmerged (KL, nats): {drifts}")
 
 
 def _print(manifest: Manifest, pool: Path) -> None:

@@ -26,13 +26,11 @@ from adapterhub_chat.merge_order import (
     tasks_of,
 )
 from adapterhub_chat.pool import Stored
-from adapterhub_chat.prompt import placeholders
 from adapterhub_chat.retention import drift, mean_and_lowest, retention, yardsticks
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
-from adapterhub_chat.template import encode_prompts, messages_of
-from adapterhub_chat.trust import PROBE_PROMPT, make_probe, probe_problem
-from adapterhub_chat.types import Example, Mix, Retention, Score, as_mix
+from adapterhub_chat.trust import make_probe, probe_problem, probe_prompts
+from adapterhub_chat.types import Mix, Retention, Score, as_mix
 from adapterhub_chat.workshop import Listeners
 
 GAP = 0.01
@@ -182,11 +180,8 @@ def _measured(
 
 def _drift(shelf: Shelf, source: str, merged: str) -> float:
     """Return how far a source's next tokens have moved: the probe prompt, bare and in its contract."""
-    tokenizer = shelf.model.backbone.tokenizer
-    prompts = [tuple(tokenizer(PROBE_PROMPT).input_ids)]
-    if contract := shelf.contract(as_mix(source)):
-        fields = dict.fromkeys(placeholders(contract.template), PROBE_PROMPT)
-        prompts += encode_prompts(tokenizer, [messages_of(contract, Example(fields, ""))])
+    contract = shelf.contract(as_mix(source))
+    prompts = probe_prompts(shelf.model.backbone.tokenizer, contract)
     return round(drift(shelf.model, prompts, as_mix(source), as_mix(merged)), 6)
 
 

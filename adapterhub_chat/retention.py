@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
+from torch import Tensor
+
 from adapterhub_chat.evaluate import ROW_LENGTH, judge, sequence_losses
 from adapterhub_chat.generate import Request, next_token_logits
 from adapterhub_chat.jobs import sample
@@ -127,9 +129,14 @@ def drift(
 ) -> float:
     """Return the mean KL (nats) of the source's next token to the other's, over prompts of token ids."""
     requests = [Request(prompt, mix) for mix in (source, other) for prompt in prompts]
-    logs = next_token_logits(model, requests).double().log_softmax(-1)
-    own, its = logs.split(len(prompts))
-    return float((own.exp() * (own - its)).sum(-1).mean().clamp(min=0))
+    own, its = next_token_logits(model, requests).split(len(prompts))
+    return divergence(own, its)
+
+
+def divergence(own: Tensor, its: Tensor) -> float:
+    """Return the mean KL (nats) of next tokens, by logits (prompts, vocab) of both sides."""
+    p, q = (logits.double().log_softmax(-1) for logits in (own, its))
+    return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
 
 
 def _loss(model: AdapterModel, encoded: Sequence[Encoded], mix: Mix) -> float:

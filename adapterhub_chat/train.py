@@ -114,8 +114,9 @@ def join(device: torch.device) -> Accelerator:
 
 
 def leave() -> None:
-    """End this process's part in the run's group of processes."""
+    """End this process's part in the run's group of processes, when all have come so far."""
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # whose process ends first would leave the others' threads in its sockets
         torch.distributed.destroy_process_group()
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,7 +17,9 @@ from adapterhub_chat.manifest import Manifest, Probe
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.peft_config import absent_misfits
 from adapterhub_chat.pool import Stored
-from adapterhub_chat.types import Fingerprint, as_mix
+from adapterhub_chat.prompt import placeholders
+from adapterhub_chat.template import encode_prompts, messages_of
+from adapterhub_chat.types import Example, Fingerprint, PromptContract, as_mix
 from adapterhub_chat.weights import misfits
 
 Status = Literal["exact", "compatible", "unverified", "refused"]
@@ -100,6 +102,15 @@ def make_probe(model: AdapterModel, name: str) -> Probe:
         backbone_logprobs=_rounded(without.log_softmax(-1)[tokens]),
         shift=round(float((with_adapter - without).abs().max()), 4),
     )
+
+
+def probe_prompts(tokenizer: Any, contract: PromptContract | None) -> list[tuple[int, ...]]:
+    """Return the probe's prompt as token ids: bare, and as a contract puts it."""
+    prompts = [tuple(tokenizer(PROBE_PROMPT).input_ids)]
+    if contract is not None:
+        fields = dict.fromkeys(placeholders(contract.template), PROBE_PROMPT)
+        prompts += encode_prompts(tokenizer, [messages_of(contract, Example(fields, ""))])
+    return prompts
 
 
 def probe_problem(model: AdapterModel, name: str, probe: Probe | None, status: Status) -> str:

@@ -175,7 +175,8 @@ class _Run:
             _warn(f"interrupted: the best so far of {names} is saved, not measured")
             return self.manifests
         if self.order.options.shard:
-            _warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
+            if self.manifests:
+                _warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
         elif self.order.options.test_examples and first_process():
             self._measure()
         if self.order.run_dir is not None and first_process():

@@ -249,6 +249,14 @@ def test_threads_with_two_adapters_never_see_each_others(hub):
             done.result()
 
 
+def test_the_usual_sampling_options(hub):
+    greedy = hub.generate(["good film"], max_new_tokens=16, ignore_eos=True)
+    options = {"max_new_tokens": 16, "ignore_eos": True, "seed": 3}
+    assert hub.generate(["good film"], temperature=5.0, top_k=1, **options) == greedy
+    assert hub.generate(["good film"], temperature=5.0, top_k=50, **options) != greedy
+    assert hub.generate(["good film"], repetition_penalty=1e4, **options) != greedy
+
+
 def test_others_come_and_go_while_one_generates(hub):
     """Load, unload and replace in one thread; the rows of another stay what they are."""
     wanted = hub.generate(["good film"] * 2, ["toy", None], max_new_tokens=16, ignore_eos=True)

@@ -31,7 +31,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
         "weight_search",
     },
-    {"model": "backbone slots model"},
+    {"model": "quantized backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
         "learning": "jobs learner train sequence courses evaluate retention transfer transfer.maxent "
@@ -39,7 +39,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {
         "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
-        "runlog checkpoint pictures endpoint bounds hub signing publish pull search"
+        "runlog checkpoint pictures endpoint bounds hub signing publish pull search export"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
@@ -69,6 +69,7 @@ DOORS = {
 }
 LAZY = {
     ("task_file", "datasets"),
+    ("quantized", "importlib.import_module"),  # bitsandbytes, whose own import takes seconds
     ("runlog", "importlib.import_module"),
     ("mixed_bench", "importlib.import_module"),  # peft, the peer
     ("pictures", "importlib.import_module"),

@@ -1,0 +1,47 @@
+"""Linear layers that bitsandbytes keeps in 4 or 8 bits: their numbers, and how rounding changes others."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+
+NF4, INT8 = "nf4", "int8"
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Forbid bitsandbytes' packed CPU weights, which silently drop the gradient after one eval forward.
+
+    bitsandbytes 0.50's Linear4bit repacks itself for AVX512-BF16 in its first eval forward; from then on
+    its product has no autograd. The flag is read before that happens.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+def dense(linear: Any) -> Tensor:
+    """Return the weight (out, in) of a linear layer as numbers, of a packed one in float32."""
+    weight: Tensor = linear.weight.detach()
+    if hasattr(linear.weight, "quant_state"):
+        unpacked: Tensor = _functional().dequantize_4bit(weight, linear.weight.quant_state)
+        return unpacked.float()
+    if hasattr(linear.weight, "SCB"):
+        scales: Tensor = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
+        return weight.float() * (scales.float()[:, None] / 127)
+    return weight
+
+
+def rounded(weight: Tensor, quantize: str) -> Tensor:
+    """Return a weight (out, in) as it is after packing it and unpacking it again, in its dtype."""
+    if quantize == INT8:
+        scales = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        return ((weight.float() / scales).round() * scales).to(weight.dtype)
+    packed, state = _functional().quantize_4bit(weight, quant_type=NF4, compress_statistics=True)
+    out: Tensor = _functional().dequantize_4bit(packed, state).to(weight.dtype)
+    return out
+
+
+def _functional() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
