@@ -10,7 +10,8 @@ import hashlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ DTYPES = {
     "F64": torch.float64,
 }
 """Numbers that a factor may be made of, by their names in a safetensors file."""
+MOST_SPARE = 64 * 2**20
+"""Bytes of the memory that is kept for the next file."""
+
+Memory = Callable[[int], torch.Tensor]
+"""Gives a vector of so many bytes, uint8."""
 
 
 def config_of(
@@ -76,13 +82,43 @@ def write_weights(path: Path, weights: AdapterWeights) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file hides the OSError
 
 
+def fresh(size: int) -> torch.Tensor:
+    """Return memory for so many bytes."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+class Scratch:
+    """Memory that files are read into again and again: new memory's pages cost more than the bytes."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._spare: list[torch.Tensor] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[Memory]:
+        """Lend memory for one file at a time; nothing may look at what was read when the block has ended."""
+        held = self._spare.pop() if self._spare else fresh(0)
+
+        def memory(size: int) -> torch.Tensor:
+            nonlocal held
+            if len(held) < size:
+                held = fresh(size)
+            return held[:size]
+
+        try:
+            yield memory
+        finally:
+            if len(held) <= MOST_SPARE:
+                self._spare[:] = [held]
+
+
 def read_folder(
-    folder: Path, layers: Layers | None = None
+    folder: Path, layers: Layers | None = None, memory: Memory = fresh
 ) -> tuple[AdapterWeights, dict[str, Any], str]:
     """Return a folder's weights, its config built anew, and the sha256 of the very bytes that were read.
 
     Raises AdapterError naming everything that does not fit, with a backbone's `layers` also those. No other
-    file in the folder is looked at.
+    file in the folder is looked at. The weights are views of what `memory` gives.
     """
     if not os.path.isdir(folder):
         raise AdapterError(f"{folder} is not a folder")
@@ -93,7 +129,7 @@ def read_folder(
             " (pickled .bin weights are never opened; save with safetensors)"
         )
     config = read_bytes(folder / CONFIG, MAX_CONFIG)
-    data = _read_numbers(folder / WEIGHTS)
+    data = _read_numbers(folder / WEIGHTS, memory)
     digest = hashlib.sha256()
     hashing = threading.Thread(target=digest.update, args=(_buffer(data),))  # on another core
     hashing.start()
@@ -104,10 +140,10 @@ def read_folder(
     return _weights(data, checked), dict(checked.config), digest.hexdigest()
 
 
-def _read_numbers(path: Path) -> torch.Tensor:
+def _read_numbers(path: Path, memory: Memory) -> torch.Tensor:
     """Return a file's bytes in memory of their own: a mapped file could change, or end, under us."""
     with opened(path, MAX_WEIGHTS) as (file, size):
-        data = torch.empty(size, dtype=torch.uint8)
+        data = memory(size)
         return data[: file.readinto(_buffer(data))]
 
 

@@ -30,7 +30,7 @@ from adapterhub_chat.errors import (
     UnknownNameError,
     UsageError,
 )
-from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder, write_weights
+from adapterhub_chat.folder import CONFIG, WEIGHTS, Memory, fresh, read_folder, write_weights
 from adapterhub_chat.guard import Layers
 from adapterhub_chat.lockfile import NEXT, STEP, Pinned, plan_lock, settle_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
@@ -96,9 +96,9 @@ class Pool:
             )
         return self.root / name
 
-    def load(self, name: str) -> Stored:
+    def load(self, name: str, memory: Memory = fresh) -> Stored:
         """Read an adapter; raise AdapterError when its bytes are not what its manifest says."""
-        return read_stored(self.path(name), name)
+        return read_stored(self.path(name), name, memory=memory)
 
     def manifest(self, name: str) -> Manifest | None:
         """Return an adapter's manifest without reading its weights."""
@@ -331,7 +331,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_stored(folder: Path, name: str, layers: Layers | None = None) -> Stored:
+def read_stored(
+    folder: Path, name: str, layers: Layers | None = None, memory: Memory = fresh
+) -> Stored:
     """Read an adapter folder, a stranger's with a backbone's `layers`; raise AdapterError for what is wrong.
 
     A folder that is replaced while it is read is read again: files of two versions never meet.
@@ -339,7 +341,7 @@ def read_stored(folder: Path, name: str, layers: Layers | None = None) -> Stored
     while True:
         version = _version(folder)
         try:
-            stored = _read_once(folder, name, layers)
+            stored = _read_once(folder, name, layers, memory)
         except AdapterError:
             if _version(folder) == version:
                 raise
@@ -350,20 +352,19 @@ def read_stored(folder: Path, name: str, layers: Layers | None = None) -> Stored
 
 def _version(folder: Path) -> tuple[int, int]:
     """Return what tells one version of an adapter's folder from the next."""
-    try:
+    with suppress(OSError):
         stat = folder.stat()
-    except OSError:
-        return 0, 0
-    return stat.st_ino, stat.st_ctime_ns
+        return stat.st_ino, stat.st_ctime_ns
+    return 0, 0
 
 
-def _read_once(folder: Path, name: str, layers: Layers | None) -> Stored:
-    weights, config, actual = read_folder(folder, layers)
+def _read_once(folder: Path, name: str, layers: Layers | None, memory: Memory) -> Stored:
+    weights, config, actual = read_folder(folder, layers, memory)
     manifest = read_manifest(folder)
     if manifest is not None and actual != manifest.sha256:
         raise AdapterError(
-            f"{folder / WEIGHTS} is not the file that {MANIFEST} describes: sha256 {actual[:12]}..., "
-            f"expected {manifest.sha256[:12]}...; pull or train the adapter again"
+            f"{folder / WEIGHTS} is not the file that {MANIFEST} describes (sha256 {actual[:12]}..., not "
+            f"{manifest.sha256[:12]}...): pull or train the adapter again"
         )
     return Stored(name, folder, weights, config, manifest)
 

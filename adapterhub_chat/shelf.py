@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
-from adapterhub_chat.folder import config_of
+from adapterhub_chat.folder import Memory, Scratch, config_of, fresh
 from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
@@ -64,6 +64,7 @@ class Shelf:
         self.model, self.pool = model, pool
         self._known: dict[str, Known] = {}
         self._answered: set[str] = set()
+        self._scratch = Scratch()
         model.acquire = self.acquire
 
     def known(self, name: str) -> Known | None:
@@ -92,11 +93,12 @@ class Shelf:
 
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Check and load a pool member or a folder; return its name. See AdapterHub.load."""
-        stored = self.find(source, name)
-        if note := self._accepted(stored):
-            warnings.warn(note, stacklevel=3)
-        self._hold(stored)
-        return stored.name
+        with self._scratch.lent() as memory:
+            stored = self.find(source, name, memory)
+            if note := self._accepted(stored):
+                warnings.warn(note, stacklevel=3)
+            self._hold(stored)
+            return stored.name
 
     def rollback(self, name: str) -> Manifest | None:
         """Exchange a pool member with its earlier version, here too where it is loaded. See AdapterHub."""
@@ -128,25 +130,25 @@ class Shelf:
             return Verdict(False, "refused", (problem,))
         return verdict
 
-    def find(self, source: str | Path, name: str | None = None) -> Stored:
+    def find(self, source: str | Path, name: str | None = None, memory: Memory = fresh) -> Stored:
         """Read the pool member called `source`, else the adapter in the folder `source`."""
         if isinstance(source, str) and source in self.pool:
-            stored = self.pool.load(source)
+            stored = self.pool.load(source, memory)
             return replace(stored, name=check_name(name)) if name else stored
         try:
             folder = Path(source).expanduser()
             if isinstance(source, Path) or folder.is_dir():
-                return self._strangers(folder, check_name(name or folder.resolve().name))
+                return self._strangers(folder, check_name(name or folder.resolve().name), memory)
         except (OSError, RuntimeError, ValueError) as error:
             if isinstance(error, AdapterHubError):
                 raise
             raise UsageError(f"{str(source)[:100]!r} cannot be a folder: {error!s:.200}") from error
         return self.pool.load(str(source))  # raises, naming the adapters that are there
 
-    def _strangers(self, folder: Path, name: str) -> Stored:
+    def _strangers(self, folder: Path, name: str, memory: Memory) -> Stored:
         """Read a folder that is no pool member, with all that speaks against it in one message."""
         try:
-            return read_stored(folder, name, self.model.shapes)
+            return read_stored(folder, name, self.model.shapes, memory)
         except AdapterError as error:
             found = [str(error)]
             with suppress(AdapterError):

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.folder import CONFIG, WEIGHTS, config_of, read_folder, write_weights
+from adapterhub_chat.folder import (
+    CONFIG,
+    WEIGHTS,
+    Scratch,
+    config_of,
+    read_folder,
+    write_weights,
+)
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import AdapterWeights
 
@@ -621,3 +628,18 @@ def test_a_pattern_that_only_peft_would_understand_is_not_handed_on(tmp_path, mo
     edit_config(folder, alpha_pattern={"layers.0.self_attn.q_proj": 4})
     _, config, _ = read_folder(folder)
     assert config["alpha_pattern"] == {"model.layers.0.self_attn.q_proj": 4}
+
+
+def test_memory_is_lent_to_one_reader_at_a_time():
+    scratch = Scratch()
+    with scratch.lent() as mine, scratch.lent() as its:
+        one, other = mine(100), its(100)
+        assert one.data_ptr() != other.data_ptr()
+        assert len(mine(40)) == 40
+    with scratch.lent() as again:
+        assert again(100).data_ptr() in (one.data_ptr(), other.data_ptr())
+        assert len(again(200)) == 200  # a larger file gets more
+    with pytest.raises(ZeroDivisionError), scratch.lent() as memory:
+        memory(300)[0] = 1 / 0
+    with scratch.lent() as memory:
+        assert len(memory(300)) == 300
