@@ -34,8 +34,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
-        "learning": "jobs learner train sequence courses evaluate retention transfer transfer.maxent "
-        "transfer.select transfer.methods transfer.run"
+        "learning": "jobs features learner auxiliary train sequence courses evaluate retention transfer "
+        "transfer.maxent transfer.select transfer.adversarial transfer.methods transfer.run"
     },
     {
         "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "

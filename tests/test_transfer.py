@@ -125,6 +125,7 @@ def test_auto_takes_what_helps(model, source):
         "finetune",
         "stack",
         "maxent",
+        "adversarial",
     }
     assert outcome.baseline == "target"
     chosen = outcome.candidates[outcome.chosen]
@@ -151,7 +152,7 @@ def test_a_hostile_source_is_called_so_and_not_taken(model):
 def test_without_shots_the_backbone_is_the_baseline(model, source):
     outcome = transfer(model, make_setting(source, toy_task(), toy_task("target"), 0, QUICK))
     assert outcome.baseline == "backbone"
-    assert set(outcome.candidates) == {"backbone", "source", "maxent"}
+    assert set(outcome.candidates) == {"backbone", "source", "maxent", "adversarial"}
 
 
 def shorter(task, split, keep):
@@ -231,7 +232,7 @@ def test_a_transfer_ends_as_an_adapter_with_its_verdict(taught):
     assert taught.predict("target-from-source", ["good good film"])[0].label in ("good", "bad")
 
 
-@pytest.mark.parametrize("method", ["target", "finetune", "stack", "maxent"])
+@pytest.mark.parametrize("method", ["target", "finetune", "stack", "maxent", "adversarial"])
 def test_each_method_can_be_asked_for(taught, method):
     target = toy_task("target")
     done = taught.transfer(
