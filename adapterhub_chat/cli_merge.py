@@ -51,6 +51,7 @@ def merge(
     budget: Annotated[int, typer.Option(help=FIELDS["budget"].description)] = FIELDS[
         "budget"
     ].default,
+    force: Annotated[bool, typer.Option(help=FIELDS["force"].description)] = False,
     backbone: BackboneOption = "smollm2-135m",
     pool: PoolOption = Path("adapters"),
     quantize: QuantizeOption = None,
@@ -76,6 +77,7 @@ def merge(
             limit=limit,
             floor=floor,
             budget=budget,
+            force=force,
         )
     assert manifest.merge is not None
     if as_json:

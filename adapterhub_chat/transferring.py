@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.errors import UsageError
-from adapterhub_chat.manifest import Manifest, Training, TransferReport
+from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.inputs import unanswered
+from adapterhub_chat.manifest import Manifest, Training, TransferReport, Under, hurt
 from adapterhub_chat.pool import Stored, check_name
 from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.stacks import flat
 from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.transfer.methods import make_setting
+from adapterhub_chat.transfer.methods import make_setting, warn_of_language
 from adapterhub_chat.transfer.run import Candidate, Outcome, transfer
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.workshop import Listeners, judge_task
@@ -43,6 +45,10 @@ class TransferOrder:
     name: str | None = None
     shots: int = 16
     source_task: Task | None = None
+    unlabelled: Sequence[Mapping[str, str] | str] | None = None
+    """Texts of the target, or its fields; None: the target's own training inputs."""
+    force: bool = False
+    """Stack on a source that hurts all the same."""
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -60,16 +66,55 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
     name = check_name(order.name or f"{order.target.name}-from-{order.source}")
     stored = shelf.find(order.source)
     task = order.source_task or _task_of(stored)
+    if (found := hurt(stored.manifest)) and order.method in ("stack", "auto") and not order.force:
+        raise AdapterError(
+            f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
+        )
     shelf.pool.check_writable()
-    setting = make_setting(stored.weights, task, order.target, order.shots, order.config)
+    unlabelled = order.unlabelled
+    setting = make_setting(
+        flat(shelf.pool, stored),
+        task,
+        order.target,
+        order.shots,
+        order.config,
+        unlabelled=None if unlabelled is None else unanswered(order.target.contract, unlabelled),
+    )
+    warn_of_language(shelf.model.backbone.tokenizer, setting)
     outcome = transfer(shelf.model, setting, order.method, on_event=listeners.on_event)
     chosen = outcome.candidates[outcome.chosen]
     if chosen.weights is None:
         return Transferred(None, outcome)
-    manifest = shelf.keep(chosen.weights, _manifest(shelf, order, name, stored, outcome, chosen))
+    draft = _manifest(shelf, order, name, stored, outcome, chosen)
+    under = _under(shelf, order, stored) if chosen.own is not None else ()
+    weights = chosen.own if chosen.own is not None and under else chosen.weights
+    manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
     scores = judge_task(shelf.model, order.target, [(name, as_mix(name))], 0, listeners)
     shelf.describe(name, manifest := manifest.with_scores(scores))
     return Transferred(manifest, outcome)
+
+
+def flatten(shelf: Shelf, name: str, flat_name: str | None) -> Manifest:
+    """Keep a stack as one plain adapter; see AdapterHub.flatten."""
+    stored = shelf.find(name)
+    manifest = stored.manifest
+    if manifest is None or not manifest.stack:
+        raise UsageError(f"adapter {name!r} is no stack: it is one plain adapter already")
+    named = check_name(flat_name or f"{manifest.name}-flat")
+    parents = (*(under.sha256 for under in manifest.stack), manifest.sha256)
+    training = manifest.training.model_copy(
+        update={"parents": parents, "note": f"the stack {manifest.name} as one adapter"}
+    )
+    scores = tuple(replace(score, adapter=named) for score in manifest.scores)
+    changes = {"name": named, "stack": (), "training": training, "scores": scores, "published": ""}
+    return shelf.keep(flat(shelf.pool, stored), manifest.model_copy(update=changes))
+
+
+def _under(shelf: Shelf, order: TransferOrder, stored: Stored) -> tuple[Under, ...]:
+    """Return what a stack stands on, empty where the source is no pool member: it is flattened then."""
+    if order.source not in shelf.pool or stored.manifest is None:
+        return ()
+    return (*stored.manifest.stack, Under(name=order.source, sha256=stored.manifest.sha256))
 
 
 def _task_of(stored: Stored) -> Task:
@@ -94,6 +139,8 @@ def _manifest(
     target, backbone = order.target, shelf.model.backbone
     sha256 = stored.manifest.sha256 if stored.manifest else ""
     weighting = outcome.weighting if outcome.chosen == "maxent" else None
+    game = outcome.game if outcome.chosen == "adversarial" else None
+    notes = [chosen.note, weighting.note if weighting else ""]
     return Manifest(
         name=name,
         about=target.about,
@@ -129,6 +176,8 @@ def _manifest(
             verdicts={n: c.verdict.word for n, c in outcome.candidates.items()},
             effective=weighting.effective if weighting else None,
             lam=weighting.lam if weighting else None,
+            discriminator=game.recent if game else None,
+            note="; ".join(filter(None, notes)),
             seconds=round(outcome.seconds, 1),
         ),
     )

@@ -17,7 +17,7 @@ from adapterhub_chat.manifest import Manifest, Probe
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.peft_config import absent_misfits
 from adapterhub_chat.pool import Stored
-from adapterhub_chat.types import Fingerprint, as_mix
+from adapterhub_chat.types import AdapterChoice, Fingerprint, as_mix
 from adapterhub_chat.weights import misfits
 
 Status = Literal["exact", "compatible", "unverified", "refused"]
@@ -87,11 +87,13 @@ def fingerprint_misfits(manifest: Manifest, backbone: Fingerprint) -> list[str]:
     ]
 
 
-def make_probe(model: AdapterModel, name: str) -> Probe:
+def make_probe(model: AdapterModel, name: AdapterChoice) -> Probe:
     """Ask a loaded adapter and the backbone the probe question; return what must come again."""
     with_adapter, without = _probe_logits(model, PROBE_PROMPT, name)
     if not with_adapter.isfinite().all():
-        raise AdapterError(f"{name}: it makes logits that are not finite; it cannot be used")
+        raise AdapterError(
+            f"{as_mix(name)}: it makes logits that are not finite; it cannot be used"
+        )
     tokens = with_adapter.topk(PROBE_TOKENS).indices
     return Probe(
         prompt=PROBE_PROMPT,
@@ -102,7 +104,9 @@ def make_probe(model: AdapterModel, name: str) -> Probe:
     )
 
 
-def probe_problem(model: AdapterModel, name: str, probe: Probe | None, status: Status) -> str:
+def probe_problem(
+    model: AdapterModel, name: AdapterChoice, probe: Probe | None, status: Status
+) -> str:
     """Return what is wrong with a loaded adapter's answer to its probe, or an empty string."""
     if probe is None:
         return ""
@@ -143,6 +147,7 @@ def probe_key(stored: Stored, model: AdapterModel) -> str:
         asdict(backbone.fingerprint),
         backbone.device.type,
         LIBRARIES,
+        *(under.sha256 for under in manifest.stack),
     )
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -157,7 +162,7 @@ def _rounded(values: Tensor) -> tuple[float, ...]:
     return tuple(round(value, 4) for value in values.tolist())
 
 
-def _probe_logits(model: AdapterModel, prompt: str, name: str) -> tuple[Tensor, Tensor]:
+def _probe_logits(model: AdapterModel, prompt: str, name: AdapterChoice) -> tuple[Tensor, Tensor]:
     ids = tuple(model.backbone.tokenizer(prompt).input_ids)
     rows = [Request(ids, as_mix(name)), Request(ids)]
     first, second = next_token_logits(model, rows)

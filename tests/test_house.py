@@ -38,8 +38,8 @@ FLOORS: tuple[dict[str, str], ...] = (
         "transfer.maxent transfer.select transfer.adversarial transfer.methods transfer.run"
     },
     {
-        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
-        "runlog checkpoint pictures endpoint bounds hub signing publish pull search"
+        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool stacks trust "
+        "shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "

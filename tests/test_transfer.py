@@ -241,12 +241,15 @@ def test_each_method_can_be_asked_for(taught, method):
     assert done.outcome.chosen == method
     assert taught.pool.manifest("made").transfer.method == method
     if method == "stack":
-        assert taught.pool.load("made").weights.max_rank == 16  # the source's ranks and its own
+        assert taught.pool.load("made").weights.max_rank == 8  # T alone
+        assert taught.pool.manifest("made").stack[0].name == "source"
 
 
 def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
-    taught.transfer("source", toy_task("target"), "stack", shots=4, source_task=toy_task(), **FEW)
+    taught.transfer(
+        "source", toy_task("target"), "finetune", shots=4, source_task=toy_task(), **FEW
+    )
     manifest = taught.pool.manifest("target-from-source")
     worse = manifest.transfer.model_copy(update={"verdict": "hurts", "gain": -0.2})
     taught.pool.describe(manifest.name, manifest.model_copy(update={"transfer": worse}))

@@ -131,7 +131,7 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
     if not setting.shots:
         return []
     learnt = _encoded(tokenizer, setting, setting.shots)
-    checked = _encoded(tokenizer, setting, setting.validation)
+    checked = _checked(tokenizer, setting)
     fresh = Job("target", learnt, checked, setting.config)
     jobs = {
         "target": fresh,
@@ -146,7 +146,8 @@ def maxent_job(
 ) -> tuple[Job, Weighting]:
     """Return the job on the reweighted source and the shots; `teacher` is who says p_T (y | x).
 
-    Without shots, but with unlabelled text, the weights bring the source's mean features to the target's.
+    Without shots, but with unlabelled text, the weights bring the source's mean features to the target's. It
+    starts from the source's weights, as what a short run can change.
     """
     tokenizer = model.backbone.tokenizer
     if setting.unlabelled and not setting.shots:
@@ -162,8 +163,8 @@ def maxent_job(
         )
         if weight > 0
     ]
-    checked = _encoded(tokenizer, setting, setting.validation)
-    return Job("maxent", [*source, *_shots(tokenizer, setting)], checked, setting.config), weighting
+    job = replace(_from_source(setting, "maxent"), train=[*source, *_shots(tokenizer, setting)])
+    return replace(job, validation=_checked(tokenizer, setting)), weighting
 
 
 def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
@@ -178,9 +179,8 @@ def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
     known = [replace(example, domain=TARGET) for example in _shots(tokenizer, setting)]
     own = [replace(example, weight=0.0, domain=TARGET) for example in asked]
     source = _encoded(tokenizer, setting, setting.source_examples)
-    checked = _encoded(tokenizer, setting, setting.validation)
     job = replace(_from_source(setting, "adversarial"), train=[*source, *known, *own])
-    job = replace(job, validation=checked)
+    job = replace(job, validation=_checked(tokenizer, setting))
     game = Game(
         model.backbone.model.config.hidden_size,
         total_steps([job], job.config),
@@ -238,6 +238,13 @@ def _shots(tokenizer: object, setting: Setting) -> list[Encoded]:
         return []
     wanted = SHOT_SHARE / (1 - SHOT_SHARE) * len(setting.source_examples)
     return shots * max(1, round(wanted / len(shots)))
+
+
+def _checked(tokenizer: object, setting: Setting) -> list[Encoded]:
+    """Return what training is validated on: nothing, where that would only be after the last step."""
+    config = setting.config
+    at_the_end = 0 < config.max_steps <= config.eval_every
+    return [] if at_the_end else _encoded(tokenizer, setting, setting.validation)
 
 
 def _encoded(tokenizer: object, setting: Setting, examples: Sequence[Example]) -> list[Encoded]:
