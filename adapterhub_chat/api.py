@@ -33,11 +33,14 @@ from adapterhub_chat.search import Found
 from adapterhub_chat.sharing import Sharing
 from adapterhub_chat.shelf import AdapterInfo, Shelf
 from adapterhub_chat.task import Task, as_task
+from adapterhub_chat.transfer.ranking import Ranked
 from adapterhub_chat.transferring import (
     TransferOrder,
     Transferred,
     flatten,
     make_transfer,
+    rank_sources,
+    target_of,
     transfer_config,
 )
 from adapterhub_chat.trust import Verdict
@@ -250,6 +253,9 @@ class AdapterHub(Sharing):
     ) -> Transferred:
         """Make an adapter for a target task out of a source adapter; keep it when it is not worse.
 
+        `target` is a task, or a table (.csv, ...) with the columns of the source's task and `label`, which
+        may be empty.
+
         `method` is target (few-shot, the baseline), finetune, stack, maxent, adversarial, or auto: the one
         with the best lower bound of those that help, else the baseline. `shots` labelled target examples are
         learnt from; `unlabelled` are texts of the target (None: its other training inputs). A stack is kept
@@ -261,9 +267,19 @@ class AdapterHub(Sharing):
         config = transfer_config(settings)
         teacher = None if source_task is None else as_task(source_task)
         texts = None if unlabelled is None else listed(unlabelled, "unlabelled")
-        goal = as_task(target)
+        goal = target_of(target)
         order = TransferOrder(source, goal, method, name, shots, teacher, texts, force, config)
         return make_transfer(self._shelf, order, listeners)
+
+    def rank_sources(
+        self, target: str | Path | Task, names: Sequence[str] | None = None, *, limit: int = 100
+    ) -> list[Ranked]:
+        """Return adapters of the pool by how promising they are as sources, without training.
+
+        Judged by LogME and LEEP on up to `limit` labelled training examples of the target. `names` None: all
+        of the pool. Raises DataError for a target without labels.
+        """
+        return rank_sources(self._shelf, as_task(target), names, limit)
 
     def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
         """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.

@@ -151,7 +151,7 @@ def principal(source: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor
     _check(target)
     mean = source.double().mean(0)
     _, spread, directions = torch.linalg.svd(source.double() - mean, full_matrices=False)
-    kept = directions[:most][spread[:most] > 1e-9 * spread[0]]
+    kept = directions[:most][spread[:most] > 1e-5 * spread[0]]
     return (source.double() - mean) @ kept.T, (target.double() - mean) @ kept.T
 
 

@@ -59,6 +59,7 @@ class Outcome:
     candidates: dict[str, Candidate]
     chosen: str
     seconds: float
+    metric: str
     weighting: Weighting | None = None
     game: Game | None = None
     rows: dict[str, Rows] = field(default_factory=dict)
@@ -96,7 +97,7 @@ def transfer(
     }
     chosen = best(verdicts, baseline) if method == "auto" else method
     seconds = time.monotonic() - started
-    return Outcome(baseline, candidates, chosen, seconds, weighting, game, rows)
+    return Outcome(baseline, candidates, chosen, seconds, metric, weighting, game, rows)
 
 
 def _check(setting: Setting, method: str) -> None:
