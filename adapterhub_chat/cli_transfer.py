@@ -117,10 +117,15 @@ def flatten(
     quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Keep a stack as one plain PEFT adapter, which needs no source beside it."""
     hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
-    typer.echo(f"{hub.flatten(name, as_name).name} is in {pool}.")
+    manifest = hub.flatten(name, as_name)
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+    else:
+        typer.echo(f"{manifest.name} is in {pool}.")
 
 
 def _print_ranking(ranked: Sequence[Ranked], target: str, as_json: bool) -> None:
