@@ -33,7 +33,16 @@ from adapterhub_chat.search import Found
 from adapterhub_chat.sharing import Sharing
 from adapterhub_chat.shelf import AdapterInfo, Shelf
 from adapterhub_chat.task import Task, as_task
-from adapterhub_chat.transferring import TransferOrder, Transferred, make_transfer, transfer_config
+from adapterhub_chat.transfer.ranking import Ranked
+from adapterhub_chat.transferring import (
+    TransferOrder,
+    Transferred,
+    flatten,
+    make_transfer,
+    rank_sources,
+    target_of,
+    transfer_config,
+)
 from adapterhub_chat.trust import Verdict
 from adapterhub_chat.types import NO_ADAPTER, AdapterChoice, Mix, Score, Turn
 from adapterhub_chat.workshop import SILENT, Listeners, judge_task, make_adapters, own_tasks
@@ -247,21 +256,47 @@ class AdapterHub(Sharing):
         name: str | None = None,
         shots: int = 16,
         source_task: str | Path | Task | None = None,
+        unlabelled: Sequence[str | Mapping[str, str]] | None = None,
+        force: bool = False,
         listeners: Listeners = SILENT,
         **settings: Any,
     ) -> Transferred:
         """Make an adapter for a target task out of a source adapter; keep it when it is not worse.
 
-        `method` is target (few-shot, the baseline), finetune, stack, maxent, or auto: the one with the best
-        lower bound of those that help, else the baseline. `shots` labelled target examples are learnt from.
+        `target` is a task, or a table (.csv, ...) with the columns of the source's task and `label`, which
+        may be empty.
+
+        `method` is target (few-shot, the baseline), finetune, stack, maxent, adversarial, or auto: the one
+        with the best lower bound of those that help, else the baseline. `shots` labelled target examples are
+        learnt from; `unlabelled` are texts of the target (None: its other training inputs). A stack is kept
+        as one, on the source by its content. A source that was judged to hurt is refused unless `force`.
         The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
         manifest and card. `settings` are fields of TrainConfig, one budget for all methods. `source_task`
         None: the task that the source was trained on.
         """
         config = transfer_config(settings)
         teacher = None if source_task is None else as_task(source_task)
-        order = TransferOrder(source, as_task(target), method, name, shots, teacher, config)
+        texts = None if unlabelled is None else listed(unlabelled, "unlabelled")
+        goal = target_of(target)
+        order = TransferOrder(source, goal, method, name, shots, teacher, texts, force, config)
         return make_transfer(self._shelf, order, listeners)
+
+    def rank_sources(
+        self, target: str | Path | Task, names: Sequence[str] | None = None, *, limit: int = 100
+    ) -> list[Ranked]:
+        """Return adapters of the pool by how promising they are as sources, without training.
+
+        Judged by LogME and LEEP on up to `limit` labelled training examples of the target. `names` None: all
+        of the pool. Raises DataError for a target without labels.
+        """
+        return rank_sources(self._shelf, as_task(target), names, limit)
+
+    def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
+        """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.
+
+        Raises UsageError for what is no stack, AdapterError when what it stands on is gone or has changed.
+        """
+        return flatten(self._shelf, name, flat_name)
 
     def merge(
         self,

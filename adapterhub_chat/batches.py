@@ -51,6 +51,17 @@ class Batch:
         """Tokens that are not padding."""
         return int((self.segments >= 0).sum())
 
+    def prompt_tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the flat indices (T,) of the prompts' tokens, and the example (T,) each belongs to.
+
+        Examples are counted over the whole batch, row by row.
+        """
+        own = (self.parents == -2) & (self.segments >= 0)
+        places = own.flatten().nonzero().squeeze(1)
+        length = self.ids.shape[1]  # a row has fewer pieces than tokens
+        piece = places // length * length + self.segments.flatten()[places]
+        return places, torch.unique(piece, return_inverse=True)[1]
+
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Return the additive attention mask (N, 1, L, L): 0 where a token may look, else -inf-like."""
         seg, parent = self.segments, self.parents

@@ -117,6 +117,20 @@ def _transfer(manifest: Manifest) -> str:
         lines.append(
             f"\nThe reweighted source counted as {share} of its examples (lambda {report.lam:.3g})."
         )
+    if report.discriminator is not None:
+        lines.append(
+            f"\nAt the end a discriminator told the domains apart with accuracy {report.discriminator:.2f} "
+            "(0.5: not at all)."
+        )
+    if report.note:
+        lines.append(f"\n{_text(report.note)}.")
+    if manifest.stack:
+        under = ", ".join(
+            f"`{_code(u.name)}` (sha256 `{_code(u.sha256[:12])}`)" for u in manifest.stack
+        )
+        lines.append(
+            f"\nIt is a stack: it acts together with {under}, which must be in the same pool."
+        )
     return "\n".join([*lines, ""])
 
 

@@ -17,7 +17,7 @@ from adapterhub_chat.card import render_card
 from adapterhub_chat.chat import ChatSession
 from adapterhub_chat.cli_hub import adopt, keygen, pull, push, search
 from adapterhub_chat.cli_merge import export, merge
-from adapterhub_chat.cli_transfer import transfer
+from adapterhub_chat.cli_transfer import flatten, transfer
 from adapterhub_chat.config import RunConfig, read_run, read_sweep
 from adapterhub_chat.demo import run_demo
 from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
@@ -365,7 +365,7 @@ def bench(
         typer.echo(line)
 
 
-for verb in (merge, export, transfer, push, pull, search, adopt, keygen):
+for verb in (merge, export, transfer, flatten, push, pull, search, adopt, keygen):
     app.command()(verb)
 
 

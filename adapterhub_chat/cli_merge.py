@@ -52,6 +52,7 @@ def merge(
     budget: Annotated[int, typer.Option(help=FIELDS["budget"].description)] = FIELDS[
         "budget"
     ].default,
+    force: Annotated[bool, typer.Option(help=FIELDS["force"].description)] = False,
     backbone: BackboneOption = "smollm2-135m",
     pool: PoolOption = Path("adapters"),
     quantize: QuantizeOption = None,
@@ -77,6 +78,7 @@ def merge(
             limit=limit,
             floor=floor,
             budget=budget,
+            force=force,
         )
     assert manifest.merge is not None
     if as_json:

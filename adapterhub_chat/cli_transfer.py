@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.opening import open_hub
 from adapterhub_chat.options import (
     BackboneOption,
@@ -17,15 +20,26 @@ from adapterhub_chat.options import (
     QuantizeOption,
 )
 from adapterhub_chat.progress import Bars
+from adapterhub_chat.task_file import read_rows
 from adapterhub_chat.terminal import Say, err, print_json, print_table
+from adapterhub_chat.transfer.methods import METHODS
+from adapterhub_chat.transfer.ranking import Ranked
 from adapterhub_chat.transfer.select import Verdict
+from adapterhub_chat.transfer_report import write_report
 from adapterhub_chat.transferring import Transferred
 
 
 def transfer(
-    source: Annotated[str, typer.Option(help="Adapter of the pool, or a folder.")],
-    target: Annotated[str, typer.Option(help="Task: a name from tasks/, or a .py or .toml file.")],
-    method: Annotated[str, typer.Option(help="auto, target, finetune, stack or maxent.")] = "auto",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Task: a name from tasks/, a .py or .toml file, or a table (.csv, ...) with a column label."
+        ),
+    ],
+    source: Annotated[
+        str | None, typer.Option(help="Adapter of the pool, or a folder.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"auto, {', '.join(METHODS)}.")] = "auto",
     shots: Annotated[int, typer.Option(min=0, help="Labelled target examples to learn from.")] = 16,
     name: Annotated[
         str | None, typer.Option(help="Its name in the pool.", show_default="TARGET-from-SOURCE")
@@ -35,6 +49,18 @@ def transfer(
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Training steps of every method.")] = 60,
     seed: Annotated[int, typer.Option(min=0, help="Of the shots, the weights, the rows.")] = 0,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table of the target's texts without labels.",
+            show_default="the target's training inputs",
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for a report with plots.")] = None,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Train nothing: rank the pool's adapters as sources.")
+    ] = False,
+    force: Annotated[bool, typer.Option(help="Stack on a source that hurts all the same.")] = False,
     backbone: BackboneOption = "smollm2-135m",
     pool: PoolOption = Path("adapters"),
     quantize: QuantizeOption = None,
@@ -43,7 +69,12 @@ def transfer(
     as_json: JsonOption = False,
 ) -> None:
     """Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid."""
+    if source is None and not rank:
+        raise UsageError("--source: name an adapter of the pool, or --rank them all as sources")
     hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    if rank or source is None:
+        _print_ranking(hub.rank_sources(target, [source] if source else None), target, as_json)
+        return
     with Bars(err, show=not as_json) as bars:
         done = hub.transfer(
             source,
@@ -54,8 +85,11 @@ def transfer(
             source_task=source_task,
             max_steps=max_steps,
             seed=seed,
+            unlabelled=None if unlabelled is None else read_rows(unlabelled),
+            force=force,
             listeners=bars.listeners,
         )
+    written = None if report is None else write_report(done, report)
     if as_json:
         print_json(_as_json(done))
         return
@@ -69,6 +103,39 @@ def transfer(
         typer.echo("Nothing is better than the backbone alone; no adapter was made.")
     else:
         typer.echo(f"{done.manifest.name} ({done.outcome.chosen}) is in {pool}.")
+    if written:
+        typer.echo(f"The report is {written}.")
+
+
+def flatten(
+    name: Annotated[str, typer.Argument(help="A stack of the pool.")],
+    as_name: Annotated[
+        str | None, typer.Option("--name", help="Of the plain adapter.", show_default="NAME-flat")
+    ] = None,
+    backbone: BackboneOption = "smollm2-135m",
+    pool: PoolOption = Path("adapters"),
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep a stack as one plain PEFT adapter, which needs no source beside it."""
+    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    manifest = hub.flatten(name, as_name)
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+    else:
+        typer.echo(f"{manifest.name} is in {pool}.")
+
+
+def _print_ranking(ranked: Sequence[Ranked], target: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"target": target, "sources": [asdict(one) for one in ranked]})
+        return
+    rows = [(one.adapter, f"{one.logme:.4f}", f"{one.leep:.4f}") for one in ranked]
+    print_table(
+        f"Sources for {target}, the most promising first", ("adapter", "LogME", "LEEP"), rows
+    )
 
 
 def _interval(verdict: Verdict) -> str:
@@ -76,12 +143,13 @@ def _interval(verdict: Verdict) -> str:
 
 
 def _as_json(done: Transferred) -> dict[str, object]:
-    weighting = done.outcome.weighting
+    weighting, game = done.outcome.weighting, done.outcome.game
     return {
         "chosen": done.outcome.chosen,
         "baseline": done.outcome.baseline,
         "seconds": done.outcome.seconds,
         "effective": weighting.effective if weighting else None,
+        "discriminator": game.recent if game else None,
         "candidates": [
             {
                 "method": c.method,
@@ -90,6 +158,7 @@ def _as_json(done: Transferred) -> dict[str, object]:
                 "gain": c.verdict.gain,
                 "low": c.verdict.low,
                 "high": c.verdict.high,
+                "note": c.note,
             }
             for c in done.outcome.candidates.values()
         ],

@@ -130,6 +130,9 @@ class MergeOptions(BaseModel):
         0.5, ge=0, description="Share of its score that every source must keep with method auto."
     )
     budget: int = Field(40, ge=1, description="Sets of weights that learning them may try.")
+    force: bool = Field(
+        False, description="Merge an adapter all the same that a transfer was judged to have hurt."
+    )
 
 
 class RunConfig(RunOptions):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import DataError
@@ -14,6 +15,32 @@ from adapterhub_chat.task import Task
 from adapterhub_chat.template import Encoded, encode_examples
 from adapterhub_chat.types import Example
 from adapterhub_chat.weights import AdapterWeights
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a forward made of some of a job's examples."""
+
+    examples: Sequence[Encoded]
+    pooled: Tensor
+    """(examples, hidden) float32: the chosen block's output, its mean over each prompt."""
+    logits: Tensor
+    """(examples, vocab): what is predicted right after each prompt."""
+
+
+class Auxiliary(Protocol):
+    """One more loss of a job, on hidden states; asked once a step."""
+
+    @property
+    def layer(self) -> int:
+        """The block that it listens to."""
+
+    @property
+    def stopped(self) -> str:
+        """Why the job has to end, empty while it may go on."""
+
+    def loss(self, seen: Seen) -> Tensor:
+        """Return what is added to the job's loss, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,8 @@ class Job:
     """A frozen adapter that acts on these rows, too."""
     start: AdapterWeights | None = None
     """Where it starts, with one scale for all modules; None: where the settings say."""
+    auxiliary: Auxiliary | None = None
+    """One more loss; it sees one process's rows, and its state is not saved."""
 
 
 def make_job(tokenizer: Any, name: str, task: Task, config: TrainConfig) -> Job:

@@ -287,6 +287,9 @@ class Family:
             now.stopped = "finished"
         elif not now.stopped and patience and now.misses >= patience:
             now.stopped = "early"
+        if now.stopped in ("", "finished"):
+            alarms = (m.job.auxiliary.stopped for m in self.members if m.job.auxiliary)
+            now.stopped = next(filter(None, alarms), now.stopped)
         now.seconds = elapsed
         return bool(now.stopped)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,6 +27,35 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def sum_by_owner(values: Tensor, owners: Tensor, num_owners: int) -> Tensor:
     """Return the sum of `values` (P,) for each owner, (num_owners,)."""
     return values.new_zeros(num_owners).index_add(0, owners, values)
+
+
+def reverse_gradient(values: Tensor, weight: float) -> Tensor:
+    """Return `values` as they are; the gradient that comes back is times -weight (arXiv 1505.07818)."""
+    reversed_: Tensor = _Reversed.apply(values, weight)  # type: ignore[no-untyped-call]
+    return reversed_
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * gradients[0], None
+
+
+def reversal_weight(progress: float) -> float:
+    """Return the weight of the reversed gradient, 0 at the start and near 1 at the end (arXiv 1505.07818)."""
+    return 2 / (1 + math.exp(-10 * progress)) - 1
+
+
+def domain_loss(logits: Tensor, domains: Tensor) -> Tensor:
+    """Return the cross-entropy of telling domains (n,) of 0 and 1 by logits (n,), both counting equally."""
+    each = functional.binary_cross_entropy_with_logits(logits, domains.to(logits), reduction="none")
+    means = [each[domains == domain].mean() for domain in domains.unique()]
+    return torch.stack(means).mean()
 
 
 def overlap(new: AdapterWeights, old: AdapterWeights) -> Tensor:

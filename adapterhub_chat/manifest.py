@@ -82,6 +82,10 @@ class TransferReport(BaseModel):
         default=None, description="Effective sample size of a reweighted source, as a share of it."
     )
     lam: FiniteFloat | None = Field(default=None, description="Multiplier of its weights.")
+    discriminator: FiniteFloat | None = Field(
+        default=None, description="Its accuracy at the end of an adversarial transfer; 0.5 is best."
+    )
+    note: str = Field(default="", description="What did not come out as it should.")
     seconds: FiniteFloat = 0.0
 
 
@@ -150,6 +154,15 @@ class MergeReport(BaseModel):
     verdict: str = ""
 
 
+class Under(BaseModel):
+    """An adapter that a stack stands on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(max_length=96, description="What it was called; its content decides.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class Manifest(BaseModel):
     """The content of `adapterhub.json`."""
 
@@ -169,6 +182,11 @@ class Manifest(BaseModel):
     contract: PromptContract
     metric: str = ""
     training: Training = Training()
+    stack: tuple[Under, ...] = Field(
+        default=(),
+        max_length=8,
+        description="What it stands on, the lowest first: it acts together with all of them.",
+    )
     scores: tuple[Score, ...] = Field(default=(), max_length=1000)
     probe: Probe | None = None
     transfer: TransferReport | None = None
@@ -238,6 +256,14 @@ def manifest_of(
             note=note,
         ),
     )
+
+
+def hurt(manifest: Manifest | None) -> str:
+    """Return how a transfer was judged to hurt, empty where it was not; such an adapter is not passed on."""
+    report = manifest.transfer if manifest else None
+    if manifest is None or report is None or report.verdict != "hurts":
+        return ""
+    return f"adapter {manifest.name!r} was judged to hurt beside {report.baseline} (gain {report.gain:.3f})"
 
 
 def losses(manifest: Manifest) -> list[Score]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from adapterhub_chat.inputs import listed
 from adapterhub_chat.merge import METHODS, Merged, default_weights, merge, setting_misfits
 from adapterhub_chat.pool import Stored, check_name
 from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.stacks import flat
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.workshop import trained_task
@@ -102,7 +103,8 @@ def read_source(shelf: Shelf, name: str) -> Stored:
     """Load a source, and read its numbers as they lie on the disk: those in a slot are rounded."""
     shelf.ready([name])
     known = shelf.known(name)
-    return shelf.find(known.path if known else shelf.pool.path(name), name)
+    stored = shelf.find(known.path if known else shelf.pool.path(name), name)
+    return replace(stored, weights=flat(shelf.pool, stored))
 
 
 def tasks_of(

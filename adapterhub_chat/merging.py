@@ -14,7 +14,7 @@ import torch
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.evaluate import judge, score
 from adapterhub_chat.folder import WEIGHTS
-from adapterhub_chat.manifest import Manifest, MergeReport, Training, Tried, file_sha256
+from adapterhub_chat.manifest import Manifest, MergeReport, Training, Tried, file_sha256, hurt
 from adapterhub_chat.merge import METHODS, Merged, merge
 from adapterhub_chat.merge_choice import MIX, choose, learn
 from adapterhub_chat.merge_order import (
@@ -45,6 +45,9 @@ def merge_adapters(
 ) -> Manifest:
     """Merge, check, keep and measure; see AdapterHub.merge."""
     sources = [read_source(shelf, name) for name in order.names]
+    hurtful = [found for source in sources if (found := hurt(source.manifest))]
+    if hurtful and not order.options.force:
+        raise AdapterError(f"{'; '.join(hurtful)}. force=True (--force) merges it all the same")
     needed = order.method == AUTO or order.weights == LEARN
     own = tasks_of(sources, tasks, needed=needed)
     tried: tuple[Tried, ...] = ()

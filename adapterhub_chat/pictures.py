@@ -5,10 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adapterhub_chat.sequence import Ledger
+from adapterhub_chat.transfer.adversarial import Game
+from adapterhub_chat.transfer.maxent import Weighting
+from adapterhub_chat.transfer.run import Outcome
+
+Interval = tuple[float, float, float]
+"""A value, and the low and the high end of its 95 % interval."""
 
 
 def draw_ledger(ledger: Ledger, path: Path) -> bool:
@@ -18,10 +26,7 @@ def draw_ledger(ledger: Ledger, path: Path) -> bool:
     """
     if not importlib.util.find_spec("matplotlib"):
         return False
-    figure: Any = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(2 + 1.3 * len(ledger.tasks), 1.8 + 0.6 * len(ledger.matrix)), layout="constrained"
-    )
-    axes = figure.add_subplot()
+    figure, axes = _axes((2 + 1.3 * len(ledger.tasks), 1.8 + 0.6 * len(ledger.matrix)))
     rows: list[tuple[float | None, ...]] = [ledger.start, *ledger.matrix]
     axes.imshow(_shades(ledger, rows), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(rows):
@@ -37,6 +42,60 @@ def draw_ledger(ledger: Ledger, path: Path) -> bool:
         f"{name} transfer {value:+.3g}" for name, value in transfers.items() if value is not None
     ]
     axes.set_title(", ".join(known))
+    return _saved(figure, path)
+
+
+def draw_transfer(scores: Mapping[str, Interval], outcome: Outcome, folder: Path) -> list[str]:
+    """Draw a transfer's scores, weights and game as PNGs where there are any; return their names."""
+    if not importlib.util.find_spec("matplotlib"):
+        return []
+    drawn = []
+    for name, draw in (
+        ("scores.png", partial(_scores, scores)),
+        ("weights.png", outcome.weighting and partial(_weights, outcome.weighting)),
+        ("discriminator.png", outcome.game and partial(_course, outcome.game)),
+    ):
+        if draw:
+            figure, axes = _axes((6, 3.2))
+            draw(axes)
+            if _saved(figure, folder / name):
+                drawn.append(name)
+    return drawn
+
+
+def _scores(scores: Mapping[str, Interval], axes: Any) -> None:
+    values = [value for value, _, _ in scores.values()]
+    below = [value - low for value, low, _ in scores.values()]
+    above = [high - value for value, _, high in scores.values()]
+    axes.errorbar(values, range(len(scores)), xerr=[below, above], fmt="o", capsize=3)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.set_xlabel("on validation examples, 95 % interval")
+
+
+def _weights(weighting: Weighting, axes: Any) -> None:
+    axes.hist(weighting.weights.tolist(), bins=30)
+    axes.axvline(1.0, linestyle="--")
+    axes.set_xlabel("weight of a source example (1: as without weights)")
+
+
+def _course(game: Game, axes: Any) -> None:
+    axes.plot(range(1, len(game.accuracy) + 1), game.accuracy)
+    axes.axhline(0.5, linestyle="--")
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("step")
+    axes.set_ylabel("discriminator's accuracy")
+
+
+def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
+    figure: Any = importlib.import_module("matplotlib.figure").Figure(
+        figsize=size, layout="constrained"
+    )
+    return figure, figure.add_subplot()
+
+
+def _saved(figure: Any, path: Path) -> bool:
+    """Write a figure as a PNG in one step; warn and return False where that cannot be."""
     scratch = path.with_name(f".tmp-{path.name}")
     try:
         figure.savefig(scratch, format="png", dpi=120)

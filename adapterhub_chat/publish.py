@@ -14,7 +14,7 @@ from adapterhub_chat.errors import AdapterError, HubError
 from adapterhub_chat.folder import CONFIG, WEIGHTS
 from adapterhub_chat.hub import Hub
 from adapterhub_chat.manifest import FILE as MANIFEST
-from adapterhub_chat.manifest import Manifest, dump_manifest, losses
+from adapterhub_chat.manifest import Manifest, dump_manifest, hurt, losses
 from adapterhub_chat.pool import CARD, Pool
 
 VERSION = re.compile(r"v([1-9][0-9]{0,5})")
@@ -68,6 +68,11 @@ def _fit_to_publish(pool: Pool, name: str, *, force: bool) -> Manifest:
             f"adapter {name!r} has no manifest: nothing is known about it. Measure it first: "
             f"adapterhub-chat adopt {name} --task TASK"
         )
+    if manifest.stack:
+        raise AdapterError(
+            f"adapter {name!r} is a stack: nobody can use it without {manifest.stack[-1].name!r}. Publish "
+            f"it as one plain adapter: adapterhub-chat flatten {name}"
+        )
     if force:
         return manifest
     if not manifest.scores:
@@ -75,11 +80,8 @@ def _fit_to_publish(pool: Pool, name: str, *, force: bool) -> Manifest:
             f"adapter {name!r} was never measured: adapterhub-chat eval --adapter {name} --save. "
             "--force publishes it all the same, and its card says so"
         )
-    if manifest.transfer and manifest.transfer.verdict == "hurts":
-        raise AdapterError(
-            f"adapter {name!r} was judged to hurt beside {manifest.transfer.baseline} (gain "
-            f"{manifest.transfer.gain:.3f}). --force publishes it all the same, and its card says so"
-        )
+    if found := hurt(manifest):
+        raise AdapterError(f"{found}. --force publishes it all the same, and its card says so")
     if lost := losses(manifest):
         told = "; ".join(
             f"{s.task}: {s.metric} {s.value:.3f}, backbone {s.backbone_value:.3f}" for s in lost

@@ -18,6 +18,7 @@ from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
 from adapterhub_chat.slots import Held
+from adapterhub_chat.stacks import standing
 from adapterhub_chat.trust import (
     Status,
     Verdict,
@@ -126,9 +127,11 @@ class Shelf:
         except AdapterError as error:
             return Verdict(False, "refused", tuple(str(error).split("\n  - ")))
         verdict = check_fit(stored, self.model)
-        if verdict.ok and (problem := self._asked(stored, verdict)):
-            return Verdict(False, "refused", (problem,))
-        return verdict
+        try:
+            problem = self._asked(stored, verdict) if verdict.ok else ""
+        except AdapterError as error:  # of what it stands on
+            problem = str(error)
+        return Verdict(False, "refused", (problem,)) if problem else verdict
 
     def find(self, source: str | Path, name: str | None = None, memory: Memory = fresh) -> Stored:
         """Read the pool member called `source`, else the adapter in the folder `source`."""
@@ -166,8 +169,51 @@ class Shelf:
         return mixes
 
     def acquire(self, mix: Mix) -> Held:
-        """Hold a mix's adapters; those that are not in a slot, or not any more, are loaded first."""
-        return self.model.slots.gather(mix, self._load_again)
+        """Hold a mix's adapters, and what its stacks stand on; those that are in no slot are loaded first."""
+        whole = self.whole(mix)
+        held = self.model.slots.gather(whole, self._load_again)
+        try:
+            self.whole(
+                mix
+            )  # what was loaded just now may have other content than a stack was made on
+        except AdapterError:
+            self.model.slots.release(held)
+            raise
+        return held
+
+    def whole(self, mix: Mix) -> Mix:
+        """Return a mix with what its stacks stand on, each as heavy as its stack.
+
+        Raises AdapterError for a stack under which something is missing or has changed.
+        """
+        weights = dict(mix.weights)
+        for name, weight in mix.weights:
+            known = self._known.get(name)
+            unread = known is None and name not in self.model.slots and name in self.pool
+            manifest = known.manifest if known else None
+            manifest = self.pool.manifest(name) if unread else manifest
+            for under in self._standing(manifest):
+                weights[under] = weights.get(under, 0.0) + weight
+        return as_mix(weights) if len(weights) > len(mix.weights) else mix
+
+    def _standing(self, manifest: Manifest | None) -> list[str]:
+        """Return what a stack stands on, by name; what is loaded need not be looked up."""
+        if manifest is None or not manifest.stack:
+            return []
+        loaded = [self._known.get(under.name) for under in manifest.stack]
+        hashes = [one.manifest.sha256 if one and one.manifest else "" for one in loaded]
+        if hashes == [under.sha256 for under in manifest.stack]:
+            return [under.name for under in manifest.stack]
+        names = standing(self.pool, manifest)
+        for name, under in zip(names, manifest.stack, strict=True):
+            here = self._known.get(name)
+            if here and (here.manifest is None or here.manifest.sha256 != under.sha256):
+                self.load(name)  # the pool has it, and here is another version
+        return names
+
+    def _beside(self, trial: str, manifest: Manifest | None) -> Mix:
+        """Return the mix of an adapter on trial: with what it stands on."""
+        return Mix(tuple((name, 1.0) for name in (trial, *self._standing(manifest))))
 
     def _load_again(self, name: str) -> None:
         known = self._known.get(name)
@@ -193,7 +239,7 @@ class Shelf:
         probe = None
         if probing:
             with self.on_trial(manifest.name, weights) as trial:
-                probe = make_probe(self.model, trial)
+                probe = make_probe(self.model, self._beside(trial, manifest))
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
         stored = self.pool.save(manifest.name, weights, config, draft)
@@ -246,6 +292,7 @@ class Shelf:
         if not verdict.ok:
             backbone = self.model.backbone.name
             raise AdapterError(f"adapter {stored.name!r} is refused on {backbone}: {problems}")
+        self._standing(stored.manifest)
         key = probe_key(stored, self.model)
         if not self._knows(key):
             if problem := self._asked(stored, verdict):
@@ -271,7 +318,8 @@ class Shelf:
         if probe is None:
             return ""
         with self.on_trial(stored.name, stored.weights) as trial:
-            return probe_problem(self.model, trial, probe, verdict.status)
+            mix = self._beside(trial, stored.manifest)
+            return probe_problem(self.model, mix, probe, verdict.status)
 
 
 def _identity(stored: Stored) -> str | None:

@@ -245,6 +245,13 @@ def _text(value: Any) -> str:
 # ---- rows of files -------------------------------------------------------------------------------
 
 
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a table in a file; raise DataError when it cannot be read or holds none."""
+    if found := list(_file_misfits(file, [])):
+        raise DataError("; ".join(found))
+    return _examined(_rows(file), [], str(file))
+
+
 def _rows(file: Path) -> Iterator[Row]:
     try:
         for number, row in enumerate(_READERS[file.suffix](file), 1):
@@ -299,3 +306,5 @@ _READERS: Mapping[str, Callable[[Path], Iterable[Row]]] = {
     ".jsonl": _json_lines,
     ".parquet": _parquet,
 }
+TABLES = (*_READERS,)
+"""Endings of the files that hold a table."""

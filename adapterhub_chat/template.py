@@ -21,6 +21,8 @@ class Encoded:
     continuations: tuple[tuple[int, ...], ...]
     weight: float = 1.0
     """How much its loss counts in training."""
+    domain: int = 0
+    """In an adversarial transfer: 0 for the source, 1 for the target."""
 
     @property
     def num_inputs(self) -> int:
@@ -85,6 +87,14 @@ def encode_choices(
         labels = encode_answers(tokenizer, words)
     prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
     return [fit(p, tuple(labels), max_length) for p in prompts]
+
+
+def unwritable(tokenizer: Any, texts: Sequence[str]) -> float:
+    """Return the share of the texts' tokens that are no text alone: unknown, or bytes of a letter."""
+    ids = [i for own in tokenizer(list(texts), add_special_tokens=False).input_ids for i in own]
+    alone = {i: tokenizer.decode([i]) for i in set(ids)}
+    bad = {i for i, text in alone.items() if i == tokenizer.unk_token_id or "\ufffd" in text}
+    return sum(i in bad for i in ids) / max(1, len(ids))
 
 
 def fit(

@@ -22,8 +22,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from adapterhub_chat.auxiliary import auxiliary_losses
 from adapterhub_chat.batches import Batch, in_order, pack
 from adapterhub_chat.errors import DataError, UsageError
+from adapterhub_chat.features import listening
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.learner import Family, Learner, Part, Trained
 from adapterhub_chat.lora import Plan, activate
@@ -130,6 +132,8 @@ def _check(jobs: Sequence[Job]) -> None:
     shared = {job.shared for job in jobs if job.shared}
     if missing := shared - {job.name for job in jobs}:
         raise UsageError(f"no job trains the shared adapter {', '.join(sorted(missing))}")
+    if processes() > 1 and any(job.auxiliary for job in jobs):
+        raise UsageError("an adversarial transfer trains in one process; start it without torchrun")
     for job in jobs:
         if not job.train and job.name not in shared:
             raise DataError(f"adapter {job.name!r} has no training examples")
@@ -195,15 +199,18 @@ class Run:
         )
         batch = pack([row for own in rows for row in own], self.length)
         mixes = torch.stack([self._mix(part.learner) for part in parts])[owner]
-        means = self._means(batch, mixes, owner, torch.tensor(wanted)) * counts
+        layers = [own.layer for part in parts if (own := part.learner.job.auxiliary)]
+        with activate(Plan(self.bank.places, mixes)), listening(self.model, layers) as heard:
+            logits = self.model.answer_logits(batch)
+        means = self._means(batch, logits, owner, torch.tensor(wanted)) * counts
         weights = torch.tensor([part.weight for part in parts])
-        self.accelerator.backward((means * weights.to(means)).sum())
+        loss = (means * weights.to(means)).sum()
+        more = auxiliary_losses(parts, rows, batch, logits, heard) if layers else []
+        self.accelerator.backward(sum(more, loss))
         return list(self._total(means.detach()).tolist())
 
-    def _means(self, batch: Batch, mixes: Tensor, owner: Tensor, wanted: Tensor) -> Tensor:
+    def _means(self, batch: Batch, logits: Tensor, owner: Tensor, wanted: Tensor) -> Tensor:
         """Return each part's weighted sum of losses over the weight of its answer tokens everywhere."""
-        with activate(Plan(self.bank.places, mixes)):
-            logits = self.model.answer_logits(batch)
         losses = token_losses(logits, batch.targets.to(logits.device))
         losses = losses * batch.weights.to(losses.device)
         belongs = owner[batch.keep // self.length].to(losses.device)

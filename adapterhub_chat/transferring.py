@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.errors import UsageError
-from adapterhub_chat.manifest import Manifest, Training, TransferReport
+from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.inputs import unanswered
+from adapterhub_chat.jobs import sample
+from adapterhub_chat.manifest import Manifest, Training, TransferReport, Under, hurt
 from adapterhub_chat.pool import Stored, check_name
 from adapterhub_chat.shelf import Shelf
-from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.transfer.methods import make_setting
-from adapterhub_chat.transfer.run import Candidate, Outcome, transfer
-from adapterhub_chat.types import as_mix
+from adapterhub_chat.stacks import flat
+from adapterhub_chat.tables import is_table, table_task
+from adapterhub_chat.task import Task, as_task, load_task
+from adapterhub_chat.transfer.methods import make_setting, warn_of_language
+from adapterhub_chat.transfer.ranking import Ranked, rank
+from adapterhub_chat.transfer.run import Outcome, transfer
+from adapterhub_chat.types import Example, as_mix
 from adapterhub_chat.workshop import Listeners, judge_task
 
 BUDGET: Mapping[str, Any] = {
@@ -38,11 +44,16 @@ class TransferOrder:
     """What is asked for."""
 
     source: str
-    target: Task
+    target: Task | Path
+    """A path is that of a table, asked as the source's task is."""
     method: str = "auto"
     name: str | None = None
     shots: int = 16
     source_task: Task | None = None
+    unlabelled: Sequence[Mapping[str, str] | str] | None = None
+    """Texts of the target, or its fields; None: the target's own training inputs."""
+    force: bool = False
+    """Stack on a source that hurts all the same."""
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -57,19 +68,82 @@ class Transferred:
 
 def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> Transferred:
     """Train, judge, choose, keep and measure; see AdapterHub.transfer."""
-    name = check_name(order.name or f"{order.target.name}-from-{order.source}")
     stored = shelf.find(order.source)
     task = order.source_task or _task_of(stored)
+    target, texts = _target(order, task)
+    name = check_name(order.name or f"{target.name}-from-{stored.name}")
+    if (found := hurt(stored.manifest)) and order.method in ("stack", "auto") and not order.force:
+        raise AdapterError(
+            f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
+        )
     shelf.pool.check_writable()
-    setting = make_setting(stored.weights, task, order.target, order.shots, order.config)
+    setting = make_setting(
+        flat(shelf.pool, stored), task, target, order.shots, order.config, unlabelled=texts
+    )
+    warn_of_language(shelf.model.backbone.tokenizer, setting)
     outcome = transfer(shelf.model, setting, order.method, on_event=listeners.on_event)
     chosen = outcome.candidates[outcome.chosen]
     if chosen.weights is None:
         return Transferred(None, outcome)
-    manifest = shelf.keep(chosen.weights, _manifest(shelf, order, name, stored, outcome, chosen))
-    scores = judge_task(shelf.model, order.target, [(name, as_mix(name))], 0, listeners)
+    draft = _manifest(shelf, replace(order, target=target, name=name), stored, outcome)
+    under = _under(shelf, order, stored) if chosen.own is not None else ()
+    weights = chosen.own if chosen.own is not None and under else chosen.weights
+    manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
+    scores = judge_task(shelf.model, target, [(name, as_mix(name))], 0, listeners)
     shelf.describe(name, manifest := manifest.with_scores(scores))
     return Transferred(manifest, outcome)
+
+
+def flatten(shelf: Shelf, name: str, flat_name: str | None) -> Manifest:
+    """Keep a stack as one plain adapter; see AdapterHub.flatten."""
+    stored = shelf.find(name)
+    manifest = stored.manifest
+    if manifest is None or not manifest.stack:
+        raise UsageError(f"adapter {name!r} is no stack: it is one plain adapter already")
+    named = check_name(flat_name or f"{manifest.name}-flat")
+    parents = (*(under.sha256 for under in manifest.stack), manifest.sha256)
+    training = manifest.training.model_copy(
+        update={"parents": parents, "note": f"the stack {manifest.name} as one adapter"}
+    )
+    scores = tuple(replace(score, adapter=named) for score in manifest.scores)
+    changes = {"name": named, "stack": (), "training": training, "scores": scores, "published": ""}
+    return shelf.keep(flat(shelf.pool, stored), manifest.model_copy(update=changes))
+
+
+def _under(shelf: Shelf, order: TransferOrder, stored: Stored) -> tuple[Under, ...]:
+    """Return what a stack stands on, empty where the source is no pool member: it is flattened then."""
+    if order.source not in shelf.pool or stored.manifest is None:
+        return ()
+    return (*stored.manifest.stack, Under(name=order.source, sha256=stored.manifest.sha256))
+
+
+def rank_sources(
+    shelf: Shelf, target: Task, names: Sequence[str] | None, limit: int
+) -> list[Ranked]:
+    """Return adapters of the pool by how promising they are; see AdapterHub.rank_sources."""
+    mixes = shelf.ready(list(shelf.pool.names() if names is None else names))
+    if not mixes:
+        raise UsageError(f"there are no adapters in {shelf.pool.root} to rank as sources")
+    examples = sample(target.split("train"), limit)
+    return rank(shelf.model, target, examples, [(str(mix), mix) for mix in mixes])
+
+
+def target_of(target: str | Path | Task) -> Task | Path:
+    """Return a target as a task, or as the path of a table."""
+    if isinstance(target, Task) or not is_table(target):
+        return as_task(target)
+    return Path(target)
+
+
+def _target(order: TransferOrder, source: Task) -> tuple[Task, list[Example] | None]:
+    """Return the target, and its texts without labels where there are some beside its own inputs."""
+    texts: list[Example] = []
+    target = order.target
+    if isinstance(target, Path):
+        target, texts = table_task(target, source)
+    if order.unlabelled is not None:
+        texts += unanswered(target.contract, order.unlabelled)
+    return target, texts if texts or order.unlabelled is not None else None
 
 
 def _task_of(stored: Stored) -> Task:
@@ -86,16 +160,22 @@ def _task_of(stored: Stored) -> Task:
 def _manifest(
     shelf: Shelf,
     order: TransferOrder,
-    name: str,
     stored: Stored,
     outcome: Outcome,
-    chosen: Candidate,
 ) -> Manifest:
-    target, backbone = order.target, shelf.model.backbone
+    target, backbone, chosen = (
+        order.target,
+        shelf.model.backbone,
+        outcome.candidates[outcome.chosen],
+    )
+    assert isinstance(target, Task)
+    assert order.name
     sha256 = stored.manifest.sha256 if stored.manifest else ""
     weighting = outcome.weighting if outcome.chosen == "maxent" else None
+    game = outcome.game if outcome.chosen == "adversarial" else None
+    notes = [chosen.note, weighting.note if weighting else ""]
     return Manifest(
-        name=name,
+        name=order.name,
         about=target.about,
         language=target.language,
         licence=target.licence,
@@ -129,6 +209,8 @@ def _manifest(
             verdicts={n: c.verdict.word for n, c in outcome.candidates.items()},
             effective=weighting.effective if weighting else None,
             lam=weighting.lam if weighting else None,
+            discriminator=game.recent if game else None,
+            note="; ".join(filter(None, notes)),
             seconds=round(outcome.seconds, 1),
         ),
     )

@@ -19,7 +19,7 @@ from adapterhub_chat.peft_config import absent_misfits
 from adapterhub_chat.pool import Stored
 from adapterhub_chat.prompt import placeholders
 from adapterhub_chat.template import encode_prompts, messages_of
-from adapterhub_chat.types import Example, Fingerprint, PromptContract, as_mix
+from adapterhub_chat.types import AdapterChoice, Example, Fingerprint, PromptContract, as_mix
 from adapterhub_chat.weights import misfits
 
 Status = Literal["exact", "compatible", "unverified", "refused"]
@@ -89,11 +89,13 @@ def fingerprint_misfits(manifest: Manifest, backbone: Fingerprint) -> list[str]:
     ]
 
 
-def make_probe(model: AdapterModel, name: str) -> Probe:
+def make_probe(model: AdapterModel, name: AdapterChoice) -> Probe:
     """Ask a loaded adapter and the backbone the probe question; return what must come again."""
     with_adapter, without = _probe_logits(model, PROBE_PROMPT, name)
     if not with_adapter.isfinite().all():
-        raise AdapterError(f"{name}: it makes logits that are not finite; it cannot be used")
+        raise AdapterError(
+            f"{as_mix(name)}: it makes logits that are not finite; it cannot be used"
+        )
     tokens = with_adapter.topk(PROBE_TOKENS).indices
     return Probe(
         prompt=PROBE_PROMPT,
@@ -113,7 +115,9 @@ def probe_prompts(tokenizer: Any, contract: PromptContract | None) -> list[tuple
     return prompts
 
 
-def probe_problem(model: AdapterModel, name: str, probe: Probe | None, status: Status) -> str:
+def probe_problem(
+    model: AdapterModel, name: AdapterChoice, probe: Probe | None, status: Status
+) -> str:
     """Return what is wrong with a loaded adapter's answer to its probe, or an empty string."""
     if probe is None:
         return ""
@@ -154,6 +158,7 @@ def probe_key(stored: Stored, model: AdapterModel) -> str:
         asdict(backbone.fingerprint),
         backbone.device.type,
         LIBRARIES,
+        *(under.sha256 for under in manifest.stack),
     )
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -168,7 +173,7 @@ def _rounded(values: Tensor) -> tuple[float, ...]:
     return tuple(round(value, 4) for value in values.tolist())
 
 
-def _probe_logits(model: AdapterModel, prompt: str, name: str) -> tuple[Tensor, Tensor]:
+def _probe_logits(model: AdapterModel, prompt: str, name: AdapterChoice) -> tuple[Tensor, Tensor]:
     ids = tuple(model.backbone.tokenizer(prompt).input_ids)
     rows = [Request(ids, as_mix(name)), Request(ids)]
     first, second = next_token_logits(model, rows)

@@ -14,6 +14,8 @@ from adapterhub_chat.types import SPLITS
 LEAST = {  # examples in all splits; in test
     "sentiment": (10_200, 950),
     "sentiment-short": (8_400, 750),
+    "sentiment-long": (1_900, 180),
+    "sentiment-airline": (2_700, 300),
     "qa": (11_000, 1_000),
     "generation": (100_000, 8_000),
     "customer-service": (10_000, 900),

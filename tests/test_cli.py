@@ -123,7 +123,7 @@ def manifest(name, pool="adapters"):
 
 VERBS = (
     *("demo", "train", "eval", "predict", "chat", "list", "show", "rollback", "verify", "bench"),
-    *("merge", "export", "transfer", "push", "pull", "search", "adopt", "keygen"),
+    *("merge", "export", "transfer", "flatten", "push", "pull", "search", "adopt", "keygen"),
 )
 
 

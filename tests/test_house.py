@@ -27,25 +27,26 @@ TASKS = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / "tasks").glob("*.p
 FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors strict types config"},
     {
-        "text": "assets prompt template inputs batches metrics splits sources task task_file",
+        "text": "assets prompt template inputs tables batches metrics splits sources task task_file",
         "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
         "weight_search",
     },
     {"model": "quantized backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
-        "learning": "jobs learner train sequence courses evaluate retention transfer transfer.maxent "
-        "transfer.select transfer.methods transfer.run"
+        "learning": "jobs features learner auxiliary train sequence courses evaluate retention transfer "
+        "transfer.maxent transfer.select transfer.adversarial transfer.methods transfer.run "
+        "transfer.ranking"
     },
     {
-        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
-        "runlog checkpoint pictures endpoint bounds hub signing publish pull search export"
+        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool stacks trust "
+        "shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search export"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
         "kernels_bench lines merge_choice merge_order merging mixed_bench opening options ordering orders "
-        "peers peers_bench pool_bench predict progress sharing swap_bench terminal train_bench transferring "
-        "workshop"
+        "peers peers_bench pool_bench predict progress sharing swap_bench terminal train_bench "
+        "transfer_report transferring workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}

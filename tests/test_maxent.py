@@ -14,6 +14,7 @@ from adapterhub_chat.transfer.maxent import (
     effective_size,
     kl_to_uniform,
     lam_for,
+    principal,
     reweighted,
     tilt,
 )
@@ -111,6 +112,39 @@ def test_equal_features_give_equal_weights():
     torch.testing.assert_close(
         found.weighting.weights, torch.ones(50, dtype=torch.float64), atol=1e-6, rtol=0
     )
+
+
+def test_too_few_examples_are_not_left_to_carry_the_weight():
+    """A target far away: the ridge grows until the stated share counts, and what is left is said."""
+    generator = torch.Generator().manual_seed(3)
+    source = torch.randn(200, 4, generator=generator)
+    target = torch.randn(50, 4, generator=generator) + 4.0
+    free = balanced(source, target)
+    kept = balanced(source, target, share=0.3)
+    assert free.weighting.effective < 0.3 <= kept.weighting.effective
+    assert kept.residual > free.residual
+    assert "no multiplier brings" in kept.weighting.note
+    assert f"leaves {kept.residual:.2f}" in kept.weighting.note
+    assert not balanced(source, source, share=0.3).weighting.note
+
+
+def test_principal_directions_keep_what_varies():
+    generator = torch.Generator().manual_seed(4)
+    plan = torch.randn(2, 30, generator=generator)
+    source, target = (torch.randn(n, 2, generator=generator) @ plan for n in (60, 20))
+    one, other = principal(source, target, 16)
+    assert one.shape == (60, 2)
+    assert other.shape == (20, 2)
+    torch.testing.assert_close(  # distances are kept
+        torch.cdist(one, other), torch.cdist(source.double(), target.double()), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_features_that_are_no_numbers_are_refused():
+    good, bad = torch.ones(5, 2), torch.full((5, 2), torch.nan)
+    for one, other in ((good, bad), (bad, good)):
+        with pytest.raises(DataError, match="not finite"):
+            balanced(one, other)
 
 
 # ---- the gate ------------------------------------------------------------------------------------

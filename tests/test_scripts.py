@@ -41,13 +41,18 @@ max_new_tokens = 4
 """
 
 
-def run_script(name, *arguments):
-    """Call the main function of scripts/NAME.py in this process."""
+def load_script(name):
+    """Return scripts/NAME.py as a module."""
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    return module
+
+
+def run_script(name, *arguments):
+    """Call the main function of scripts/NAME.py in this process."""
+    return load_script(name).main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,48 @@ def test_compare_multitask_scores_every_way_beside_the_backbone(tasks, pico_fold
     assert list(found["cosines"]) == ["films beside shared|greetings beside shared"]
     run_script("compare_multitask", *tasks, *arguments)
     assert "cosine of gradients, films beside shared and greetings" in capsys.readouterr().out
+
+
+def test_transfer_makes_a_table_and_goes_on_where_it_stopped(
+    tasks, pico_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    script = load_script("transfer")
+    films = tasks[0]
+    script.PAIRS = (
+        script.Pair("same", str(films), str(films), str(pico_folder)),
+        script.Pair("hostile", str(films), str(films), str(pico_folder), inverted=True),
+    )
+    script.list_tasks = lambda: {str(films): films}
+    small = ("--seeds", "0", "--steps", "4", "--full-steps", "4", "--judged", "8", "--limit", "8")
+    script.main(["--pairs", "same", "--shots", "0", *small, "--json"])
+    (first,) = json.loads(capsys.readouterr().out)["cells"]
+    script.main(["--shots", "0", "4", *small, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["cells"][0] == first  # it was not made again
+    assert [(c["pair"], c["shots"]) for c in found["cells"]] == [
+        ("same", 0),
+        ("same", 4),
+        ("hostile", 0),
+        ("hostile", 4),
+    ]
+    assert len((tmp_path / "transfer.jsonl").read_text().splitlines()) == 4
+    methods = found["cells"][1]["methods"]
+    few = {"target", "finetune", "stack", "maxent", "adversarial"}
+    assert set(methods) == {"backbone", "source", "all labels", "auto", *few}
+    assert set(first["methods"]) == {
+        "backbone",
+        "source",
+        "all labels",
+        "auto",
+        "maxent",
+        "adversarial",
+    }
+    assert methods["target"]["gain"] == 0
+    assert all(row["low"] <= row["value"] <= row["high"] for row in methods.values())
+    assert any("hostile" in row["what"] for row in found["must_hold"])
+    script.main(["--shots", "0", "4", *small])
+    assert "hostile source is called hurts" in capsys.readouterr().out
 
 
 def test_compare_merge_scores_every_method_here_and_of_peft(

@@ -1,5 +1,6 @@
 """Transfer on a pico model: what each method is, what the gate says, what is not followed."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,9 @@ from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import AdapterError, DataError, UsageError
 from adapterhub_chat.jobs import Job, make_job
 from adapterhub_chat.learner import Part
+from adapterhub_chat.tables import table_task
 from adapterhub_chat.task import Splits, Task
-from adapterhub_chat.template import Encoded
+from adapterhub_chat.template import Encoded, unwritable
 from adapterhub_chat.train import Run, train
 from adapterhub_chat.transfer.methods import (
     few_shot_jobs,
@@ -19,8 +21,10 @@ from adapterhub_chat.transfer.methods import (
     make_setting,
     maxent_job,
     shots_of,
+    warn_of_language,
 )
 from adapterhub_chat.transfer.run import transfer
+from adapterhub_chat.transfer_report import write_report
 from adapterhub_chat.types import Example, as_mix
 from adapterhub_chat.weights import concatenate
 
@@ -125,6 +129,7 @@ def test_auto_takes_what_helps(model, source):
         "finetune",
         "stack",
         "maxent",
+        "adversarial",
     }
     assert outcome.baseline == "target"
     chosen = outcome.candidates[outcome.chosen]
@@ -151,7 +156,7 @@ def test_a_hostile_source_is_called_so_and_not_taken(model):
 def test_without_shots_the_backbone_is_the_baseline(model, source):
     outcome = transfer(model, make_setting(source, toy_task(), toy_task("target"), 0, QUICK))
     assert outcome.baseline == "backbone"
-    assert set(outcome.candidates) == {"backbone", "source", "maxent"}
+    assert set(outcome.candidates) == {"backbone", "source", "maxent", "adversarial"}
 
 
 def shorter(task, split, keep):
@@ -178,6 +183,42 @@ def shorter(task, split, keep):
 def test_what_does_not_fit_is_said(source, target, shots, words):
     with pytest.raises(DataError, match=words):
         make_setting(source, toy_task(), target(), shots, QUICK)
+
+
+def test_a_source_with_numbers_that_are_none_is_refused(source):
+    (module, (a, b)), *_ = source.factors.items()
+    broken = source.with_factors({**source.factors, module: (a, b * torch.nan)})
+    with pytest.raises(DataError, match="numbers that are not finite"):
+        make_setting(broken, toy_task(), toy_task("t"), 4, QUICK)
+
+
+def test_validation_examples_of_one_label_are_worth_a_warning(source):
+    target = shorter(toy_task(), "validation", lambda e: e.answer == "bad")
+    with pytest.warns(UserWarning, match="all 6 validation examples of toy have the label 'bad'"):
+        make_setting(source, toy_task(), target, 4, QUICK)
+
+
+def test_a_language_that_the_tokenizer_cannot_write_is_worth_a_warning(model, setting, recwarn):
+    tokenizer = model.backbone.tokenizer
+    warn_of_language(tokenizer, setting)
+    assert not recwarn
+    chinese = [Example({"text": "这部电影很好看"}, "good")] * 4
+    with pytest.warns(
+        UserWarning, match=r"100% of the tokens of target \(en\) are bytes or unknown"
+    ):
+        warn_of_language(tokenizer, replace(setting, validation=chinese))
+    assert unwritable(tokenizer, ["good film"]) == 0
+    assert 0.3 < unwritable(tokenizer, ["good film 好"]) < 1
+
+
+def test_without_labels_the_features_are_balanced(model, source):
+    setting = make_setting(source, toy_task(), toy_task("t"), 0, QUICK)
+    job, weighting = maxent_job(model, setting, as_mix(None), 0.3)
+    assert len(job.train) == len(setting.source_examples)
+    assert weighting.effective >= 0.3
+    plain = replace(setting, unlabelled=())
+    _, by_likelihood = maxent_job(model, plain, as_mix(None), 0.3)
+    assert not torch.allclose(weighting.weights, by_likelihood.weights)
 
 
 def test_all_misfits_come_at_once(source):
@@ -231,7 +272,7 @@ def test_a_transfer_ends_as_an_adapter_with_its_verdict(taught):
     assert taught.predict("target-from-source", ["good good film"])[0].label in ("good", "bad")
 
 
-@pytest.mark.parametrize("method", ["target", "finetune", "stack", "maxent"])
+@pytest.mark.parametrize("method", ["target", "finetune", "stack", "maxent", "adversarial"])
 def test_each_method_can_be_asked_for(taught, method):
     target = toy_task("target")
     done = taught.transfer(
@@ -240,12 +281,15 @@ def test_each_method_can_be_asked_for(taught, method):
     assert done.outcome.chosen == method
     assert taught.pool.manifest("made").transfer.method == method
     if method == "stack":
-        assert taught.pool.load("made").weights.max_rank == 16  # the source's ranks and its own
+        assert taught.pool.load("made").weights.max_rank == 8  # T alone
+        assert taught.pool.manifest("made").stack[0].name == "source"
 
 
 def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
-    taught.transfer("source", toy_task("target"), "stack", shots=4, source_task=toy_task(), **FEW)
+    taught.transfer(
+        "source", toy_task("target"), "finetune", shots=4, source_task=toy_task(), **FEW
+    )
     manifest = taught.pool.manifest("target-from-source")
     worse = manifest.transfer.model_copy(update={"verdict": "hurts", "gain": -0.2})
     taught.pool.describe(manifest.name, manifest.model_copy(update={"transfer": worse}))
@@ -258,3 +302,58 @@ def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
 def test_a_source_must_say_what_it_learnt(taught):
     with pytest.raises(UsageError, match=r"unknown task 'toy'|source_task"):
         taught.transfer("source", toy_task("target"), shots=4, **FEW)
+
+
+# ---- a table of one's own ------------------------------------------------------------------------
+
+
+def write_table(path, labelled=60, bare=12):
+    """A CSV of tweets: some with a label, some without."""
+    rows = ["text,label"]
+    for i in range(labelled):
+        word = "good" if i % 2 else "bad"
+        rows.append(f"{word} flight {word} {i},{word}")
+    path.write_text("\n".join([*rows, *(f"flight {i}," for i in range(bare))]) + "\n")
+    return path
+
+
+def test_a_table_is_a_target(taught, tmp_path):
+    table = write_table(tmp_path / "tweets.csv")
+    done = taught.transfer("source", table, "adversarial", shots=4, source_task=toy_task(), **FEW)
+    assert done.manifest.name == "tweets-from-source"
+    assert done.manifest.training.tasks == ("tweets",)
+    assert 0 <= done.manifest.transfer.discriminator <= 1
+    folder = tmp_path / "report"
+    text = write_report(done, folder).read_text()
+    for name in done.outcome.candidates:
+        assert f"| {name} |" in text
+    assert "Chosen: **adversarial**" in text
+    for picture in re.findall(r"!\[(.*?)\]", text):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert {"scores.png", "discriminator.png"} <= {p.name for p in folder.iterdir()}
+
+
+def test_what_a_table_lacks_is_said(tmp_path):
+    bad = tmp_path / "bad.csv"
+    bad.write_text("review,stars\nfine,5\n")
+    with pytest.raises(
+        DataError, match=r"no column text, label \(or answer\); it has review, stars"
+    ):
+        table_task(bad, toy_task())
+    bad.write_text("text,label\nfine,\n")
+    with pytest.raises(DataError, match=r"no row of .* has a label"):
+        table_task(bad, toy_task())
+    with pytest.raises(DataError, match="no file"):
+        table_task(tmp_path / "none.csv", toy_task())
+
+
+def test_texts_of_the_target_may_be_given(taught):
+    target = parts_of(toy_task("target"), train=toy_task().split("train")[:4])
+    how = {"shots": 4, "source_task": toy_task(), "name": "made", **FEW}
+    with pytest.raises(UsageError, match="texts of the target"):
+        taught.transfer("source", target, "adversarial", **how)
+    texts = [f"a film {i}" for i in range(9)]
+    done = taught.transfer("source", target, "adversarial", unlabelled=texts, **how)
+    assert len(done.outcome.game.accuracy) == done.outcome.candidates["adversarial"].steps
+    with pytest.raises(DataError, match="input 2"):
+        taught.transfer("source", target, "maxent", unlabelled=["x", 7], **how)

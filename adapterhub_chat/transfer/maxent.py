@@ -8,7 +8,7 @@ mean of features instead. Pure functions of float64 tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Weighting:
     """Effective sample size, as a share of n."""
     clipped: int
     """How many weights were cut to the largest allowed."""
+    note: str = ""
+    """What the weights do not reach, and how near they come."""
 
 
 def tilt(log_likelihood: Tensor, lam: float) -> Tensor:
@@ -105,16 +107,55 @@ class Balance:
     """Largest distance that is left between two means, in standard deviations of the source."""
 
 
-def balanced(source: Tensor, target: Tensor, *, ridge: float = 1e-2, most: float = 20.0) -> Balance:
+NEAR = 0.25
+"""Distance of two means, in deviations of the source, up to which they count as brought together."""
+STEEPER, RIDGES = 4.0, 24
+"""By how much the ridge grows while too few examples carry the weight, and how often at most."""
+
+
+def balanced(
+    source: Tensor, target: Tensor, *, ridge: float = 1e-2, share: float = 0.0, most: float = 20.0
+) -> Balance:
     """Return weights ~ exp(lam . phi) for source features (n, d) that match the mean of target ones (m, d).
 
     Minimises the convex dual log mean exp(lam . phi) - lam . phi_T + ridge / 2 |lam|^2 by L-BFGS; features
-    are scaled by the source's own deviations first.
+    are scaled by the source's own deviations first. The ridge grows until the effective sample size is at
+    least `share` of n. A target that no weights reach gets the nearest ones, and a note that says so.
     """
     _check(source)
     _check(target)
     mean, deviation = source.double().mean(0), source.double().std(0).clamp(min=1e-9)
     phi, goal = (source.double() - mean) / deviation, (target.double().mean(0) - mean) / deviation
+    for _ in range(RIDGES):
+        lam = _dual_minimum(phi, goal, ridge)
+        weights = (phi @ lam).softmax(0)
+        if effective_size(weights) >= share * len(phi):
+            break
+        ridge *= STEEPER
+    residual = float((weights @ phi - goal).abs().max())
+    before = float(goal.abs().max())
+    note = (
+        "no multiplier brings the source's mean features to the target's with an effective size of "
+        f"{share:.0%}: the nearest leaves {residual:.2f} of {before:.2f} standard deviations"
+    )
+    weighting = _clipped(weights, float(lam.norm()), most)
+    return Balance(replace(weighting, note=note if residual > NEAR else ""), residual)
+
+
+def principal(source: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return both features (n, d), (m, d) along the source's `most` widest directions, (n, k), (m, k).
+
+    There are more dimensions than examples to match otherwise, and noise would be matched.
+    """
+    _check(source)
+    _check(target)
+    mean = source.double().mean(0)
+    _, spread, directions = torch.linalg.svd(source.double() - mean, full_matrices=False)
+    kept = directions[:most][spread[:most] > 1e-5 * spread[0]]
+    return (source.double() - mean) @ kept.T, (target.double() - mean) @ kept.T
+
+
+def _dual_minimum(phi: Tensor, goal: Tensor, ridge: float) -> Tensor:
     lam = torch.zeros(phi.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([lam], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -126,9 +167,7 @@ def balanced(source: Tensor, target: Tensor, *, ridge: float = 1e-2, most: float
 
     with torch.enable_grad():
         optimizer.step(dual)
-    weights = (phi @ lam.detach()).softmax(0)
-    residual = float((weights @ phi - goal).abs().max())
-    return Balance(_clipped(weights, float(lam.detach().norm()), most), residual)
+    return lam.detach()
 
 
 def _clipped(weights: Tensor, lam: float, most: float) -> Weighting:

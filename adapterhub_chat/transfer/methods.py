@@ -1,13 +1,16 @@
 """The transfer methods: each is a job or two for the one training loop, so that all share its batches.
 
 target: few-shot, the baseline. finetune: the same from the source's weights. stack: T under the frozen
-source, f_T = f_S o T. maxent: the source's examples, weighted by how the target would label them.
+source, f_T = f_S o T. maxent: the source's examples, weighted by how the target would label them, or,
+where nobody knows, so that their features are the target's on average. adversarial: see adversarial.py.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +18,26 @@ from torch import Tensor
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import DataError, join_misfits
 from adapterhub_chat.evaluate import label_scores, sequence_losses
+from adapterhub_chat.features import features, questions
 from adapterhub_chat.jobs import Job, sample
-from adapterhub_chat.learner import Trained
+from adapterhub_chat.learner import Trained, total_steps
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Task
-from adapterhub_chat.template import Encoded, encode_examples
-from adapterhub_chat.transfer.maxent import Weighting, reweighted
+from adapterhub_chat.template import Encoded, encode_answers, encode_examples, unwritable
+from adapterhub_chat.transfer.adversarial import TARGET, Game
+from adapterhub_chat.transfer.maxent import Weighting, balanced, principal, reweighted
 from adapterhub_chat.transfer.select import stratified
 from adapterhub_chat.types import Example, Mix
 from adapterhub_chat.weights import AdapterWeights, concatenate
 
-BASELINE, METHODS = "target", ("target", "finetune", "stack", "maxent")
+BASELINE, METHODS = "target", ("target", "finetune", "stack", "maxent", "adversarial")
 SHOT_SHARE = 0.2
-"""Share of the target's own examples among those of `maxent`, by repeating them."""
+"""Share of the target's own examples among the labelled ones of `maxent` and `adversarial`, by repeating."""
+DIRECTIONS = 16
+"""Of the features that entropy balancing matches."""
+FOREIGN, LOOKED_AT = 0.3, 50
+"""Share of a language's tokens that are no text by themselves from which on it is worth a warning, and how
+many examples are looked at."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +52,28 @@ class Setting:
     """The target's labelled training examples that may be used."""
     validation: Sequence[Example]
     config: TrainConfig
+    unlabelled: Sequence[Example] = ()
+    """Target examples whose answers nobody looks at."""
+    layer: int = -1
+    """The block whose hidden states are compared."""
 
 
 def make_setting(
-    source: AdapterWeights, source_task: Task, target: Task, shots: int, config: TrainConfig
+    source: AdapterWeights,
+    source_task: Task,
+    target: Task,
+    shots: int,
+    config: TrainConfig,
+    *,
+    unlabelled: Sequence[Example] | None = None,
 ) -> Setting:
-    """Draw the examples; raise DataError for everything in which source and target do not fit."""
+    """Draw the examples; raise DataError for everything in which source and target do not fit.
+
+    `unlabelled` None: the target's training examples other than the shots, without their answers.
+    """
     found = []
+    if not source.finite():
+        found.append("the source adapter has numbers that are not finite; train or pull it again")
     own, wanted = set(source_task.contract.labels), set(target.contract.labels)
     if own != wanted:
         found.append(
@@ -68,7 +93,29 @@ def make_setting(
         raise DataError(join_misfits("the transfer", found))
     examples = sample(source_task.split("train"), config.train_examples, config.seed)
     held_out = sample(target.split("validation"), config.eval_examples)
-    return Setting(concatenate([source]), examples, target, chosen, held_out, config)
+    if wanted and len({e.answer for e in held_out}) < 2:
+        warnings.warn(
+            f"all {len(held_out)} validation examples of {target.name} have the label "
+            f"{held_out[0].answer!r}: whoever always says so looks perfect",
+            stacklevel=2,
+        )
+    if unlabelled is None:
+        taken = {id(e) for e in chosen}
+        unlabelled = [e for e in pool if id(e) not in taken]
+    texts = sample(unlabelled, len(examples), config.seed)
+    return Setting(concatenate([source]), examples, target, chosen, held_out, config, texts)
+
+
+def warn_of_language(tokenizer: Any, setting: Setting) -> None:
+    """Warn where much of the target's text is bytes or unknown tokens to the backbone's tokenizer."""
+    texts = [" ".join(e.fields.values()) for e in setting.validation[:LOOKED_AT]]
+    if (share := unwritable(tokenizer, texts)) >= FOREIGN:
+        warnings.warn(
+            f"{share:.0%} of the tokens of {setting.target.name} ({setting.target.language}) are bytes or "
+            "unknown to this backbone, which has hardly read the language: expect little, or choose a "
+            "backbone that speaks it",
+            stacklevel=3,
+        )
 
 
 def shots_of(target: Task, count: int, seed: int) -> list[Example]:
@@ -84,16 +131,12 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
     if not setting.shots:
         return []
     learnt = _encoded(tokenizer, setting, setting.shots)
-    checked = _encoded(tokenizer, setting, setting.validation)
+    checked = _checked(tokenizer, setting)
     fresh = Job("target", learnt, checked, setting.config)
-    source = setting.source
-    as_source = setting.config.model_copy(
-        update={"rank": source.max_rank, "alpha": float(source.max_rank), "rslora": False}
-    )
     jobs = {
         "target": fresh,
-        "finetune": replace(fresh, name="finetune", config=as_source, start=source),
-        "stack": replace(fresh, name="stack", under=source),
+        "finetune": replace(_from_source(setting, "finetune"), train=learnt, validation=checked),
+        "stack": replace(fresh, name="stack", under=setting.source),
     }
     return [job for name, job in jobs.items() if name in methods or name == BASELINE]
 
@@ -101,9 +144,16 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
 def maxent_job(
     model: AdapterModel, setting: Setting, teacher: Mix, share: float
 ) -> tuple[Job, Weighting]:
-    """Return the job on the reweighted source and the shots; `teacher` is who says p_T (y | x)."""
+    """Return the job on the reweighted source and the shots; `teacher` is who says p_T (y | x).
+
+    Without shots, but with unlabelled text, the weights bring the source's mean features to the target's. It
+    starts from the source's weights, as what a short run can change.
+    """
     tokenizer = model.backbone.tokenizer
-    weighting = reweighted(likelihoods(model, setting, teacher), share=share)
+    if setting.unlabelled and not setting.shots:
+        weighting = balanced(*_features(model, setting), share=share).weighting
+    else:
+        weighting = reweighted(likelihoods(model, setting, teacher), share=share)
     source = [
         replace(example, weight=weight)
         for example, weight in zip(
@@ -113,10 +163,54 @@ def maxent_job(
         )
         if weight > 0
     ]
-    shots = _encoded(tokenizer, setting, setting.shots)
-    times = round(SHOT_SHARE / (1 - SHOT_SHARE) * len(source) / len(shots)) if shots else 0
-    checked = _encoded(tokenizer, setting, setting.validation)
-    return Job("maxent", [*source, *shots * max(1, times)], checked, setting.config), weighting
+    job = replace(_from_source(setting, "maxent"), train=[*source, *_shots(tokenizer, setting)])
+    return replace(job, validation=_checked(tokenizer, setting)), weighting
+
+
+def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
+    """Return the job on source, shots and unlabelled text, from the source's weights, and its game."""
+    tokenizer, contract = model.backbone.tokenizer, setting.target.contract
+    words = encode_answers(tokenizer, list(contract.labels.values()), end=False)
+    labels = [ids[0] for ids in words]
+    token = labels[0] if labels else int(tokenizer.eos_token_id)
+    plain = [replace(example, contract=None) for example in setting.unlabelled]
+    length = setting.config.row_length
+    asked = questions(tokenizer, contract, plain, token=token, max_length=length)
+    known = [replace(example, domain=TARGET) for example in _shots(tokenizer, setting)]
+    own = [replace(example, weight=0.0, domain=TARGET) for example in asked]
+    source = _encoded(tokenizer, setting, setting.source_examples)
+    job = replace(_from_source(setting, "adversarial"), train=[*source, *known, *own])
+    job = replace(job, validation=_checked(tokenizer, setting))
+    game = Game(
+        model.backbone.model.config.hidden_size,
+        total_steps([job], job.config),
+        layer=setting.layer,
+        labels=labels if len(set(labels)) == len(labels) else (),
+        seed=setting.config.seed,
+    )
+    return replace(job, auxiliary=game), game
+
+
+def _from_source(setting: Setting, name: str) -> Job:
+    """Return a job without examples that starts from the source's weights."""
+    source = setting.source
+    scaled = {"rank": source.max_rank, "alpha": float(source.max_rank), "rslora": False}
+    return Job(name, (), (), setting.config.model_copy(update=scaled), start=source)
+
+
+def _features(model: AdapterModel, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Return the bare backbone's features of source and target, along few directions."""
+    source, target = (
+        features(
+            model,
+            setting.target.contract,
+            [replace(example, contract=None) for example in examples],
+            Mix(),
+            layer=setting.layer,
+        )
+        for examples in (setting.source_examples, setting.unlabelled)
+    )
+    return principal(source, target, DIRECTIONS)
 
 
 def likelihoods(model: AdapterModel, setting: Setting, teacher: Mix) -> Tensor:
@@ -135,6 +229,22 @@ def likelihoods(model: AdapterModel, setting: Setting, teacher: Mix) -> Tensor:
 def finished(setting: Setting, name: str, trained: Trained) -> AdapterWeights:
     """Return what a method made as a plain adapter: a stack is flattened, ranks side by side."""
     return concatenate([setting.source, trained.weights]) if name == "stack" else trained.weights
+
+
+def _shots(tokenizer: object, setting: Setting) -> list[Encoded]:
+    """Return the target's shots, repeated so that they are SHOT_SHARE of the labelled examples."""
+    shots = _encoded(tokenizer, setting, setting.shots)
+    if not shots:
+        return []
+    wanted = SHOT_SHARE / (1 - SHOT_SHARE) * len(setting.source_examples)
+    return shots * max(1, round(wanted / len(shots)))
+
+
+def _checked(tokenizer: object, setting: Setting) -> list[Encoded]:
+    """Return what training is validated on: nothing, where that would only be after the last step."""
+    config = setting.config
+    at_the_end = 0 < config.max_steps <= config.eval_every
+    return [] if at_the_end else _encoded(tokenizer, setting, setting.validation)
 
 
 def _encoded(tokenizer: object, setting: Setting, examples: Sequence[Example]) -> list[Encoded]:

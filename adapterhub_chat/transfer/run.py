@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from uuid import uuid4
 
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.evaluate import judge
+from adapterhub_chat.jobs import Job
+from adapterhub_chat.learner import Trained
 from adapterhub_chat.metrics import METRICS, Rows
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.train import Event, train
+from adapterhub_chat.transfer.adversarial import Game
 from adapterhub_chat.transfer.maxent import Weighting
 from adapterhub_chat.transfer.methods import (
     BASELINE,
     METHODS,
     Setting,
+    adversarial_job,
     few_shot_jobs,
     finished,
     maxent_job,
@@ -41,6 +45,10 @@ class Candidate:
     weights: AdapterWeights | None = None
     """None: the bare backbone."""
     steps: int = 0
+    own: AdapterWeights | None = None
+    """Of a stack: T alone, without the source under it."""
+    note: str = ""
+    """Why its training ended before its time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,9 @@ class Outcome:
     candidates: dict[str, Candidate]
     chosen: str
     seconds: float
+    metric: str
     weighting: Weighting | None = None
+    game: Game | None = None
     rows: dict[str, Rows] = field(default_factory=dict)
 
 
@@ -67,36 +77,67 @@ def transfer(
     The baseline is the few-shot target adapter, or the backbone where the target has no labelled training
     examples. `auto` takes the candidate with the best lower bound of those that help, else the baseline.
     """
-    if method not in (*METHODS, "auto"):
-        raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
-    if not setting.shots and method in ("target", "finetune", "stack"):
-        raise UsageError(f"method {method!r} learns from the target's labels; give shots")
+    _check(setting, method)
     started = time.monotonic()
     wanted = METHODS if method == "auto" else (BASELINE, method)
     jobs = few_shot_jobs(model.backbone.tokenizer, setting, wanted)
     made = train(model, jobs, on_event=on_event) if jobs else {}
-    weights = {name: finished(setting, name, done) for name, done in made.items()}
-    steps = {name: done.steps for name, done in made.items()}
-    weighting = None
-    if "maxent" in wanted:
-        with _on_trial(model, weights.get(BASELINE)) as teacher:
-            job, weighting = maxent_job(model, setting, teacher, SHARE)
-        done = train(model, [job], on_event=on_event)["maxent"]
-        weights["maxent"], steps["maxent"] = done.weights, done.steps
-    every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source, **weights}
+    with _on_trial(model, made[BASELINE].weights if made else None) as teacher:
+        weighting, game, more = _long_jobs(model, setting, wanted, teacher)
+    made |= train(model, more, on_event=on_event) if more else {}
+    every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source}
+    every |= {name: finished(setting, name, done) for name, done in made.items()}
     rows = {name: _rows(model, setting, own) for name, own in every.items()}
     baseline = BASELINE if setting.shots else BACKBONE
     metric = setting.target.metric
     verdicts = {name: verdict(metric, own, rows[baseline]) for name, own in rows.items()}
     candidates = {
-        name: Candidate(
-            name, METRICS[metric].aggregate(rows[name]), verdicts[name], own, steps.get(name, 0)
-        )
+        name: _candidate(name, METRICS[metric].aggregate(rows[name]), verdicts[name], own, made)
         for name, own in every.items()
     }
     chosen = best(verdicts, baseline) if method == "auto" else method
     seconds = time.monotonic() - started
-    return Outcome(baseline, candidates, chosen, seconds, weighting, rows)
+    return Outcome(baseline, candidates, chosen, seconds, metric, weighting, game, rows)
+
+
+def _check(setting: Setting, method: str) -> None:
+    if method not in (*METHODS, "auto"):
+        raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
+    if not setting.shots and method in ("target", "finetune", "stack"):
+        raise UsageError(f"method {method!r} learns from the target's labels; give shots")
+    if not setting.unlabelled and method == "adversarial":
+        raise UsageError(
+            "method 'adversarial' needs texts of the target without labels; give unlabelled"
+        )
+
+
+def _long_jobs(
+    model: AdapterModel, setting: Setting, wanted: Sequence[str], teacher: Mix
+) -> tuple[Weighting | None, Game | None, list[Job]]:
+    """Return the jobs that learn from the source's examples, too, with what they are watched by."""
+    weighting, game, jobs = None, None, []
+    if "maxent" in wanted:
+        job, weighting = maxent_job(model, setting, teacher, SHARE)
+        jobs.append(job)
+    if "adversarial" in wanted and setting.unlabelled:
+        job, game = adversarial_job(model, setting)
+        jobs.append(job)
+    return weighting, game, jobs
+
+
+def _candidate(
+    name: str,
+    value: float,
+    judged: Verdict,
+    weights: AdapterWeights | None,
+    made: Mapping[str, Trained],
+) -> Candidate:
+    done = made.get(name)
+    if done is None:
+        return Candidate(name, value, judged, weights)
+    note = done.stopped if done.stopped != "finished" else ""
+    own = done.weights if name == "stack" else None
+    return Candidate(name, value, judged, weights, done.steps, own, note)
 
 
 def _rows(model: AdapterModel, setting: Setting, weights: AdapterWeights | None) -> Rows:

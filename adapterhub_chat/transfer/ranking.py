@@ -1,0 +1,121 @@
+"""Which adapter is the best source for a target? An estimate from frozen features, before any training.
+
+LogME (You et al. 2021, arXiv 2102.11005): the evidence, per label, of a Bayesian linear model from features
+under the source adapter to the target's labels. LEEP (Nguyen et al. 2020, arXiv 2002.12462): the likelihood
+of the labels through what the source says. Both are higher for better sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adapterhub_chat.errors import DataError
+from adapterhub_chat.evaluate import label_scores
+from adapterhub_chat.features import features
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.task import Task
+from adapterhub_chat.types import Example, Mix
+
+ROUNDS, TINY = 50, 1e-9
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """How promising a source is for a target; compare within one ranking only."""
+
+    adapter: str
+    logme: float
+    leep: float
+
+
+def rank(
+    model: AdapterModel,
+    target: Task,
+    examples: Sequence[Example],
+    sources: Sequence[tuple[str, Mix]],
+) -> list[Ranked]:
+    """Return the sources, the most promising by LogME first, judged on labelled target examples.
+
+    Raises DataError for a target without labels, or with examples of one label only.
+    """
+    labels = list(target.contract.labels)
+    found = sorted({e.answer for e in examples})
+    if len(found) < 2:
+        raise DataError(
+            f"sources are ranked by labelled examples of two labels or more; {target.name} has "
+            f"{len(examples)} of {', '.join(found) or 'none'}"
+        )
+    plain = [replace(example, contract=None) for example in examples]
+    answers = torch.tensor([labels.index(e.answer) for e in plain])
+    ranked = []
+    for name, mix in sources:
+        states = features(model, target.contract, plain, mix, where="last")
+        shares = label_scores(model, target.contract, plain, mix)
+        ranked.append(Ranked(name, logme(states, answers), leep(shares, answers)))
+    return sorted(ranked, key=lambda one: -one.logme)
+
+
+def logme(states: Tensor, answers: Tensor) -> float:
+    """Return the mean log evidence, per example, of labels (n,) given features (n, d).
+
+    Each label is a regression target of 0 and 1; both precisions are found by MacKay's fixed point.
+    """
+    if not bool(states.isfinite().all()):
+        raise DataError("some features are not finite: the adapter or the backbone is damaged")
+    centred = states.double() - states.double().mean(0)
+    left, spread, _ = torch.linalg.svd(centred, full_matrices=False)
+    hot = functional.one_hot(answers).double()
+    hot = hot[:, hot.sum(0) > 0]
+    return sum(_evidence(left, spread.square(), column)[0] for column in hot.T) / hot.shape[1]
+
+
+def _evidence(left: Tensor, power: Tensor, wanted: Tensor) -> tuple[float, float, float]:
+    """Return the log evidence per example at its maximum, with the precisions of weights and noise."""
+    count = len(wanted)
+    along = (left.T @ wanted).square()
+    outside = float((wanted.square().sum() - along.sum()).clamp(min=0))
+    alpha = beta = 1.0
+    for _ in range(ROUNDS):
+        ratio = alpha / beta
+        effective = float((power / (power + ratio)).sum())
+        size = float((power * along / (power + ratio).square()).sum())
+        error = float((along * (ratio / (power + ratio)).square()).sum()) + outside
+        alpha, beta = effective / (size + TINY), (count - effective) / (error + TINY)
+        if abs(alpha / beta - ratio) <= 1e-4 * ratio:
+            break
+    evidence = (
+        len(power) / 2 * math.log(alpha)
+        + count / 2 * math.log(beta / (2 * math.pi))
+        - float((alpha + beta * power).log().sum()) / 2
+        - (beta * error + alpha * size) / 2
+    )
+    return evidence / count, alpha, beta
+
+
+def leep(shares: Tensor, answers: Tensor) -> float:
+    """Return the mean log-likelihood of labels (n,) through a source's label shares (n, z)."""
+    shares = shares.double()
+    joint = functional.one_hot(answers).double().T @ shares / len(answers)
+    given = joint / joint.sum(0).clamp(min=TINY)
+    expected = (shares @ given.T).gather(1, answers[:, None]).squeeze(1)
+    return float(expected.clamp(min=TINY).log().mean())
+
+
+def spearman(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Return the rank correlation of two numbers by the same names; NaN where one is constant."""
+    ranks = [_ranks([numbers[name] for name in one]) for numbers in (one, other)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    """Return each value's rank; equal ones share their mean rank."""
+    table = torch.tensor(values, dtype=torch.float64)
+    below = (table[:, None] > table[None, :]).sum(1)
+    equal = (table[:, None] == table[None, :]).sum(1)
+    return below + (equal + 1) / 2

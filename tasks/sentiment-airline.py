@@ -1,0 +1,38 @@
+"""Is a tweet to an airline negative or positive? The two classes of the film reviews, in another domain."""
+
+from functools import partial
+
+from adapterhub_chat.splits import Splits
+from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.types import PromptContract
+
+CONTRACT = PromptContract(
+    template="Message: {text}\nSentiment:",
+    system="Classify the sentiment of the customer's message.",
+    labels={"negative": "negative", "positive": "positive"},
+    max_new_tokens=4,
+)
+
+
+def load(whole: Task) -> Splits:
+    """Keep the tweets that are not neutral, and of the complaints as many as there is praise."""
+    parts = {}
+    for split, examples in whole.splits.parts.items():
+        good = [e for e in examples if e.answer == "positive"]
+        bad = [e for e in examples if e.answer == "negative"]
+        parts[split] = tuple(e for pair in zip(good, bad, strict=False) for e in pair)
+    return Splits(parts)
+
+
+def task() -> Task:
+    """Return the task."""
+    whole = load_task("customer-service")
+    return Task(
+        name="sentiment-airline",
+        contract=CONTRACT,
+        metric="accuracy",
+        load=partial(load, whole),
+        about="Is a tweet to an airline a complaint or praise? As many of either, hence accuracy.",
+        licence=whole.licence,
+        sources=whole.sources,
+    )

@@ -1,0 +1,100 @@
+"""Ranking sources before training: the estimates by their definitions, a good source above a bad one."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import toy_answers, toy_task
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapterhub_chat.errors import DataError
+from adapterhub_chat.task import Splits, Task
+from adapterhub_chat.transfer.ranking import _evidence, leep, logme, rank, spearman
+from adapterhub_chat.types import Example, as_mix
+
+
+def normal(wanted, states, alpha, beta):
+    """The log density of `wanted`, per number, with weights of precision alpha and noise of beta."""
+    covariance = states @ states.T / alpha + torch.eye(len(wanted)).double() / beta
+    at = torch.distributions.MultivariateNormal(torch.zeros(len(wanted)).double(), covariance)
+    return float(at.log_prob(wanted)) / len(wanted)
+
+
+def test_the_evidence_is_that_of_the_linear_model_at_its_maximum():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(30, 5, generator=generator).double()
+    wanted = (states[:, 0] + 0.5 * torch.randn(30, generator=generator) > 0).double()
+    left, spread, _ = torch.linalg.svd(states, full_matrices=False)
+    evidence, alpha, beta = _evidence(left, spread.square(), wanted)
+    assert evidence == pytest.approx(normal(wanted, states, alpha, beta), abs=1e-6)
+    for factor in (0.5, 2.0):
+        assert normal(wanted, states, alpha * factor, beta) < evidence + 1e-6
+        assert normal(wanted, states, alpha, beta * factor) < evidence + 1e-6
+
+
+def test_features_that_tell_the_labels_score_higher():
+    generator = torch.Generator().manual_seed(1)
+    answers = torch.randint(2, (80,), generator=generator)
+    noise = torch.randn(80, 100, generator=generator)  # more features than examples
+    telling = noise.clone()
+    telling[:, 0] = answers * 4.0
+    assert logme(telling, answers) > logme(noise, answers)
+    with pytest.raises(DataError, match="not finite"):
+        logme(noise * torch.nan, answers)
+
+
+def test_leep_is_zero_for_a_source_that_knows_and_the_labels_entropy_for_one_that_does_not():
+    answers = torch.tensor([0, 1] * 10)
+    sure = torch.nn.functional.one_hot(answers).float()
+    assert leep(sure, answers) == pytest.approx(0, abs=1e-6)
+    assert leep(sure.flip(1), answers) == pytest.approx(0, abs=1e-6)  # wrong, but always so
+    assert leep(torch.full((20, 2), 0.5), answers) == pytest.approx(-math.log(2))
+
+
+@given(st.permutations(range(6)))
+def test_spearman_is_that_of_the_textbook(order):
+    one = {str(i): float(i) for i in range(6)}
+    other = {str(i): math.exp(order[i]) for i in range(6)}
+    squared = sum((i - order[i]) ** 2 for i in range(6))
+    assert spearman(one, other) == pytest.approx(1 - 6 * squared / (6 * 35))
+
+
+def shuffled(task, seed=0):
+    """The task with its labels drawn anew: nothing can be learnt from it."""
+    draw = random.Random(seed)
+    parts = {
+        split: tuple(Example(e.fields, draw.choice(["good", "bad"])) for e in task.split(split))
+        for split in ("train", "validation", "test")
+    }
+    return Task(task.name, task.contract, task.metric, lambda: Splits(parts))
+
+
+@pytest.fixture
+def taught(hub):
+    how = {"max_steps": 40, "epochs": 99, "rows_per_step": 1, "learning_rate": 0.02, "patience": 0}
+    tasks = [toy_task("good"), shuffled(toy_task("lost"))]
+    hub.train(tasks, names=["good", "lost"], **how)
+    return hub
+
+
+def test_a_good_source_ranks_above_one_that_learnt_shuffled_labels(taught):
+    ranked = taught.rank_sources(toy_task("target"))
+    assert [one.adapter for one in ranked] == ["good", "lost"]
+    assert ranked[0].leep > ranked[1].leep
+    only = taught.rank_sources(toy_task("target"), ["lost"], limit=20)
+    assert [one.adapter for one in only] == ["lost"]
+    assert json.dumps(only[0].logme) != "NaN"
+
+
+def test_what_cannot_be_ranked_is_said(model):
+    task = toy_task()
+    for target, examples in (
+        (task, [e for e in task.split("train") if e.answer == "bad"]),
+        (task, []),
+        (toy_answers(), []),
+    ):
+        with pytest.raises(DataError, match="two labels or more"):
+            rank(model, target, examples, [("backbone", as_mix(None))])
