@@ -82,8 +82,8 @@ def _check(backbone: Backbone, mix: Mix, folder: Path, form: str) -> None:
 @torch.no_grad()
 def _add(model: Any, source: AdapterModel, mix: Mix) -> None:
     """Add a mix's update to the plain model's weights, in float32."""
-    with source.slots.borrowed(source.acquire(mix)):
-        adapters = [(source.weights(name), weight) for name, weight in mix.weights]
+    with source.slots.borrowed(source.acquire(mix)) as held:  # with what a stack stands on
+        adapters = [(source.weights(name), weight) for name, weight in held.mix.weights]
     for adapter, weight in adapters:
         for module, (a, b) in adapter.factors.items():
             own = model.get_submodule(module).weight
