@@ -54,7 +54,7 @@ def _metadata(manifest: Manifest) -> dict[str, Any]:
     data: dict[str, Any] = {
         "base_model": manifest.base_model,
         "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _kind(manifest),
         "tags": [*tags, *manifest.training.tasks],
     }
     languages = [part.strip() for part in manifest.language.split(",")]
@@ -74,7 +74,7 @@ def _results(manifest: Manifest) -> list[dict[str, Any]]:
     """Return the Hub's own form of measured results: the adapter's value, and beside it the backbone's."""
     return [
         {
-            "task": {"type": "text-generation", "name": s.task},
+            "task": {"type": _kind(manifest), "name": s.task},
             "dataset": {"type": s.task, "name": f"{s.task} (test split)", "split": "test"},
             "metrics": [
                 {"type": s.metric, "value": round(value, 4), "name": name}
@@ -87,6 +87,12 @@ def _results(manifest: Manifest) -> list[dict[str, Any]]:
         }
         for s in manifest.scores
     ]
+
+
+def _kind(manifest: Manifest) -> str:
+    """Return the Hub's word for what the adapter does."""
+    classifies = manifest.fingerprint.architecture.endswith("ForSequenceClassification")
+    return "text-classification" if classifies else "text-generation"
 
 
 def _warning(manifest: Manifest) -> str:

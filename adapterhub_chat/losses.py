@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -44,4 +46,4 @@ def overlap_gradient(new: AdapterWeights, old: AdapterWeights) -> AdapterWeights
         if module in old.factors:
             its = old.factors[module][0].to(a)
             found[module] = (2 * (a @ its.T) @ its, torch.zeros_like(b))
-    return new.with_factors(found)
+    return replace(new.with_factors(found), head=None)

