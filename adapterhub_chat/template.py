@@ -90,21 +90,24 @@ def encode_examples(
 def encode_choices(
     tokenizer: Any, contract: PromptContract, examples: Iterable[Example], *, max_length: int
 ) -> list[Encoded]:
-    """Return each example with every label's words as a continuation, in the order of the label set.
-
-    The end-of-turn token takes part only where one label's tokens begin another's. For an encoder's
-    tokenizer the continuations are the labels' numbers.
-    """
-    words = list(contract.labels.values())
-    labels: list[tuple[int, ...]] = []
-    if classifies(tokenizer):
-        labels += [(n,) for n in label_numbers(contract).values()]
-    else:
-        labels = encode_answers(tokenizer, words, end=False)
-    if any(a != b and b[: len(a)] == a for a in labels for b in labels):
-        labels = encode_answers(tokenizer, words)
+    """Return each example with every label as a continuation, in the order of the label set."""
+    labels = encode_labels(tokenizer, contract)
     prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
     return [fit(p, tuple(labels), max_length) for p in prompts]
+
+
+def encode_labels(tokenizer: Any, contract: PromptContract) -> list[tuple[int, ...]]:
+    """Return the ids of each label's words; for an encoder's tokenizer, each label's number.
+
+    The end-of-turn token takes part only where one label's tokens begin another's.
+    """
+    if classifies(tokenizer):
+        return [(number,) for number in label_numbers(contract).values()]
+    words = list(contract.labels.values())
+    labels = encode_answers(tokenizer, words, end=False)
+    if any(a != b and b[: len(a)] == a for a in labels for b in labels):
+        labels = encode_answers(tokenizer, words)
+    return labels
 
 
 def classifies(tokenizer: Any) -> bool:
