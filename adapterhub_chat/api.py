@@ -16,7 +16,7 @@ from torch import Tensor
 from adapterhub_chat.backbone import Quantize, load_backbone
 from adapterhub_chat.engine import Engine
 from adapterhub_chat.errors import UsageError
-from adapterhub_chat.generate import Request, Sampling, engine_of
+from adapterhub_chat.generate import Request, Sampling, check_writes, engine_of
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
 from adapterhub_chat.inputs import listed, text
@@ -26,7 +26,7 @@ from adapterhub_chat.merging import merge_adapters
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.ordering import order_of
 from adapterhub_chat.pool import Pool
-from adapterhub_chat.predict import Prediction, predictions, replies
+from adapterhub_chat.predict import Prediction, check_labels, choices, predictions, replies
 from adapterhub_chat.publish import Published
 from adapterhub_chat.pull import Pulled
 from adapterhub_chat.search import Found
@@ -143,7 +143,7 @@ class AdapterHub(Sharing):
         """Answer every conversation in ONE batch, row i by `adapters[i]` under its own contract.
 
         `on_text(row, piece)` hears of every piece of text as it comes. Options that are None are the
-        contract's own.
+        contract's own. On an encoder, an answer is the words of the label that the row's adapter chooses.
         """
         rows = listed(conversations, "conversations")
         mixes = self._mixes(adapters, len(rows))
@@ -151,6 +151,8 @@ class AdapterHub(Sharing):
         changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         given = {name: value for name, value in changes.items() if value is not None}
         requests = replies(self.model, rows, mixes, contracts, seed, given)
+        if self.backbone.encodes:
+            return choices(self.model, requests, contracts, on_text)
         return decode(self.model, requests, on_text=on_text)
 
     def generate(  # noqa: PLR0913 - the options of every engine, by their usual names
@@ -206,11 +208,13 @@ class AdapterHub(Sharing):
         Inputs are texts, or the contract's fields by name; raises one DataError for all that do not fit.
         """
         (mix,) = self._shelf.ready([adapter])
-        contract = self._shelf.contract(mix) if task is None else as_task(task).contract
+        own = self._shelf.contract(mix)
+        contract = own if task is None else as_task(task).contract
         if contract is None:
             raise UsageError(
                 f"adapter {str(mix)!r} has no prompt contract; name a task: predict(..., task='qa')"
             )
+        check_labels(self.model, own, contract)
         told = partial(listeners.on_judged, str(mix))
         return predictions(self.model, contract, mix, listed(inputs, "inputs"), told)
 
@@ -346,6 +350,9 @@ class AdapterHub(Sharing):
             pairs = own_tasks(self._shelf, named)
         else:
             pairs = [(as_task(task), named) for task in listed(tasks, "tasks")]
+        for task, mixes in pairs:
+            for _, mix in mixes:
+                check_labels(self.model, self._shelf.contract(mix), task.contract)
         judged = [judge_task(self.model, task, group, limit, listeners) for task, group in pairs]
         scores = [score for group in judged for score in group]
         if save:
@@ -369,6 +376,7 @@ class AdapterHub(Sharing):
         adapters: Sequence[AdapterChoice] | None,
         sampling: Sampling,
     ) -> list[Request]:
+        check_writes(self.model)
         texts = [text(p, f"prompt {i}") for i, p in enumerate(listed(prompts, "prompts"))]
         mixes = self._mixes(adapters, len(texts))
         ids = self.backbone.tokenizer(texts).input_ids if texts else []

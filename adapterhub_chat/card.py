@@ -54,7 +54,7 @@ def _metadata(manifest: Manifest) -> dict[str, Any]:
     data: dict[str, Any] = {
         "base_model": manifest.base_model,
         "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _kind(manifest),
         "tags": [*tags, *manifest.training.tasks],
     }
     languages = [part.strip() for part in manifest.language.split(",")]
@@ -74,7 +74,7 @@ def _results(manifest: Manifest) -> list[dict[str, Any]]:
     """Return the Hub's own form of measured results: the adapter's value, and beside it the backbone's."""
     return [
         {
-            "task": {"type": "text-generation", "name": s.task},
+            "task": {"type": _kind(manifest), "name": s.task},
             "dataset": {"type": s.task, "name": f"{s.task} (test split)", "split": "test"},
             "metrics": [
                 {"type": s.metric, "value": round(value, 4), "name": name}
@@ -87,6 +87,22 @@ def _results(manifest: Manifest) -> list[dict[str, Any]]:
         }
         for s in manifest.scores
     ]
+
+
+def _classifies(manifest: Manifest) -> bool:
+    """Return whether the adapter is an encoder's, with a head."""
+    return manifest.fingerprint.architecture.endswith("ForSequenceClassification")
+
+
+def _kind(manifest: Manifest) -> str:
+    """Return the Hub's word for what the adapter does."""
+    return "text-classification" if _classifies(manifest) else "text-generation"
+
+
+_FORMAT = {
+    "text-generation": "The folder is in PEFT's format: `peft`, vLLM, LoRAX and SGLang load it unchanged.\n",
+    "text-classification": "The folder is in PEFT's format, with its head as `classifier`.\n",
+}
 
 
 def _warning(manifest: Manifest) -> str:
@@ -207,10 +223,12 @@ def _use(manifest: Manifest) -> str:
         f'hub = AdapterHub(backbone="{_code(manifest.backbone)}", pool="adapters")',
         f'hub.chat([[{{"role": "user", "content": "..."}}]], adapters=["{_code(manifest.name)}"])',
         "```\n",
-        "The folder is in PEFT's format: `peft`, vLLM, LoRAX and SGLang load it unchanged.\n",
+        _FORMAT[_kind(manifest)],
     ]
     if REPO.fullmatch(manifest.published) and REPO.fullmatch(manifest.base_model):
-        lines += _elsewhere(*map(_code, (manifest.base_model, manifest.published, manifest.name)))
+        base, repo, name = map(_code, (manifest.base_model, manifest.published, manifest.name))
+        labels = len(manifest.contract.labels) if _classifies(manifest) else 0
+        lines += _elsewhere(base, repo, name, labels)
     contract = manifest.contract
     lines += ["Prompt the adapter as it was trained:\n", "```text"]
     if contract.system:
@@ -222,18 +240,21 @@ def _use(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _elsewhere(base: str, repo: str, name: str) -> list[str]:
-    """Return how others than this project use the repository."""
+def _elsewhere(base: str, repo: str, name: str, labels: int) -> list[str]:
+    """Return how others than this project use the repository; with `labels`, an encoder's adapter."""
+    kind = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
+    sized = f", num_labels={labels}" if labels else ""
+    serve = f"vllm serve {base} --enable-lora --lora-modules {name}={repo}"
     return [
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM\n",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f"from transformers import {kind}\n",
+        f'base = {kind}.from_pretrained("{base}"{sized})',
         f'model = PeftModel.from_pretrained(base, "{repo}")',
         "```\n",
         "```bash",
         f"adapterhub-chat pull {repo}",
-        f"vllm serve {base} --enable-lora --lora-modules {name}={repo}",
+        *([] if labels else [serve]),
         "```\n",
     ]
 

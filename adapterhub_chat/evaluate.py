@@ -25,9 +25,9 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Task
 from adapterhub_chat.template import (
     Encoded,
-    encode_answers,
     encode_choices,
     encode_examples,
+    encode_labels,
     encode_prompts,
     messages_of,
 )
@@ -75,9 +75,10 @@ def label_scores(
 ) -> Tensor:
     """Return each label's share of the labels' likelihood, (examples, labels), rows summing to 1."""
     tokenizer = model.backbone.tokenizer
-    words = encode_answers(tokenizer, list(contract.labels.values()))
-    whole = 2 * len(words) * max(map(len, words))  # at most half a row is labels, and none is cut
+    words = encode_labels(tokenizer, contract)
+    whole = 2 * len(words) * (1 + max(map(len, words)))  # at most half a row is labels, none is cut
     length = max(ROW_LENGTH, -(-whole // ROW_STEP) * ROW_STEP)
+    length = min(length, model.backbone.max_length or length)
     encoded = encode_choices(tokenizer, contract, examples, max_length=length)
     losses = sequence_losses(model, encoded, mix, row_length=length, on_progress=on_progress)
     return (-losses).softmax(-1)

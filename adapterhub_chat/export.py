@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub_chat.backbone import Backbone, plain_copy, save_plain
+from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.errors import AdapterError, PoolError, UsageError
 from adapterhub_chat.generate import Request, next_token_logits
 from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.plain import plain_copy, save_plain
 from adapterhub_chat.quantized import rounded
 from adapterhub_chat.retention import divergence
 from adapterhub_chat.shelf import Shelf
@@ -71,6 +72,10 @@ def _check(backbone: Backbone, mix: Mix, folder: Path, form: str) -> None:
         found.append(f"form {form!r}: allowed are {', '.join(FORMS)}")
     if form == PACKED and backbone.quantize is None:
         found.append(f"form {PACKED!r}: this backbone is not quantized; load it with quantize=...")
+    if backbone.encodes:
+        found.append(
+            f"{backbone.name} is an encoder: an adapter's head is no part of it; use the folder"
+        )
     if not mix.weights:
         found.append("there is no adapter to merge; name one")
     if os.path.lexists(folder):

@@ -7,6 +7,7 @@ has passed the guard, wherever it comes from.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 from collections import Counter
@@ -19,20 +20,13 @@ import torch
 from safetensors.torch import save
 
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.guard import (
-    MAX_CONFIG,
-    MAX_WEIGHTS,
-    PREFIX,
-    Checked,
-    Factor,
-    Layers,
-    check,
-)
-from adapterhub_chat.guard import WEIGHTS as WEIGHTS
+from adapterhub_chat.guard import MAX_CONFIG, MAX_WEIGHTS, Checked, Layers, check
+from adapterhub_chat.header import HEAD_PLACES, PREFIX, Factor
+from adapterhub_chat.header import WEIGHTS as WEIGHTS
 from adapterhub_chat.peft_config import CONFIG as CONFIG
 from adapterhub_chat.peft_config import plain_config
 from adapterhub_chat.strict import opened, read_bytes
-from adapterhub_chat.weights import AdapterWeights
+from adapterhub_chat.weights import HEAD, AdapterWeights, Head
 
 DTYPES = {
     "F16": torch.float16,
@@ -63,6 +57,7 @@ def config_of(
         targets=_target_modules(weights, shapes),
         ranks={m: r for m, r in ranks.items() if r != rank},
         alphas={m: a for m, a in weights.alphas.items() if a != alpha},
+        head=weights.head is not None,
     )
 
 
@@ -79,6 +74,9 @@ def write_weights(path: Path, weights: AdapterWeights) -> None:
     for module, (a, b) in weights.factors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
+    if weights.head:
+        tensors[f"{PREFIX}{HEAD}.weight"] = weights.head.weight.float().contiguous()
+        tensors[f"{PREFIX}{HEAD}.bias"] = weights.head.bias.float().contiguous()
     path.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file hides the OSError
 
 
@@ -160,9 +158,10 @@ def _weights(data: torch.Tensor, checked: Checked) -> AdapterWeights:
         start, end, dtype = checked.start + run.start, checked.start + run.end, DTYPES[run.kind]
         numbers = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()
         shapes = [checked.layout.places[factor].shape for factor in run.factors]
-        parts = numbers.view(dtype).split([rows * columns for rows, columns in shapes])
+        parts = numbers.view(dtype).split([math.prod(shape) for shape in shapes])
         views = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
         tensors.update(zip(run.factors, views, strict=True))
     factors = {m: (tensors[m, "A"], tensors[m, "B"]) for m in checked.layout.pairs}
     alphas = {m: float(alpha) for m, alpha in checked.alphas.items()}
-    return AdapterWeights(factors, alphas, checked.config["use_rslora"], checked=True)
+    head = Head(*(tensors[place].float() for place in HEAD_PLACES)) if checked.layout.head else None
+    return AdapterWeights(factors, alphas, checked.config["use_rslora"], head, checked=True)

@@ -18,11 +18,21 @@ from adapterhub_chat.template import Encoded
 
 
 def engine_of(model: AdapterModel) -> Engine:
-    """Return the model's engine; the first call makes it."""
+    """Return the model's engine; the first call makes it. Raises UsageError for an encoder."""
+    check_writes(model)
     if model.engine is None:
         model.engine = Engine(model)
     engine: Engine = model.engine
     return engine
+
+
+def check_writes(model: AdapterModel) -> None:
+    """Raise UsageError for an encoder: it has no next tokens."""
+    if model.backbone.encodes:
+        raise UsageError(
+            f"{model.backbone.name} is an encoder: it writes no text and has no next tokens; use predict or "
+            "chat with an adapter that chooses among labels, or a language model as the backbone"
+        )
 
 
 def generate(
@@ -56,7 +66,8 @@ def generate(
 def next_token_logits(model: AdapterModel, requests: Sequence[Request]) -> Tensor:
     """Return float32 logits (rows, vocab) of the token after each prompt, on the CPU.
 
-    They are transformers' own modules', under each row's mix.
+    They are transformers' own modules', under each row's mix. On an encoder, whose answer is a label's
+    number, they are the label logits (rows, labels).
     """
     if not requests:
         return torch.zeros(0, model.backbone.model.config.vocab_size)
@@ -70,4 +81,4 @@ def next_token_logits(model: AdapterModel, requests: Sequence[Request]) -> Tenso
     return logits[torch.tensor(order).argsort()]
 
 
-__all__ = ["Request", "Sampling", "engine_of", "generate", "next_token_logits"]
+__all__ = ["Request", "Sampling", "check_writes", "engine_of", "generate", "next_token_logits"]

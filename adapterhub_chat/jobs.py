@@ -60,6 +60,8 @@ class Job:
     """Where it starts, with one scale for all modules; None: where the settings say."""
     auxiliary: Auxiliary | None = None
     """One more loss; it sees one process's rows, and its state is not saved."""
+    labels: int = 0
+    """How many labels its task has: on an encoder, its head's."""
 
 
 def make_job(tokenizer: Any, name: str, task: Task, config: TrainConfig) -> Job:
@@ -72,7 +74,7 @@ def make_job(tokenizer: Any, name: str, task: Task, config: TrainConfig) -> Job:
         encode_examples(tokenizer, task.contract, examples, max_length=config.row_length)
         for examples in (training, held_out if config.eval_examples else [])
     )
-    return Job(name, learnt, checked, config)
+    return Job(name, learnt, checked, config, labels=len(task.contract.labels))
 
 
 def sample(examples: Sequence[Example], limit: int, seed: int = 0) -> list[Example]:

@@ -79,6 +79,8 @@ class Learner:
         self.best: Tensor | None = None
         self.tokens = self.draws = 0
         self._start = start
+        for slot in self.slots:
+            bank.labels[slot] = start.labels
         self._scale = start.scale(next(iter(start.factors)))
         config = job.config
         self.optimizer: Any = torch.optim.AdamW(

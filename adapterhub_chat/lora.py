@@ -10,6 +10,7 @@ N rows, T tokens of a row, G groups (distinct slots in use).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adapterhub_chat.bank import Bank, Layout, Site
 from adapterhub_chat.errors import UsageError
@@ -141,6 +143,29 @@ class Plan:
         h = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT)
         y.view(len(a), -1, y.shape[-1]).baddbmm_(h, self._side_by_side[site.name])
         return y
+
+    def label_logits(self, features: Tensor, rows: Tensor, width: int) -> Tensor:
+        """Return label logits (P, >= width), float32, of features (P, W); each belongs to a row of the mix.
+
+        A row's logits are the weighted sum of its adapters' heads; labels that none of them knows get -inf,
+        and in a row without any head all labels are alike.
+        """
+        heads = [(own, mix) for own, mix in self._alike if own[0][0].head]
+        width = max([width, *(own[0][0].head[1].shape[1] for own, _ in heads)])
+        total = features.new_zeros(len(features), width, dtype=torch.float32)
+        known = torch.zeros_like(total, dtype=torch.bool)
+        for places, mix in heads:
+            weight, bias = (
+                torch.stack([bank.head[n][slot] for bank, slot in places]) for n in (0, 1)
+            )
+            spare = width - bias.shape[1]
+            each = torch.einsum("pw,glw->pgl", features.float(), weight.float()) + bias.float()
+            counts = torch.tensor([bank.labels[slot] for bank, slot in places])
+            own = torch.arange(bias.shape[1]) < counts[:, None]
+            share = (mix[rows.cpu()][:, :, None] * own).to(features.device)  # (P, G, L)
+            total = total + functional.pad((share * each).sum(1), (0, spare))
+            known |= functional.pad((share != 0).any(1), (0, spare))
+        return total.masked_fill(~known & known.any(1, keepdim=True), -math.inf)
 
     def entries(self, tokens: int = 1) -> list[Entries]:
         """Return this mix for the native products, made anew: one item for every layout of bank.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,4 +77,4 @@ def overlap_gradient(new: AdapterWeights, old: AdapterWeights) -> AdapterWeights
         if module in old.factors:
             its = old.factors[module][0].to(a)
             found[module] = (2 * (a @ its.T) @ its, torch.zeros_like(b))
-    return new.with_factors(found)
+    return replace(new.with_factors(found), head=None)

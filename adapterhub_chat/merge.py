@@ -101,7 +101,12 @@ def merge(
     `rank` None takes the method's own (`Method.ranks`). Nothing random happens but by `seed`.
     """
     chosen = METHODS.get(method)
-    if found := list(_misfits(adapters, weights, method, rank, density)):
+    found = list(_misfits(adapters, weights, method, rank, density))
+    if any(adapter.head for adapter in adapters):
+        found.append(
+            "adapters of an encoder have heads, which no method merges; mix them row by row"
+        )
+    if found:
         raise ConfigError("the merge", found)
     assert chosen is not None
     given = default_weights(chosen, len(adapters)) if weights is None else weights

@@ -20,6 +20,7 @@ from adapterhub_chat.assets import cache_dir
 from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.bank import Bank, Site, find_sites, linear_shapes
 from adapterhub_chat.batches import Batch
+from adapterhub_chat.encoders import first_position, pooled
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
 from adapterhub_chat.lora import activate, active, attach
@@ -49,8 +50,8 @@ class AdapterModel:
         self.sites = find_sites(backbone.model)
         self.shapes = linear_shapes(backbone.model)
         self._detach = attach(backbone.model, self.sites)
-        head = backbone.model.get_output_embeddings()
-        self._head = head.register_forward_pre_hook(_keep_positions)
+        head = None if backbone.encodes else backbone.model.get_output_embeddings()
+        self._head = head and head.register_forward_pre_hook(_keep_positions)
         self.slots = Slots(self._new_slots, budget, partial(native.write, cache_dir() / "native"))
         self.acquire: Callable[[Mix], Held] = self.slots.hold
         """How forwards and engines hold a mix's adapters; a shelf loads those first that are not here."""
@@ -76,7 +77,7 @@ class AdapterModel:
             raise AdapterError(
                 f"{BACKBONE!r} is reserved: it means no adapter; choose another name"
             )
-        if found := misfits(weights, self.shapes):
+        if found := misfits(weights, self.shapes, self.backbone.width):
             raise AdapterError(joined(f"adapter {name!r} does not fit {self.backbone.name}", found))
         self.slots.load(name, weights, identity)
 
@@ -101,9 +102,12 @@ class AdapterModel:
     def answer_logits(self, batch: Batch) -> Tensor:
         """Return logits (P, V) at the batch's predicting positions alone, under the active mix.
 
-        The head never sees the other positions: for a 49k vocabulary it is a quarter of all the work.
+        The head never sees the other positions: for a 49k vocabulary it is a quarter of all the work. On an
+        encoder, the vocabulary is the labels' numbers, and a text's logits come from its adapter's head.
         """
         batch = batch.to(self.backbone.device)
+        if self.backbone.encodes:
+            return self._label_logits(batch)
         spare = -len(batch.keep) % KEEP_STEP  # few shapes: a new one costs a CPU set-up time
         with keeping(functional.pad(batch.keep, (0, spare))):
             out = self.backbone.model(
@@ -114,6 +118,31 @@ class AdapterModel:
             )
         logits: Tensor = out.logits
         return logits[: len(batch.keep)]
+
+    def features(self, batch: Batch) -> Tensor:
+        """Return what the text around each predicting position is to the backbone, (P, W), float32.
+
+        An encoder's own features; of a language model, the mean of the last hidden states.
+        """
+        batch = batch.to(self.backbone.device)
+        base = self.backbone.model.base_model
+        start = first_position(self.backbone.model.config)
+        options = {} if self.backbone.encodes else {"use_cache": False}
+        hidden = base(
+            input_ids=batch.ids,
+            attention_mask=self._mask(batch),
+            position_ids=batch.positions + start,
+            **options,
+        ).last_hidden_state
+        return pooled(base, hidden, batch, self.backbone.pooling or "mean")
+
+    def _label_logits(self, batch: Batch) -> Tensor:
+        """Return logits (P, labels), float32, by the heads of each row's mix; without any, all are alike."""
+        features, plan = self.features(batch), active()
+        width = int(batch.targets.max()) + 1
+        if plan is None:
+            return features.new_zeros(len(features), width)
+        return plan.label_logits(features, batch.keep // batch.ids.shape[1], width)
 
     @contextmanager
     def checkpointing(self, on: bool = True) -> Iterator[None]:
@@ -144,7 +173,7 @@ class AdapterModel:
 
     def _mask(self, batch: Batch) -> Tensor:
         """Return the batch's mask; for the CPU's training attention, once for every head."""
-        mask = batch.mask(self.backbone.dtype)
+        mask = batch.mask(self.backbone.dtype, causal=not self.backbone.encodes)
         if not torch.is_grad_enabled() or mask.device.type != "cpu":
             return mask
         heads = getattr(self.backbone.model.config, "num_attention_heads", 1)
@@ -157,21 +186,40 @@ class AdapterModel:
         slots: int,
         rank: int,
         dtype: torch.dtype,
+        labels: int = 0,
         trainable: bool = False,
     ) -> Bank:
-        """Return an empty bank over the sites that have one of `modules`, rank rounded up."""
+        """Return an empty bank over the sites that have one of `modules`, rank rounded up.
+
+        With `labels`, it also holds heads for so many.
+        """
         sites = [s for s in self.sites if not set(modules).isdisjoint(s.members)]
         rank = -(-rank // RANK_STEP) * RANK_STEP
         device = self.backbone.device
-        return Bank(sites, slots=slots, rank=rank, dtype=dtype, device=device, trainable=trainable)
+        width = self.backbone.width
+        return Bank(
+            sites,
+            slots=slots,
+            rank=rank,
+            dtype=dtype,
+            device=device,
+            head=(labels, width) if labels and width else None,
+            trainable=trainable,
+        )
 
-    def _new_slots(self, modules: Sequence[str], slots: int, rank: int) -> Bank:
-        return self.new_bank(modules, slots=slots, rank=rank, dtype=self.backbone.dtype)
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        """The type of numbers in slots: the backbone's own, but an encoder's adapters keep a head in fp32."""
+        return torch.float32 if self.backbone.encodes else self.backbone.dtype
+
+    def _new_slots(self, modules: Sequence[str], slots: int, rank: int, labels: int) -> Bank:
+        return self.new_bank(modules, slots=slots, rank=rank, dtype=self.slot_dtype, labels=labels)
 
     def close(self) -> None:
         """Detach from the backbone, which is then as it was."""
         self._detach()
-        self._head.remove()
+        if self._head:
+            self._head.remove()
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

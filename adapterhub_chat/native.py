@@ -150,6 +150,7 @@ def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
     places, factor = torch.tensor(parts), torch.tensor(scales)
     call = getattr(library(folder), f"fill_{SUFFIX[bank.dtype]}")
     call(_at(places), _at(factor), _int(len(scales)))
+    bank.write_head(slot, weights.head)
 
 
 class Sites:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterhub_chat.config import RunOptions, read_settings
+from adapterhub_chat.config import RunOptions, TrainConfig, read_settings
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inputs import listed
 from adapterhub_chat.task import Task, as_task
-from adapterhub_chat.workshop import Order, configs_of
+from adapterhub_chat.workshop import Order
 
 
 def order_of(
@@ -30,6 +30,19 @@ def order_of(
     common = {key: value for key, value in shared.items() if key not in run}
     return Order(
         tasks=dict(zip(titles, loaded, strict=True)),
-        configs=configs_of(titles, common, settings),
+        configs=_configs_of(titles, common, settings),
         options=read_settings(RunOptions, run, "the run"),
     )
+
+
+def _configs_of(
+    names: Sequence[str], shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
+) -> dict[str, TrainConfig]:
+    """Return each adapter's settings: the shared ones under its own."""
+    if unknown := [name for name in own if name not in names]:
+        trained = ", ".join(names)
+        raise UsageError(f"settings for {', '.join(unknown)}, but this run trains {trained}")
+    return {
+        name: read_settings(TrainConfig, {**shared, **own.get(name, {})}, f"settings of {name!r}")
+        for name in names
+    }

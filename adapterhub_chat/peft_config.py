@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 from adapterhub_chat.strict import shown
+from adapterhub_chat.weights import HEAD
 
 CONFIG = "adapter_config.json"
 MAX_RANK = 1024
@@ -73,6 +74,13 @@ def _is_target(value: Any) -> bool:
     return _is_names(value) and bool(value)
 
 
+def _is_head(value: Any) -> bool:
+    """Return whether it is off, or the head of a classifying model, as PEFT writes it by itself."""
+    return _off(value) or (
+        isinstance(value, list) and HEAD in value and set(value) <= {HEAD, "score"}
+    )
+
+
 _CHOICE = _one_of(True, False, None)
 _TRAINING = (
     lambda value: value is None or isinstance(value, dict),
@@ -87,7 +95,10 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": (_off, "DoRA rescales the backbone's own weights, so rows cannot be mixed"),
     "bias": (_one_of("none", None), "trained biases belong to the backbone"),
     "lora_bias": (_off, "a bias beside B is not part of the update B A x"),
-    "modules_to_save": (_off, "replaced modules would change the backbone for every adapter"),
+    "modules_to_save": (
+        _is_head,
+        f"replaced modules would change the backbone for every adapter; only a head, ['{HEAD}'], comes along",
+    ),
     "layer_replication": (_off, "copied layers make another backbone"),
     "trainable_token_indices": (_off, "changed embeddings belong to the backbone"),
     "use_qalora": (_off, "QALoRA pools the input and needs its own layer"),
@@ -121,7 +132,10 @@ SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         _PLAIN_LIST,
     ),
     # what is said about the adapter
-    "task_type": (_one_of("CAUSAL_LM", None), "only 'CAUSAL_LM' is served here"),
+    "task_type": (
+        _one_of("CAUSAL_LM", "SEQ_CLS", None),
+        "only 'CAUSAL_LM' and, with a head on an encoder, 'SEQ_CLS' are served here",
+    ),
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
     "peft_version": _TEXT,
@@ -190,7 +204,12 @@ def _pattern_misfits(
 
 
 def _choice_misfits(config: Mapping[str, Any]) -> list[str]:
-    """Return why PEFT could not tell which modules are meant."""
+    """Return why PEFT could not tell which modules are meant, or whether there is a head."""
+    if (config.get("task_type") == "SEQ_CLS") != (not _off(config.get("modules_to_save"))):
+        return [
+            f"task_type 'SEQ_CLS' and modules_to_save ['{HEAD}'] go together: an encoder's adapter and its "
+            "head"
+        ]
     given = [s for s in ("layers_to_transform", "layers_pattern") if not _off(config.get(s))]
     if given and isinstance(config["target_modules"], str):
         return [f"{' and '.join(given)}: only a list of target_modules can be narrowed by layers"]
@@ -212,11 +231,12 @@ def plain_config(
     narrowed: Mapping[str, list[Any]] | None = None,
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
+    head: bool = False,
 ) -> dict[str, Any]:
     """Return PEFT's LoraConfig for plain LoRA: nothing in it is chosen by anybody but these values."""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
@@ -227,7 +247,7 @@ def plain_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": [HEAD] if head else None,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         **(narrowed or {}),
         "rank_pattern": dict(ranks or {}),
@@ -249,6 +269,7 @@ def rebuilt(config: Mapping[str, Any]) -> dict[str, Any]:
         narrowed={k: list(v) if isinstance(v, list) else [v] for k, v in given.items()},
         ranks=config.get("rank_pattern"),
         alphas=config.get("alpha_pattern"),
+        head=config.get("task_type") == "SEQ_CLS",
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapterhub_chat import evaluate as judging
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.generate import next_token_logits
 from adapterhub_chat.inputs import conversation, unanswered
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.requests import Request
@@ -47,6 +49,38 @@ def predictions(
         scores = dict(zip(labels, row, strict=True))
         found.append(Prediction(contract.labels[label], str(mix), label, scores))
     return found
+
+
+def check_labels(model: AdapterModel, own: PromptContract | None, asked: PromptContract) -> None:
+    """Raise UsageError when an encoder's adapter is asked for other labels than its head's, in its order."""
+    if not model.backbone.encodes or own is None or list(own.labels) == list(asked.labels):
+        return
+    raise UsageError(
+        f"the adapter's head knows the labels {', '.join(own.labels)}, in this order; the task asks for "
+        f"{', '.join(asked.labels) or 'free answers'}: train an adapter for it, or give its labels that order"
+    )
+
+
+def choices(
+    model: AdapterModel,
+    requests: Sequence[Request],
+    contracts: Sequence[PromptContract | None],
+    on_text: Callable[[int, str], None],
+) -> list[str]:
+    """Return what an encoder's adapters answer to requests in one batch: the words of the likeliest label.
+
+    Raises UsageError naming the rows whose mix has no adapter, or one without labels, to choose by.
+    """
+    words = [list(contract.labels.values()) if contract else [] for contract in contracts]
+    if silent := [f"{i} ({requests[i].mix})" for i, own in enumerate(words) if not own]:
+        raise UsageError(
+            f"an encoder answers by an adapter with labels, and row {', '.join(silent)} has none"
+        )
+    logits = next_token_logits(model, requests)
+    texts = [own[int(row[: len(own)].argmax())] for own, row in zip(words, logits, strict=True)]
+    for row, said in enumerate(texts):
+        on_text(row, said)
+    return texts
 
 
 def replies(

@@ -26,8 +26,8 @@ SEGMENT = 4
 SMALLEST_RANK = 8
 """Ranks are rounded up to a power of two from here on: few layouts, and products of fast widths."""
 
-NewBank = Callable[[Sequence[str], int, int], Bank]
-"""(modules, slots, rank) -> an empty bank."""
+NewBank = Callable[[Sequence[str], int, int, int], Bank]
+"""(modules, slots, rank, labels) -> an empty bank."""
 
 Write = Callable[[Bank, int, AdapterWeights], None]
 """Puts an adapter into a slot of a bank."""
@@ -84,7 +84,7 @@ class Slots:
         self._new_bank, self._write = new_bank, write
         self._names: dict[str, Resident] = {}
         self._segments: list[_Segment] = []
-        self._layouts: dict[tuple[tuple[str, ...], int], tuple[Layout, int]] = {}
+        self._layouts: dict[tuple[tuple[str, ...], int, int], tuple[Layout, int]] = {}
         self._likes: dict[object, AdapterWeights] = {}
         self._lock = threading.RLock()
 
@@ -184,10 +184,9 @@ class Slots:
     def _like(self, weights: AdapterWeights) -> AdapterWeights:
         """Return modules, shapes and alphas without numbers, one object for all that agree in them."""
         shapes = tuple((m, a.shape, b.shape, a.dtype) for m, (a, b) in weights.factors.items())
-        key = shapes, tuple(weights.alphas.items()), weights.rslora
+        key = shapes, tuple(weights.alphas.items()), weights.rslora, weights.labels
         if (found := self._likes.get(key)) is None:
-            empty = {m: (a.to("meta"), b.to("meta")) for m, (a, b) in weights.factors.items()}
-            found = self._likes.setdefault(key, weights.with_factors(empty))
+            found = self._likes.setdefault(key, weights.shapes_only())
         return found
 
     # -- inside, under the lock --------------------------------------------------------------------
@@ -215,18 +214,18 @@ class Slots:
         rank = SMALLEST_RANK
         while rank < weights.max_rank:
             rank *= 2
-        modules = tuple(weights.factors)
-        if (modules, rank) not in self._layouts:
-            trial = self._new_bank(modules, 0, rank)
-            self._layouts[modules, rank] = trial.layout, trial.slot_bytes
-        layout, size = self._layouts[modules, rank]
+        modules, labels = tuple(weights.factors), weights.labels
+        if (modules, rank, labels) not in self._layouts:
+            trial = self._new_bank(modules, 0, rank, labels)
+            self._layouts[modules, rank, labels] = trial.layout, trial.slot_bytes
+        layout, size = self._layouts[modules, rank, labels]
         while True:
             for segment in self._segments:
                 if segment.free and segment.bank.layout == layout:
                     return segment.bank, segment.free.pop()
             left = SEGMENT if self.budget is None else (self.budget - self.nbytes) // size
             if left >= 1:
-                bank = self._new_bank(modules, min(left, SEGMENT), rank)
+                bank = self._new_bank(modules, min(left, SEGMENT), rank, labels)
                 self._segments.append(_Segment(bank, list(range(bank.slots))))
             elif not self._drop_an_empty_segment():
                 self._evict(name, size)

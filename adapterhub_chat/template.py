@@ -6,11 +6,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.prompt import render_prompt
 from adapterhub_chat.types import Example, Message, PromptContract
 
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 """For tokenizers without a chat template (base models): the turns, a line each."""
+
+CLASSIFIES = "{# the answer is a label's number #}"
+"""How the chat template of an encoder's tokenizer begins: answers are no text there, but labels to choose."""
+ENCODER_TEMPLATE = (
+    CLASSIFIES + "{{ cls_token }}{% for m in messages if m['role'] != 'system' %}"
+    "{% if not loop.first %}{{ sep_token }}{% endif %}{{ m['content'] }}{% endfor %}{{ sep_token }}"
+)
+"""An encoder reads the turns with its own marks between them; a system turn tells it nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +75,15 @@ def encode_answers(
 def encode_examples(
     tokenizer: Any, contract: PromptContract, examples: Iterable[Example], *, max_length: int
 ) -> list[Encoded]:
-    """Return each example with its answer (a label's words) as the one continuation, for training."""
+    """Return each example with its answer (a label's words) as the one continuation, for training.
+
+    For an encoder's tokenizer the continuation is the label's number. Raises UsageError where there are none.
+    """
     listed = list(examples)
     prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in listed])
+    if classifies(tokenizer):
+        numbers = [label_numbers(e.contract or contract)[e.answer] for e in listed]
+        return [fit(p, ((n,),), max_length) for p, n in zip(prompts, numbers, strict=True)]
     words = [(e.contract or contract).labels.get(e.answer, e.answer) for e in listed]
     answers = encode_answers(tokenizer, words)
     return [fit(p, (a,), max_length) for p, a in zip(prompts, answers, strict=True)]
@@ -77,16 +92,39 @@ def encode_examples(
 def encode_choices(
     tokenizer: Any, contract: PromptContract, examples: Iterable[Example], *, max_length: int
 ) -> list[Encoded]:
-    """Return each example with every label's words as a continuation, in the order of the label set.
+    """Return each example with every label as a continuation, in the order of the label set."""
+    labels = encode_labels(tokenizer, contract)
+    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
+    return [fit(p, tuple(labels), max_length) for p in prompts]
+
+
+def encode_labels(tokenizer: Any, contract: PromptContract) -> list[tuple[int, ...]]:
+    """Return the ids of each label's words; for an encoder's tokenizer, each label's number.
 
     The end-of-turn token takes part only where one label's tokens begin another's.
     """
+    if classifies(tokenizer):
+        return [(number,) for number in label_numbers(contract).values()]
     words = list(contract.labels.values())
     labels = encode_answers(tokenizer, words, end=False)
     if any(a != b and b[: len(a)] == a for a in labels for b in labels):
         labels = encode_answers(tokenizer, words)
-    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
-    return [fit(p, tuple(labels), max_length) for p in prompts]
+    return labels
+
+
+def classifies(tokenizer: Any) -> bool:
+    """Return whether a tokenizer is an encoder's: its answers are labels' numbers."""
+    return str(tokenizer.chat_template or "").startswith(CLASSIFIES)
+
+
+def label_numbers(contract: PromptContract) -> dict[str, int]:
+    """Return each label's number in a head; raise UsageError for a contract of free answers."""
+    if not contract.labels:
+        raise UsageError(
+            "an encoder chooses among labels and writes no text: give it a task with labels, or use a "
+            "language model as the backbone"
+        )
+    return {label: number for number, label in enumerate(contract.labels)}
 
 
 def unwritable(tokenizer: Any, texts: Sequence[str]) -> float:

@@ -315,6 +315,7 @@ class Run:
     def _families(self) -> list[Family]:
         """Lay out the bank (a slot for each task, for what stands under it, and for what it shares)."""
         shared = {job.shared: [j for j in self.jobs if j.shared == job.shared] for job in self.jobs}
+        width = self.model.backbone.width
         starts = {
             job.name: job.start
             or initial_weights(
@@ -323,6 +324,7 @@ class Run:
                 alpha=job.config.alpha,
                 rslora=job.config.rslora,
                 seed=job.config.seed,
+                head=(job.labels, width) if job.labels and width else None,
             )
             for job in self.jobs
         }
@@ -340,7 +342,8 @@ class Run:
             tuple(dict.fromkeys(m for weights in all_weights for m in weights.factors)),
             slots=free + len(frozen),
             rank=max(weights.max_rank for weights in all_weights),
-            dtype=self.model.backbone.dtype,
+            dtype=self.model.slot_dtype,
+            labels=max(weights.labels for weights in all_weights),
             trainable=True,
         )
         for slot, job in enumerate(frozen, free):
@@ -371,8 +374,8 @@ class Run:
             own = [job.name, job.shared, job.config.model_dump()]
             digest.update(json.dumps(own).encode())
             for other in filter(None, (job.under, job.start)):
-                for pair in other.factors.values():
-                    digest.update(b"".join(t.numpy().tobytes() for t in pair))
+                for tensor in other.tensors():
+                    digest.update(tensor.numpy().tobytes())
             digest.update(repr([*job.train, "|", *job.validation]).encode())
         return digest.hexdigest()
 

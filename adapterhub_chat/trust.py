@@ -55,7 +55,7 @@ def status_of(manifest: Manifest | None, backbone: Fingerprint) -> Status:
 def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
     """Judge an adapter by its modules, their shapes and its fingerprint, without running it."""
     mine = model.backbone.fingerprint
-    found = list(misfits(stored.weights, model.shapes))
+    found = list(misfits(stored.weights, model.shapes, model.backbone.width))
     found += absent_misfits(stored.config, stored.weights.factors, model.shapes)
     status = status_of(stored.manifest, mine)
     if stored.manifest is None:
@@ -96,7 +96,7 @@ def make_probe(model: AdapterModel, name: AdapterChoice) -> Probe:
         raise AdapterError(
             f"{as_mix(name)}: it makes logits that are not finite; it cannot be used"
         )
-    tokens = with_adapter.topk(PROBE_TOKENS).indices
+    tokens = with_adapter.topk(min(PROBE_TOKENS, len(with_adapter))).indices
     return Probe(
         prompt=PROBE_PROMPT,
         tokens=tuple(tokens.tolist()),

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from adapterhub_chat.errors import AdapterError
+
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A (r, in), B (out, r))."""
+
+
+HEAD = "classifier"
+"""What PEFT and transformers call the module that makes label logits of an encoder's features."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an adapter on an encoder answers with: logits of its labels from a text's features, float32."""
+
+    weight: Tensor
+    """(labels, width)."""
+    bias: Tensor
+    """(labels,)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Labels and width of the features."""
+        return int(self.weight.shape[0]), int(self.weight.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +43,8 @@ class AdapterWeights:
     alphas: Mapping[str, float]
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r."""
+    head: Head | None = None
+    """On an encoder: what makes label logits; adapters on language models have none."""
     checked: bool = field(default=False, repr=False, compare=False)
     """All numbers are known to be finite: the guard has seen each of them."""
     _finite: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -43,24 +66,42 @@ class AdapterWeights:
     @property
     def num_parameters(self) -> int:
         """How many numbers the adapter has."""
-        return sum(a.numel() + b.numel() for a, b in self.factors.values())
+        return sum(tensor.numel() for tensor in self.tensors())
+
+    @property
+    def labels(self) -> int:
+        """How many labels its head knows, 0 without one."""
+        return self.head.shape[0] if self.head else 0
 
     def finite(self) -> bool:
         """Return whether all numbers are finite; they are looked at once, for they do not change."""
         if not self._finite:
-            factors = (factor for pair in self.factors.values() for factor in pair)
-            self._finite.append(self.checked or all(_is_finite(f.detach()) for f in factors))
+            numbers = (tensor.detach() for tensor in self.tensors())
+            self._finite.append(self.checked or all(map(_is_finite, numbers)))
         return self._finite[0]
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all its numbers: A and B of each module, and the head's."""
+        for pair in self.factors.values():
+            yield from pair
+        if self.head:
+            yield from (self.head.weight, self.head.bias)
+
     def with_factors(self, factors: Factors) -> AdapterWeights:
-        """Return the same adapter with other numbers of the same shapes."""
+        """Return the same adapter, its head too, with other factors of the same shapes."""
         return replace(self, factors=MappingProxyType(dict(factors)), checked=False)
 
     def to(self, dtype: torch.dtype) -> AdapterWeights:
-        """Return the adapter rounded to `dtype`."""
+        """Return the adapter with its factors rounded to `dtype`; the head stays as it is."""
         return self.with_factors(
             {m: (a.to(dtype), b.to(dtype)) for m, (a, b) in self.factors.items()}
         )
+
+    def shapes_only(self) -> AdapterWeights:
+        """Return the adapter without its numbers."""
+        factors = {m: (a.to("meta"), b.to("meta")) for m, (a, b) in self.factors.items()}
+        head = self.head and Head(self.head.weight.to("meta"), self.head.bias.to("meta"))
+        return replace(self.with_factors(factors), head=head)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -69,14 +110,33 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def concatenate(adapters: Sequence[AdapterWeights]) -> AdapterWeights:
-    """Return one adapter whose update is the sum of theirs, exactly: ranks side by side, scale in B."""
+    """Return one adapter whose update is the sum of theirs, exactly: ranks side by side, scale in B.
+
+    Its head's logits are the sum of theirs, too. Raises AdapterError for heads of different sizes.
+    """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for module in dict.fromkeys(m for adapter in adapters for m in adapter.factors):
         own = [adapter for adapter in adapters if module in adapter.factors]
         first = torch.cat([adapter.factors[module][0].float() for adapter in own])
         seconds = [adapter.factors[module][1].float() * adapter.scale(module) for adapter in own]
         factors[module] = (first, torch.cat(seconds, dim=1))
-    return AdapterWeights(factors, {m: float(a.shape[0]) for m, (a, _) in factors.items()})
+    alphas = {m: float(a.shape[0]) for m, (a, _) in factors.items()}
+    return AdapterWeights(factors, alphas, head=_sum_of_heads(adapters))
+
+
+def _sum_of_heads(adapters: Sequence[AdapterWeights]) -> Head | None:
+    heads = [adapter.head for adapter in adapters if adapter.head]
+    if len({head.shape for head in heads}) > 1:
+        sizes = ", ".join(str(head.shape[0]) for head in heads)
+        raise AdapterError(
+            f"heads of {sizes} labels cannot be added up: the labels must be the same"
+        )
+    if not heads:
+        return None
+    first, *others = heads
+    return Head(
+        sum((h.weight for h in others), first.weight), sum((h.bias for h in others), first.bias)
+    )
 
 
 def initial_weights(
@@ -86,8 +146,11 @@ def initial_weights(
     alpha: float,
     rslora: bool = False,
     seed: int,
+    head: tuple[int, int] | None = None,
 ) -> AdapterWeights:
     """Return a fresh adapter that does nothing yet: A uniform as in PEFT's default, B zero.
+
+    With `head` (labels, width of the features) it has a head of zeros, to which all labels are alike.
 
     `shapes` maps each module to (in, out). Every module draws from its own generator, seeded by `seed`
     and its name, so that an adapter starts the same whatever is trained beside it.
@@ -98,7 +161,9 @@ def initial_weights(
         bound = 1 / math.sqrt(width_in)  # kaiming_uniform with a = sqrt(5)
         a = torch.empty(rank, width_in).uniform_(-bound, bound, generator=generator)
         factors[module] = (a, torch.zeros(width_out, rank))
-    return AdapterWeights(factors, dict.fromkeys(shapes, float(alpha)), rslora)
+    alphas = dict.fromkeys(shapes, float(alpha))
+    made = Head(torch.zeros(head), torch.zeros(head[0])) if head else None
+    return AdapterWeights(factors, alphas, rslora, made)
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -109,9 +174,15 @@ def seed_of(seed: int, name: str) -> int:
     return mixed
 
 
-def misfits(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]]) -> Sequence[str]:
-    """Return a sentence for every module that is missing from `shapes`, has other sizes or bad numbers."""
-    found = []
+def misfits(
+    weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], width: int | None = None
+) -> Sequence[str]:
+    """Return a sentence for every module that is missing from `shapes`, has other sizes or bad numbers.
+
+    `width` is that of an encoder's features, which need a head; None: a language model, which has no use for
+    one.
+    """
+    found = _head_misfits(weights.head, width)
     finite = weights.finite()
     for module, (a, b) in weights.factors.items():
         if module not in shapes:
@@ -125,4 +196,23 @@ def misfits(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]]) -> S
             found.append(f"{module}: A has rank {a.shape[0]}, B has rank {b.shape[1]}")
         elif not (finite or (a.isfinite().all() and b.isfinite().all())):
             found.append(f"{module}: some numbers are not finite")
+    return found
+
+
+def _head_misfits(head: Head | None, width: int | None) -> list[str]:
+    if head is None:
+        missing = f"it has no head ({HEAD}), which an encoder needs to answer"
+        return [] if width is None else [missing]
+    if width is None:
+        return [
+            f"it has a head ({HEAD}), which a language model does not use: load it on its encoder"
+        ]
+    found = []
+    if head.weight.shape != (*head.bias.shape, width):
+        found.append(
+            f"{HEAD}: the head is {tuple(head.weight.shape)} with a bias {tuple(head.bias.shape)}, the "
+            f"backbone's features have width {width}"
+        )
+    if not (_is_finite(head.weight) and _is_finite(head.bias)):
+        found.append(f"{HEAD}: some numbers are not finite")
     return found

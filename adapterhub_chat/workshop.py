@@ -15,7 +15,7 @@ import torch
 
 from adapterhub_chat.backbone import load_backbone
 from adapterhub_chat.checkpoint import Checkpoints
-from adapterhub_chat.config import RunOptions, TrainConfig, read_settings, sweep_misfits
+from adapterhub_chat.config import RunOptions, TrainConfig, sweep_misfits
 from adapterhub_chat.courses import Candidate, Course, Made
 from adapterhub_chat.errors import (
     AdapterError,
@@ -240,10 +240,20 @@ def _check(shelf: Shelf, order: Order) -> None:
     common = {"shared": options.shared_name, "sequence": options.grown_name}.get(options.how)
     for name in (*names, *filter(None, [common])):
         check_name(name)
-    found = [*_mode_misfits(order), *_sweep_misfits(order), *_folder_misfits(order)]
+    encodes = shelf.model.backbone.encodes
+    found = [
+        *_mode_misfits(order, encodes=encodes),
+        *_sweep_misfits(order),
+        *_folder_misfits(order),
+    ]
     if common in names:
         found.append(f"{common!r} is the name of a task's adapter and of the common one")
     for name, config in order.configs.items():
+        most = shelf.model.backbone.max_length
+        if most is not None and config.row_length > most:
+            found.append(
+                f"{name}: row_length {config.row_length}, and the encoder reads {most} tokens"
+            )
         try:
             targeted(shelf.model.shapes, config.targets, config.layers)
         except UsageError as error:
@@ -256,10 +266,12 @@ def _check(shelf: Shelf, order: Order) -> None:
         shelf.pool.check_writable()
 
 
-def _mode_misfits(order: Order) -> Iterator[str]:
+def _mode_misfits(order: Order, *, encodes: bool) -> Iterator[str]:
     """Yield what is asked for and would have no effect, or cannot be."""
     options, configs = order.options, list(order.configs.values())
     grows = options.how == "sequence" and options.grow
+    if encodes and grows:
+        yield "grow needs a language model: an encoder's heads of several tasks do not add up"
     if options.grow and not grows:
         yield "grow needs how='sequence'"
     if options.replay and not grows:
@@ -352,19 +364,6 @@ def judge_task(
 
 def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=2)
-
-
-def configs_of(
-    names: Sequence[str], shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
-) -> dict[str, TrainConfig]:
-    """Return each adapter's settings: the shared ones under its own."""
-    if unknown := [name for name in own if name not in names]:
-        trained = ", ".join(names)
-        raise UsageError(f"settings for {', '.join(unknown)}, but this run trains {trained}")
-    return {
-        name: read_settings(TrainConfig, {**shared, **own.get(name, {})}, f"settings of {name!r}")
-        for name in names
-    }
 
 
 def own_tasks(

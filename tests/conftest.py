@@ -12,8 +12,14 @@ import huggingface_hub
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.backbone import load_backbone
@@ -85,6 +91,59 @@ def other_folder(tmp_path_factory):
     pico_model(seed=1).save_pretrained(folder)
     pico_tokenizer().save_pretrained(folder)
     return folder
+
+
+def pico_encoder(tokenizer, pooling="first"):
+    """A tiny BERT, with a pooling layer or without."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    return BertModel(config, add_pooling_layer=pooling == "first").eval()
+
+
+def encoder_tokenizer():
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special)
+    words = ["positive negative good bad review film " + " ".join(WORDS) + " 0123456789"]
+    tokenizer.train_from_iterator(words * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **dict(
+            zip(
+                ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
+                special,
+                strict=True,
+            )
+        ),
+    )
+
+
+@pytest.fixture(scope="session", params=["first", "mean"])
+def encoder_folder(request, tmp_path_factory):
+    """A BERT folder that plain transformers loads, with a pooling layer and without."""
+    folder = tmp_path_factory.mktemp(f"encoder-{request.param}")
+    tokenizer = encoder_tokenizer()
+    pico_encoder(tokenizer, request.param).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder_hub(encoder_folder, tmp_path):
+    return AdapterHub(str(encoder_folder), tmp_path / "pool", dtype="fp32", device="cpu")
 
 
 @pytest.fixture

@@ -23,6 +23,13 @@ LEAST = {  # examples in all splits; in test
     "entertainment": (4_000, 350),
     "education": (2_000, 150),
     "education-zh": (30_000, 2_500),
+    "sentiment-zh": (17_000, 1_600),
+    "intents-en": (1_300, 60),
+    "intents-zh": (1_300, 60),
+    "intents-de": (1_300, 60),
+    "intents-fr": (1_300, 60),
+    "intents-es": (1_300, 60),
+    "reply-choice-zh": (1_500, 100),
     "support-tickets": (60, 10),
 }
 TASKS = [

@@ -25,7 +25,8 @@ from safetensors.torch import load, save
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, config_of, read_folder, write_weights
-from adapterhub_chat.guard import MAX_GAIN, MAX_HEADER, MAX_TENSORS, MAX_VALUE, check
+from adapterhub_chat.guard import MAX_GAIN, MAX_VALUE, check
+from adapterhub_chat.header import MAX_HEADER, MAX_TENSORS
 from adapterhub_chat.manifest import FILE as MANIFEST
 from adapterhub_chat.peft_config import (
     SETTINGS,
@@ -720,7 +721,7 @@ CONFIGS = {
     ),
     "a class to run": (setting(auto_mapping={"base_model_class": "X()"}), "auto_mapping = "),
     "58 unknown task": (setting(task_type="EVIL"), "task_type = 'EVIL' is refused"),
-    "another task": (setting(task_type="SEQ_CLS"), "task_type = 'SEQ_CLS' is refused"),
+    "another task": (setting(task_type="SEQ_CLS"), "go together"),
     "59 DoRA": (setting(use_dora=True), "use_dora = True is refused: DoRA"),
     "use_rslora a text": (setting(use_rslora="no"), "use_rslora = 'no' is refused"),
     "use_rslora a number": (setting(use_rslora=1), "use_rslora = 1 is refused"),

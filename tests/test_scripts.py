@@ -147,6 +147,21 @@ def test_transfer_makes_a_table_and_goes_on_where_it_stopped(
     assert "hostile source is called hurts" in capsys.readouterr().out
 
 
+def test_compare_languages_scores_every_way(tasks, encoder_folder, capsys):
+    pair = f"{tasks[0]}:{tasks[0]}"
+    size = ("--steps", 4, "--shots", 6, "--limit", 10, "--row-length", 64)
+    run_script("compare_languages", "--pairs", pair, "--backbone", encoder_folder, *size, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["shots"] == 6
+    (row,) = found["pairs"]
+    assert {way: score["n"] for way, score in row["scores"].items()} == dict.fromkeys(
+        ("zero", "shots", "fresh", "all"), 10
+    )
+    assert row["scores"]["zero"]["value"] == row["scores"]["all"]["value"]  # one task, one adapter
+    run_script("compare_languages", "--pairs", pair, "--backbone", encoder_folder, *size)
+    assert "films" in capsys.readouterr().out
+
+
 def test_compare_merge_scores_every_method_here_and_of_peft(
     pool, tasks, pico_folder, tmp_path, monkeypatch, capsys
 ):

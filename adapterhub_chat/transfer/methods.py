@@ -23,12 +23,12 @@ from adapterhub_chat.jobs import Job, sample
 from adapterhub_chat.learner import Trained, total_steps
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Task
-from adapterhub_chat.template import Encoded, encode_answers, encode_examples, unwritable
+from adapterhub_chat.template import Encoded, encode_examples, encode_labels, unwritable
 from adapterhub_chat.transfer.adversarial import TARGET, Game
 from adapterhub_chat.transfer.maxent import Weighting, balanced, principal, reweighted
 from adapterhub_chat.transfer.select import stratified
 from adapterhub_chat.types import Example, Mix
-from adapterhub_chat.weights import AdapterWeights, concatenate
+from adapterhub_chat.weights import AdapterWeights, Head, concatenate
 
 BASELINE, METHODS = "target", ("target", "finetune", "stack", "maxent", "adversarial")
 SHOT_SHARE = 0.2
@@ -103,6 +103,7 @@ def make_setting(
         taken = {id(e) for e in chosen}
         unlabelled = [e for e in pool if id(e) not in taken]
     texts = sample(unlabelled, len(examples), config.seed)
+    source = _aligned(source, list(source_task.contract.labels), list(target.contract.labels))
     return Setting(concatenate([source]), examples, target, chosen, held_out, config, texts)
 
 
@@ -132,7 +133,8 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
         return []
     learnt = _encoded(tokenizer, setting, setting.shots)
     checked = _checked(tokenizer, setting)
-    fresh = Job("target", learnt, checked, setting.config)
+    labels = len(setting.target.contract.labels)
+    fresh = Job("target", learnt, checked, setting.config, labels=labels)
     jobs = {
         "target": fresh,
         "finetune": replace(_from_source(setting, "finetune"), train=learnt, validation=checked),
@@ -170,8 +172,7 @@ def maxent_job(
 def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
     """Return the job on source, shots and unlabelled text, from the source's weights, and its game."""
     tokenizer, contract = model.backbone.tokenizer, setting.target.contract
-    words = encode_answers(tokenizer, list(contract.labels.values()), end=False)
-    labels = [ids[0] for ids in words]
+    labels = [ids[0] for ids in encode_labels(tokenizer, contract)] if contract.labels else []
     token = labels[0] if labels else int(tokenizer.eos_token_id)
     plain = [replace(example, contract=None) for example in setting.unlabelled]
     length = setting.config.row_length
@@ -195,7 +196,8 @@ def _from_source(setting: Setting, name: str) -> Job:
     """Return a job without examples that starts from the source's weights."""
     source = setting.source
     scaled = {"rank": source.max_rank, "alpha": float(source.max_rank), "rslora": False}
-    return Job(name, (), (), setting.config.model_copy(update=scaled), start=source)
+    config, labels = setting.config.model_copy(update=scaled), len(setting.target.contract.labels)
+    return Job(name, (), (), config, start=source, labels=labels)
 
 
 def _features(model: AdapterModel, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -251,6 +253,14 @@ def _encoded(tokenizer: object, setting: Setting, examples: Sequence[Example]) -
     plain = [replace(example, contract=None) for example in examples]
     length = setting.config.row_length
     return encode_examples(tokenizer, setting.target.contract, plain, max_length=length)
+
+
+def _aligned(source: AdapterWeights, own: list[str], wanted: list[str]) -> AdapterWeights:
+    """Return an encoder's source adapter with the rows of its head in the order of the target's labels."""
+    if source.head is None or own == wanted:
+        return source
+    order = [own.index(label) for label in wanted]
+    return replace(source, head=Head(source.head.weight[order], source.head.bias[order]))
 
 
 def _listed(labels: set[str]) -> str:
