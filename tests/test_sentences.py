@@ -43,9 +43,9 @@ def test_a_template_is_all_its_sentences_and_no_other(template, sentences):
     assert every(template) == sentences
 
 
-@pytest.mark.parametrize("template", ["<nobody>", "{nothing}"])
+@pytest.mark.parametrize("template", ["<nobody>", "{nobody}"])
 def test_a_name_that_nobody_knows_is_named(template):
-    with pytest.raises(DataError, match=template):
+    with pytest.raises(DataError, match=r"called '<?nobody>?'"):
         GRAMMAR.draw(template, random.Random(0))
 
 
