@@ -12,7 +12,15 @@ import huggingface_hub
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     BertConfig,
     BertModel,
@@ -111,11 +119,13 @@ def pico_encoder(tokenizer, pooling="first"):
 
 def encoder_tokenizer():
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    signs = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = ["positive", "negative", "good", "bad", "review", *WORDS]
+    pieces = [*special, *signs, *(f"##{sign}" for sign in signs), *words]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special)
-    words = ["positive negative good bad review film " + " ".join(WORDS) + " 0123456789"]
-    tokenizer.train_from_iterator(words * 9, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

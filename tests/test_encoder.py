@@ -329,7 +329,10 @@ def test_push_and_pull(trained, hub_server, monkeypatch, tmp_path):
     speak = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
     trained.push("toy", "alice/toy", **speak)
     trained.pull("alice/toy", name="pulled", **speak)
-    assert trained.predict("pulled", ["good song"])[0].label == "good"
+    for row, pulled in zip(
+        *(trained.predict(n, ["good song"]) for n in ("toy", "pulled")), strict=True
+    ):
+        assert pulled == replace(row, adapter="pulled")
     assert (
         "pipeline_tag: text-classification" in (trained.pool.path("toy") / "README.md").read_text()
     )
