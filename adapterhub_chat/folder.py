@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ DTYPES = {
     "F64": torch.float64,
 }
 """Numbers that a factor may be made of, by their names in a safetensors file."""
+PIECE = 2**20
+"""Bytes that are read, then hashed while the next ones are read."""
 MOST_SPARE = 64 * 2**20
 """Bytes of the memory that is kept for the next file."""
 
@@ -127,22 +129,26 @@ def read_folder(
             " (pickled .bin weights are never opened; save with safetensors)"
         )
     config = read_bytes(folder / CONFIG, MAX_CONFIG)
-    data = _read_numbers(folder / WEIGHTS, memory)
     digest = hashlib.sha256()
-    hashing = threading.Thread(target=digest.update, args=(_buffer(data),))  # on another core
-    hashing.start()
-    try:
+    with ThreadPoolExecutor(1) as hasher:  # on another core, while the rest is read and checked
+        data = _read_numbers(
+            folder / WEIGHTS, memory, lambda piece: hasher.submit(digest.update, piece)
+        )
         checked = check(f"{folder} cannot be loaded", config, _buffer(data), layers)
-    finally:
-        hashing.join()
     return _weights(data, checked), dict(checked.config), digest.hexdigest()
 
 
-def _read_numbers(path: Path, memory: Memory) -> torch.Tensor:
+def _read_numbers(
+    path: Path, memory: Memory, on_piece: Callable[[memoryview], object]
+) -> torch.Tensor:
     """Return a file's bytes in memory of their own: a mapped file could change, or end, under us."""
     with opened(path, MAX_WEIGHTS) as (file, size):
-        data = memory(size)
-        return data[: file.readinto(_buffer(data))]
+        data, read = memory(size), 0
+        whole = _buffer(data)
+        while count := file.readinto(whole[read : read + PIECE]):
+            on_piece(whole[read : read + count])
+            read += count
+        return data[:read]
 
 
 def _buffer(data: torch.Tensor) -> memoryview:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from adapterhub_chat.strict import shown
@@ -323,12 +324,22 @@ def _few(names: Sequence[str]) -> str:
 def _meant(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     """Return the modules that target_modules mean, after exclude_modules and layers_to_transform."""
     targets = config["target_modules"]
-    excluded = frozenset(config.get("exclude_modules", ()))
-    layers = frozenset(config.get("layers_to_transform", ()))
-    pattern = config.get("layers_pattern", ())
-    if targets == ALL_LINEAR:
+    names = targets if targets == ALL_LINEAR else frozenset(targets)
+    settings = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    return list(_named_by(names, *(tuple(config.get(s, ())) for s in settings), tuple(known)))
+
+
+@lru_cache(maxsize=16)  # the adapters of one pool mostly mean the same
+def _named_by(
+    names: str | frozenset[str],
+    exclude: tuple[str, ...],
+    numbers: tuple[int, ...],
+    pattern: tuple[str, ...],
+    known: tuple[str, ...],
+) -> list[str]:
+    excluded, layers = frozenset(exclude), frozenset(numbers)
+    if isinstance(names, str):
         return [m for m in known if not _is_named(m, excluded)]
-    names = frozenset(targets)
     return [
         m
         for m in known

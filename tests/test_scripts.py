@@ -162,6 +162,21 @@ def test_compare_languages_scores_every_way(tasks, encoder_folder, capsys):
     assert "films" in capsys.readouterr().out
 
 
+def test_compare_reweighting_judges_every_way_on_the_same_items(tasks, pico_folder, capsys):
+    pytest.importorskip("skada")
+    films = ("--source", tasks[0], "--target", tasks[0], "--backbone", pico_folder)
+    run_script("compare_reweighting", *films, "--size", 40, "--directions", 4, "--json")
+    found = json.loads(capsys.readouterr().out)
+    ways = {row["way"]: row for row in found["rows"]}
+    assert set(ways) == {"unweighted", "max-entropy", "KLIEP", "KMM", "density"}
+    assert ways["unweighted"]["effective"] == pytest.approx(1)
+    assert 0.3 <= ways["max-entropy"]["effective"] <= 1
+    assert found["gain"]["low"] <= found["gain"]["value"] <= found["gain"]["high"]
+    assert found["held"] == (found["gain"]["high"] >= 0)
+    run_script("compare_reweighting", *films, "--size", 40, "--directions", 4, "--seeds", 0)
+    assert "the library's best here" in capsys.readouterr().out
+
+
 def test_compare_merge_scores_every_method_here_and_of_peft(
     pool, tasks, pico_folder, tmp_path, monkeypatch, capsys
 ):
