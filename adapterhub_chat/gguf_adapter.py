@@ -28,8 +28,10 @@ ROTATED: Mapping[str, str] = {
 def write_gguf(path: Path, weights: AdapterWeights, config: Mapping[str, Any]) -> None:
     """Write the adapter in fp16 for a backbone with this config (its `config.json`).
 
-    Raises AdapterError where llama.cpp has no such architecture or no name for a layer.
+    Raises AdapterError for an encoder's adapter, and where llama.cpp has no such architecture or layer.
     """
+    if weights.head:
+        raise AdapterError("llama.cpp's adapters have no head: an encoder's cannot be written")
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if (model_type := str(config.get("model_type"))) not in kinds:
         raise AdapterError(f"llama.cpp has no architecture {model_type!r}: no GGUF can be written")

@@ -15,6 +15,7 @@ from adapterhub_chat import AdapterHub
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import AdapterError, ConfigError, DataError, UsageError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder
+from adapterhub_chat.gguf_adapter import write_gguf
 from adapterhub_chat.jobs import make_job
 from adapterhub_chat.task import Splits, Task
 from adapterhub_chat.train import train
@@ -291,12 +292,12 @@ def test_the_guard_refuses_a_head_that_is_none(case, encoder_hub, tmp_path):
     assert encoder_hub.model.names == ("two", "toy")
 
 
-def test_a_head_is_refused_on_a_language_model_and_missed_on_an_encoder(
-    encoder_hub, hub, make_weights
-):
+def test_a_head_is_refused_where_there_is_no_place_for_it(encoder_hub, hub, make_weights, tmp_path):
     lacking = initial_weights(encoder_hub.model.shapes, rank=4, alpha=8, seed=1)
     with pytest.raises(AdapterError, match="no head"):
         encoder_hub.model.load("lacking", lacking)
+    with pytest.raises(AdapterError, match="have no head"):
+        write_gguf(tmp_path / "a.gguf", random_weights(encoder_hub.model), {"model_type": "bert"})
     head = Head(torch.zeros(2, 32), torch.zeros(2))
     with pytest.raises(AdapterError, match="a language model does not use"):
         hub.model.load("heady", replace(make_weights(), head=head))
