@@ -19,7 +19,7 @@ from adapterhub_chat.errors import UsageError
 from adapterhub_chat.generate import Request, Sampling, engine_of
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
-from adapterhub_chat.inputs import listed, text
+from adapterhub_chat.inputs import last_words, listed, text
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.merge_order import merge_order
 from adapterhub_chat.merging import merge_adapters
@@ -29,13 +29,15 @@ from adapterhub_chat.pool import Pool
 from adapterhub_chat.predict import Prediction, predictions, replies
 from adapterhub_chat.publish import Published
 from adapterhub_chat.pull import Pulled
+from adapterhub_chat.route import Route
+from adapterhub_chat.router import Router, describe_routes
 from adapterhub_chat.search import Found
 from adapterhub_chat.sharing import Sharing
 from adapterhub_chat.shelf import AdapterInfo, Shelf
 from adapterhub_chat.task import Task, as_task
 from adapterhub_chat.transferring import TransferOrder, Transferred, make_transfer, transfer_config
 from adapterhub_chat.trust import Verdict
-from adapterhub_chat.types import NO_ADAPTER, AdapterChoice, Mix, Score, Turn
+from adapterhub_chat.types import AUTO, NO_ADAPTER, AdapterChoice, Mix, Score, Turn
 from adapterhub_chat.workshop import SILENT, Listeners, judge_task, make_adapters, own_tasks
 
 
@@ -47,7 +49,8 @@ class AdapterHub(Sharing):
     computes natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of
     loaded adapters: the least recently used make room, and are loaded again when they are asked for
     (None: no bound). Methods may be called from several threads. Wherever an adapter may be named, weights
-    by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter.
+    by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter; in the
+    rows of `chat`, `generate` and `next_token_logits`, "auto" chooses by the row's message.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class AdapterHub(Sharing):
         self.backbone = load_backbone(backbone, dtype=dtype, device=device, quantize=quantize)
         self.model = AdapterModel(self.backbone, budget=adapter_bytes)
         self._shelf = Shelf(self.model, self.pool)
+        self._router = Router(self._shelf)
         self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 
     # -- loading -----------------------------------------------------------------------------------
@@ -137,12 +141,53 @@ class AdapterHub(Sharing):
         contract's own.
         """
         rows = listed(conversations, "conversations")
-        mixes = self._mixes(adapters, len(rows))
+        mixes = self._mixes(adapters, [last_words(row) for row in rows])
         contracts = [self._shelf.contract(mix) for mix in mixes]
         changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         given = {name: value for name, value in changes.items() if value is not None}
         requests = replies(self.model, rows, mixes, contracts, seed, given)
         return decode(self.model, requests, on_text=on_text)
+
+    def route(
+        self,
+        text: str,
+        *,
+        top: int = 1,
+        previous: str | None = None,
+        among: Sequence[str] | None = None,
+    ) -> Route:
+        """Return whom a message is for: an adapter or a mix of up to `top`, how sure that is, and why.
+
+        The message is what a user types, before any contract's template. It is compared with what each
+        adapter's manifest says of its own messages; where no adapter is close the router abstains, and the
+        mix is empty: the backbone. `previous` is the adapter of the conversation's last turn, which stays
+        unless another is clearly better. `among` are the adapters to choose from (None: all of the pool,
+        and what is loaded). In `chat` and `generate` the choice "auto" does this row by row.
+        """
+        return self.routes([text], top=top, previous=previous, among=among)[0]
+
+    def routes(
+        self,
+        texts: Sequence[str],
+        *,
+        top: int = 1,
+        previous: str | None = None,
+        among: Sequence[str] | None = None,
+    ) -> list[Route]:
+        """Return whom each of several messages is for, in one batch; see `route`."""
+        return self._router.route(listed(texts, "texts"), top=top, previous=previous, among=among)
+
+    def learn_routes(
+        self, names: Sequence[str] | None = None, tasks: Sequence[str | Path | Task] | None = None
+    ) -> dict[str, Manifest]:
+        """Learn what the messages of pool members look like, and keep it in their manifests; return those.
+
+        Training, transfer and adoption do this on their own. `names` None are all of the pool; `tasks` None
+        those that each says it was trained on. Raises UsageError for all whose messages cannot be had.
+        """
+        chosen = self.pool.names() if names is None else listed(names, "names")
+        given = None if tasks is None else [as_task(task) for task in listed(tasks, "tasks")]
+        return describe_routes(self._shelf, chosen, given)
 
     def generate(
         self,
@@ -309,13 +354,16 @@ class AdapterHub(Sharing):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _mixes(self, adapters: Sequence[AdapterChoice] | None, rows: int) -> list[Mix]:
-        """Return one mix a row; without `adapters`, the thread's default for all."""
+    def _mixes(self, adapters: Sequence[AdapterChoice] | None, texts: Sequence[str]) -> list[Mix]:
+        """Return one mix a row, by its text for "auto"; without `adapters`, the thread's default for all."""
         if adapters is None:
-            return self._shelf.ready([self._default.get()]) * rows
+            return self._shelf.ready([self._default.get()]) * len(texts)
         choices = listed(adapters, "adapters")
-        if len(choices) != rows:
-            raise UsageError(f"{rows} rows but {len(choices)} adapters: give one per row")
+        if len(choices) != len(texts):
+            raise UsageError(f"{len(texts)} rows but {len(choices)} adapters: give one per row")
+        auto = [i for i, choice in enumerate(choices) if choice == AUTO]
+        for i, found in zip(auto, self._router.route([texts[i] for i in auto]), strict=True):
+            choices[i] = found.mix
         return self._shelf.ready(choices)
 
     def _raw(
@@ -325,7 +373,7 @@ class AdapterHub(Sharing):
         sampling: Sampling,
     ) -> list[Request]:
         texts = [text(p, f"prompt {i}") for i, p in enumerate(listed(prompts, "prompts"))]
-        mixes = self._mixes(adapters, len(texts))
+        mixes = self._mixes(adapters, texts)
         ids = self.backbone.tokenizer(texts).input_ids if texts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]
 

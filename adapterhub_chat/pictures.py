@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,35 @@ def draw_ledger(ledger: Ledger, path: Path) -> bool:
         f"{name} transfer {value:+.3g}" for name, value in transfers.items() if value is not None
     ]
     axes.set_title(", ".join(known))
+    return _saved(figure, path)
+
+
+def draw_confusion(confusion: Mapping[str, Mapping[str, int]], path: Path) -> bool:
+    """Draw how many messages of each task (rows) went to each adapter; return whether it could be drawn."""
+    if not importlib.util.find_spec("matplotlib"):
+        return False
+    names, size = list(confusion), 2 + 0.8 * len(confusion)
+    figure: Any = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(size + 1, size), layout="constrained"
+    )
+    axes = figure.add_subplot()
+    counts = [[confusion[task][to] for to in names] for task in names]
+    axes.imshow(
+        [[n / max(1, sum(row)) for n in row] for row in counts], cmap="Blues", vmin=0, vmax=1
+    )
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            if count:
+                dark = count > sum(row) / 2
+                axes.text(j, i, count, ha="center", va="center", color="w" if dark else "k")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("routed to")
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> bool:
+    """Write a picture in one step; warn where it cannot be written."""
     scratch = path.with_name(f".tmp-{path.name}")
     try:
         figure.savefig(scratch, format="png", dpi=120)

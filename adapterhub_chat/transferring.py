@@ -11,6 +11,7 @@ from adapterhub_chat.config import TrainConfig, read_settings
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.manifest import Manifest, Training, TransferReport
 from adapterhub_chat.pool import Stored, check_name
+from adapterhub_chat.prototypes import learn_routing
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task, load_task
 from adapterhub_chat.transfer.methods import make_setting
@@ -115,6 +116,7 @@ def _manifest(
             best_step=chosen.steps,
             seconds=round(outcome.seconds, 1),
         ),
+        routing=learn_routing(shelf, [target]),
         transfer=TransferReport(
             source=order.source,
             source_sha256=sha256,

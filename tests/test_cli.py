@@ -123,7 +123,7 @@ def manifest(name, pool="adapters"):
 
 VERBS = (
     *("demo", "train", "eval", "predict", "chat", "list", "show", "rollback", "verify", "bench"),
-    *("merge", "transfer", "push", "pull", "search", "adopt", "keygen"),
+    *("merge", "transfer", "route", "push", "pull", "search", "adopt", "keygen"),
 )
 
 

@@ -34,18 +34,19 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"model": "backbone slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
-        "learning": "jobs learner train sequence courses evaluate retention transfer transfer.maxent "
+        "learning": "jobs learner train sequence courses evaluate retention features imagine route arrow "
+        "transfer transfer.maxent "
         "transfer.select transfer.methods transfer.run"
     },
     {
-        "keeping": "manifest card peft_config guard folder gguf_adapter atomic lockfile pool trust shelf "
-        "runlog checkpoint pictures endpoint bounds hub signing publish pull search"
+        "keeping": "manifest routing card peft_config guard folder gguf_adapter atomic lockfile pool trust "
+        "shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search"
     },
     {
-        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
-        "kernels_bench lines merge_choice merge_order merging mixed_bench opening options ordering orders "
-        "peers peers_bench pool_bench predict progress sharing swap_bench terminal train_bench transferring "
-        "workshop"
+        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_route "
+        "cli_transfer demo kernels_bench lines merge_choice merge_order merging mixed_bench opening options "
+        "ordering orders peers peers_bench pool_bench predict progress prototypes router sharing swap_bench "
+        "terminal train_bench transferring workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -58,13 +59,13 @@ DOORS = {
     "gguf": "gguf_adapter",
     "huggingface_hub": "bounds hub",
     "numpy": "guard metrics",
-    "pydantic": "config lockfile manifest options signing task_file",
+    "pydantic": "config lockfile manifest options routing signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
     "transformers": "backbone",
-    "typer": "cli cli_hub cli_merge cli_transfer options",
+    "typer": "cli cli_hub cli_merge cli_route cli_transfer options",
     "yaml": "card sources",
 }
 LAZY = {
