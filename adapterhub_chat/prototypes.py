@@ -16,7 +16,7 @@ from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Example, Split
 
-LEARNT, HELD_OUT, IMAGINED = 600, 200, 400
+LEARNT, HELD_OUT, IMAGINED = 1400, 250, 480
 """Messages that a prototype is learnt from and ranks among, and texts of the background."""
 
 

@@ -7,10 +7,10 @@ around them, beside the cloud of what the backbone makes up by itself (imagine.p
     density log p(message | own cloud, its covariance hardly widened)    is it like any?  (arXiv 1807.03888)
 
 Both are ranked among those of the adapter's own held-out messages: the lower rank is the `fit`, a conformal
-p-value, and where the best adapter's fit is below `LEAST` the router abstains, which happens to about that
-share of the messages that are for the adapter, whatever the clouds look like. No prototype depends on
-another, so adding one changes nothing in the others. Legend: N messages, W width, K centres, R rank,
-Q quantiles.
+p-value. The best ratio wins among the adapters whose fit is at least `LEAST`; where there is none the router
+abstains. An adapter's own messages meet that at about one to two times that rate, whatever the clouds look
+like. No prototype depends on another, so adding one changes nothing in the others. Legend: N messages,
+W width, K centres, R rank, Q quantiles.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from adapterhub_chat.types import BACKBONE, NO_ADAPTER, Mix
 
-CENTRES, RANK, BACKGROUND_RANK, QUANTILES = 2, 32, 64, 33
+CENTRES, RANK, BACKGROUND_RANK, QUANTILES = 2, 64, 64, 33
 """Size of what is kept of an adapter's messages, and of the background."""
 ROUNDS = 15
 """Of k-means."""
 FEWEST = 8
 """Messages that a prototype needs to be learnt from, and as many held out."""
-WIDENED, SLIGHTLY = (0.7, 0.3), (0.9, 0.1)
-"""Shares of own and background covariance: of the cloud that competes, of the one that must be typical."""
+WIDENED, SLIGHTLY = (0.8, 0.02), (0.9, 0.1)
+"""Weights of own and background covariance: in the ratio, and in the density."""
 FLOOR = 0.003
 """Variance that every direction has at least, as a share of the mean."""
 LEAST = 0.02
@@ -84,7 +84,7 @@ class Route:
     abstained: bool
     reason: str
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Adapter -> its `share` among the adapters and its `fit`."""
+    """Adapter -> its `share` among those that are close (of all, where none is), and its `fit`."""
 
 
 def cloud_of(vectors: Tensor, centres: int, rank: int) -> Cloud:
@@ -155,11 +155,8 @@ class Panel:
         self.judges = dict(judges)
 
     def fits(self, vectors: Tensor) -> Tensor:
-        """Return how well each vector (N, W) fits to the adapter that its ratio is best for, (N,)."""
-        ratios, fits = map(
-            torch.stack, zip(*(j(vectors) for j in self.judges.values()), strict=True)
-        )
-        return fits.gather(0, ratios.argmax(0, keepdim=True))[0]
+        """Return how well each vector (N, W) fits to the adapter that it fits best, (N,)."""
+        return torch.stack([judge(vectors)[1] for judge in self.judges.values()]).amax(0)
 
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
@@ -180,30 +177,33 @@ def choose(
 ) -> Route:
     """Return the route that ratio, fit and spread of each adapter mean.
 
-    At most `top` adapters share the mix. `previous` is the adapter of the conversation's last turn: it
-    stays unless another is clearly better, also where none is close.
+    Those whose fit is below `least` are out; at most `top` share the mix. `previous` is the adapter of the
+    conversation's last turn: it stays unless another is clearly better, also where none is close.
     """
     if not judged:
         return abstention("no adapter can be routed to")
-    shares = _shares(judged, previous)
+    able = {name: own for name, own in judged.items() if own[1] >= least}
+    shares = _shares(able or judged, previous)
+    scores = {n: {"share": shares.get(n, 0.0), "fit": own[1]} for n, own in judged.items()}
     best = max(shares, key=shares.__getitem__)
-    fit = judged[best][1]
-    scores = {n: {"share": shares[n], "fit": judged[n][1]} for n in shares}
-    sure = shares[best] * min(1.0, max(0.0, fit) / least)
-    if fit < least:
+    if not able:
+        sure = shares[best] * max(0.0, judged[best][1]) / least
         if previous in judged:
             why = f"no adapter is close, so the conversation stays with {previous}"
             return Route(str(previous), Mix(((str(previous), 1.0),)), sure, False, why, scores)
-        why = f"no adapter is close; the nearest, {best}, has hardly a message as unlike its others"
+        why = (
+            f"no adapter is close; {best}, the likeliest, has hardly a message as unlike its others"
+        )
         return abstention(why, sure, scores)
-    able = [n for n in shares if n == best or (judged[n][1] >= least and shares[n] >= SLIGHT)]
-    ranked = sorted(able, key=shares.__getitem__, reverse=True)[:top]
-    whole = sum(shares[n] for n in ranked)
-    mix = Mix(tuple((n, shares[n] / whole) for n in ranked))
-    near = f"{max(0.0, fit):.0%} of its own messages are no nearer"
-    return Route(
-        best, mix, sure, False, f"{best} has {shares[best]:.0%} of the weight; {near}", scores
+    ranked = sorted(shares, key=shares.__getitem__, reverse=True)
+    chosen = [n for n in ranked if n == best or shares[n] >= SLIGHT][:top]
+    whole = sum(shares[n] for n in chosen)
+    mix = Mix(tuple((n, shares[n] / whole) for n in chosen))
+    why = (
+        f"{best} is the likeliest of {len(able)} that are close, {shares[best]:.0%}; "
+        f"{judged[best][1]:.0%} of its own messages are no nearer"
     )
+    return Route(best, mix, shares[best], False, why, scores)
 
 
 def abstention(
