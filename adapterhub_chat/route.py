@@ -28,7 +28,7 @@ CENTRES, RANK, BACKGROUND_RANK, QUANTILES = 2, 64, 64, 33
 """Size of what is kept of an adapter's messages, and of the background."""
 ROUNDS = 15
 """Of k-means."""
-FEWEST = 8
+FEWEST = 5
 """Messages that a prototype needs to be learnt from, and as many held out."""
 WIDENED, SLIGHTLY = (0.8, 0.02), (0.9, 0.1)
 """Weights of own and background covariance: in the ratio, and in the density."""
