@@ -404,7 +404,7 @@ def test_route_learns_from_tasks_and_keeps_it(run):
     assert other["numbers"] != own["numbers"]
     assert after == before
     assert run("route", "--learn", "qa", "--learn", "generation").code == 0
-    assert manifest("qa")["routing"] == own
+    assert manifest("qa")["routing"]["count"] == own["count"]
     assert "numbers" not in run("show", "qa", "--json", backbone=False).json["routing"]
 
 
