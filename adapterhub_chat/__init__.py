@@ -9,6 +9,7 @@ from adapterhub_chat.api import (
     Pulled,
     Verdict,
 )
+from adapterhub_chat.route import Route
 from adapterhub_chat.types import Message, Mix, Score
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Prediction",
     "Published",
     "Pulled",
+    "Route",
     "Score",
     "Verdict",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.manifest import Manifest, Training
+from adapterhub_chat.prototypes import learn_routing
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
 from adapterhub_chat.trust import check_fit
@@ -41,6 +42,7 @@ def adopt(
             tasks=(task.name,),
             note="made elsewhere, with PEFT; its backbone was taken on trust, its scores were measured here",
         ),
+        routing=learn_routing(shelf, [task]),
     )
     shelf.keep(stored.weights, draft)
     shelf.record(

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,36 +19,27 @@ from adapterhub_chat.errors import UsageError
 from adapterhub_chat.generate import Request, Sampling, check_writes, engine_of
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
-from adapterhub_chat.inputs import listed, text
+from adapterhub_chat.inputs import last_words, listed, text
+from adapterhub_chat.making import Making
 from adapterhub_chat.manifest import Manifest
-from adapterhub_chat.merge_order import merge_order
-from adapterhub_chat.merging import merge_adapters
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.ordering import order_of
 from adapterhub_chat.pool import Pool
 from adapterhub_chat.predict import Prediction, check_labels, choices, predictions, replies
 from adapterhub_chat.publish import Published
 from adapterhub_chat.pull import Pulled
+from adapterhub_chat.route import Route
+from adapterhub_chat.router import Router, describe_routes
 from adapterhub_chat.search import Found
 from adapterhub_chat.sharing import Sharing
 from adapterhub_chat.shelf import AdapterInfo, Shelf
 from adapterhub_chat.task import Task, as_task
-from adapterhub_chat.transfer.ranking import Ranked
-from adapterhub_chat.transferring import (
-    TransferOrder,
-    Transferred,
-    flatten,
-    make_transfer,
-    rank_sources,
-    target_of,
-    transfer_config,
-)
 from adapterhub_chat.trust import Verdict
-from adapterhub_chat.types import NO_ADAPTER, AdapterChoice, Mix, Score, Turn
+from adapterhub_chat.types import AUTO, NO_ADAPTER, AdapterChoice, Mix, Score, Turn
 from adapterhub_chat.workshop import SILENT, Listeners, judge_task, make_adapters, own_tasks
 
 
-class AdapterHub(Sharing):
+class AdapterHub(Making, Sharing):
     """One frozen backbone, a pool of adapters, and every way to use them together.
 
     `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that
@@ -56,7 +47,8 @@ class AdapterHub(Sharing):
     computes natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of
     loaded adapters: the least recently used make room, and are loaded again when they are asked for
     (None: no bound). Methods may be called from several threads. Wherever an adapter may be named, weights
-    by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter.
+    by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter; in the
+    rows of `chat`, `generate` and `next_token_logits`, "auto" chooses by the row's message.
     """
 
     def __init__(
@@ -74,6 +66,7 @@ class AdapterHub(Sharing):
         self.backbone = load_backbone(backbone, dtype=dtype, device=device, quantize=quantize)
         self.model = AdapterModel(self.backbone, budget=adapter_bytes)
         self._shelf = Shelf(self.model, self.pool)
+        self._router = Router(self._shelf)
         self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 
     # -- loading -----------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ class AdapterHub(Sharing):
         contract's own. On an encoder, an answer is the words of the label that the row's adapter chooses.
         """
         rows = listed(conversations, "conversations")
-        mixes = self._mixes(adapters, len(rows))
+        mixes = self._mixes(adapters, [last_words(row) for row in rows])
         contracts = [self._shelf.contract(mix) for mix in mixes]
         changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         given = {name: value for name, value in changes.items() if value is not None}
@@ -154,6 +147,47 @@ class AdapterHub(Sharing):
         if self.backbone.encodes:
             return choices(self.model, requests, contracts, on_text)
         return decode(self.model, requests, on_text=on_text)
+
+    def route(
+        self,
+        text: str,
+        *,
+        top: int = 1,
+        previous: str | None = None,
+        among: Sequence[str] | None = None,
+    ) -> Route:
+        """Return whom a message is for: an adapter or a mix of up to `top`, how sure that is, and why.
+
+        The message is what a user types, before any contract's template. It is compared with what each
+        adapter's manifest says of its own messages; where no adapter is close the router abstains, and the
+        mix is empty: the backbone. `previous` is the adapter of the conversation's last turn, which stays
+        unless another is clearly better. `among` are the adapters to choose from (None: all of the pool,
+        and what is loaded). In `chat` and `generate` the choice "auto" does this row by row.
+        """
+        return self.routes([text], top=top, previous=previous, among=among)[0]
+
+    def routes(
+        self,
+        texts: Sequence[str],
+        *,
+        top: int = 1,
+        previous: str | None = None,
+        among: Sequence[str] | None = None,
+    ) -> list[Route]:
+        """Return whom each of several messages is for, in one batch; see `route`."""
+        return self._router.route(listed(texts, "texts"), top=top, previous=previous, among=among)
+
+    def learn_routes(
+        self, names: Sequence[str] | None = None, tasks: Sequence[str | Path | Task] | None = None
+    ) -> dict[str, Manifest]:
+        """Learn what the messages of pool members look like, and keep it in their manifests; return those.
+
+        Training, transfer and adoption do this on their own. `names` None are all of the pool; `tasks` None
+        those that each says it was trained on. Raises UsageError for all whose messages cannot be had.
+        """
+        chosen = self.pool.names() if names is None else listed(names, "names")
+        given = None if tasks is None else [as_task(task) for task in listed(tasks, "tasks")]
+        return describe_routes(self._shelf, chosen, given)
 
     def generate(  # noqa: PLR0913 - the options of every engine, by their usual names
         self,
@@ -251,80 +285,6 @@ class AdapterHub(Sharing):
         )
         return make_adapters(self._shelf, order, listeners)
 
-    def transfer(
-        self,
-        source: str,
-        target: str | Path | Task,
-        method: str = "auto",
-        *,
-        name: str | None = None,
-        shots: int = 16,
-        source_task: str | Path | Task | None = None,
-        unlabelled: Sequence[str | Mapping[str, str]] | None = None,
-        force: bool = False,
-        listeners: Listeners = SILENT,
-        **settings: Any,
-    ) -> Transferred:
-        """Make an adapter for a target task out of a source adapter; keep it when it is not worse.
-
-        `target` is a task, or a table (.csv, ...) with the columns of the source's task and `label`, which
-        may be empty.
-
-        `method` is target (few-shot, the baseline), finetune, stack, maxent, adversarial, or auto: the one
-        with the best lower bound of those that help, else the baseline. `shots` labelled target examples are
-        learnt from; `unlabelled` are texts of the target (None: its other training inputs). A stack is kept
-        as one, on the source by its content. A source that was judged to hurt is refused unless `force`.
-        The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
-        manifest and card. `settings` are fields of TrainConfig, one budget for all methods. `source_task`
-        None: the task that the source was trained on.
-        """
-        config = transfer_config(settings)
-        teacher = None if source_task is None else as_task(source_task)
-        texts = None if unlabelled is None else listed(unlabelled, "unlabelled")
-        goal = target_of(target)
-        order = TransferOrder(source, goal, method, name, shots, teacher, texts, force, config)
-        return make_transfer(self._shelf, order, listeners)
-
-    def rank_sources(
-        self, target: str | Path | Task, names: Sequence[str] | None = None, *, limit: int = 100
-    ) -> list[Ranked]:
-        """Return adapters of the pool by how promising they are as sources, without training.
-
-        Judged by LogME and LEEP on up to `limit` labelled training examples of the target. `names` None: all
-        of the pool. Raises DataError for a target without labels.
-        """
-        return rank_sources(self._shelf, as_task(target), names, limit)
-
-    def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
-        """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.
-
-        Raises UsageError for what is no stack, AdapterError when what it stands on is gone or has changed.
-        """
-        return flatten(self._shelf, name, flat_name)
-
-    def merge(
-        self,
-        names: Sequence[str],
-        method: str = "svd",
-        weights: Sequence[float] | Literal["learn"] | None = None,
-        *,
-        name: str,
-        tasks: Mapping[str, str | Path | Task] | None = None,
-        listeners: Listeners = SILENT,
-        **options: Any,
-    ) -> Manifest:
-        """Make one new adapter of several, measured against each of them; return its manifest.
-
-        `method` is a row of the table (docs/merging.md) or "auto": the one that keeps most of its sources'
-        scores on validation items. `weights` None are the method's own; "learn" searches for them.
-        `options` are fields of MergeOptions: rank, density, seed, limit, floor, budget. `tasks` says by
-        name what sources are judged by, where it is not what they were trained on. Raises ConfigError for
-        all that does not fit at once, AdapterError when a source alone does not come out as itself or
-        "auto" finds no method that keeps the floor.
-        """
-        order = merge_order(listed(names, "names"), method, weights, name, options)
-        return merge_adapters(self._shelf, order, tasks or {}, listeners)
-
     def evaluate(
         self,
         adapters: Sequence[AdapterChoice] | None = None,
@@ -361,13 +321,16 @@ class AdapterHub(Sharing):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _mixes(self, adapters: Sequence[AdapterChoice] | None, rows: int) -> list[Mix]:
-        """Return one mix a row; without `adapters`, the thread's default for all."""
+    def _mixes(self, adapters: Sequence[AdapterChoice] | None, texts: Sequence[str]) -> list[Mix]:
+        """Return one mix a row, by its text for "auto"; without `adapters`, the thread's default for all."""
         if adapters is None:
-            return self._shelf.ready([self._default.get()]) * rows
+            return self._shelf.ready([self._default.get()]) * len(texts)
         choices = listed(adapters, "adapters")
-        if len(choices) != rows:
-            raise UsageError(f"{rows} rows but {len(choices)} adapters: give one per row")
+        if len(choices) != len(texts):
+            raise UsageError(f"{len(texts)} rows but {len(choices)} adapters: give one per row")
+        auto = [i for i, choice in enumerate(choices) if choice == AUTO]
+        for i, found in zip(auto, self._router.route([texts[i] for i in auto]), strict=True):
+            choices[i] = found.mix
         return self._shelf.ready(choices)
 
     def _raw(
@@ -378,7 +341,7 @@ class AdapterHub(Sharing):
     ) -> list[Request]:
         check_writes(self.model)
         texts = [text(p, f"prompt {i}") for i, p in enumerate(listed(prompts, "prompts"))]
-        mixes = self._mixes(adapters, len(texts))
+        mixes = self._mixes(adapters, texts)
         ids = self.backbone.tokenizer(texts).input_ids if texts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from adapterhub_chat.api import AdapterHub
 from adapterhub_chat.errors import AdapterHubError, UsageError
-from adapterhub_chat.types import BACKBONE, Message, Mix, as_mix
+from adapterhub_chat.types import AUTO, BACKBONE, Message, Mix, as_mix
 
 HELP = """\
-/use NAME           answer with one adapter ('backbone': none)
+/use NAME           answer with one adapter ('backbone': none, 'auto': the one that each message is for)
 /mix a=0.5 b=0.5    answer with a weighted mixture
 /list               the adapters of the pool
 /reset              forget the conversation
@@ -25,6 +25,7 @@ class ChatSession:
         """Start with the bare backbone and no history."""
         self.hub, self.write = hub, write
         self.mix, self.history, self.ended = Mix(), list[Message](), False
+        self.auto = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/use": self.use,
             "/mix": self.blend,
@@ -54,6 +55,8 @@ class ChatSession:
     def answer(self, text: str) -> str:
         """Stream the reply to `text` and remember both."""
         turns = [*self.history, Message("user", text)]
+        if self.auto:
+            self.choose(text)
         (reply,) = self.hub.chat(
             [turns], adapters=[self.mix], on_text=lambda _row, piece: self.write(piece)
         )
@@ -61,11 +64,19 @@ class ChatSession:
         self.history = [*turns, Message("assistant", reply)]
         return reply
 
+    def choose(self, text: str) -> None:
+        """Let the message choose who answers; who did before stays unless another is clearly better."""
+        previous = self.mix.names[0] if self.mix.names else None
+        found = self.hub.route(text, previous=previous)
+        self.mix = found.mix
+        self.write(f"[{found.adapter}: {found.reason}]\n")
+
     def use(self, name: str) -> None:
-        """Answer with the adapter `name` (of the pool, or a folder) from now on."""
+        """Answer with the adapter `name` (of the pool, or a folder), or by each message, from now on."""
         if not name:
             raise UsageError("/use needs a name, as in /use qa")
-        self.mix = as_mix(self._loaded(name))
+        self.mix = Mix() if name == AUTO else as_mix(self._loaded(name))
+        self.auto = name == AUTO
 
     def blend(self, text: str) -> None:
         """Answer with a weighted mixture, written `a=0.5 b=0.5`."""
@@ -73,6 +84,7 @@ class ChatSession:
         if not weights:
             raise UsageError("/mix needs weights, as in /mix qa=0.5 generation=0.5")
         self.mix = as_mix({self._loaded(name): weight for name, weight in weights.items()})
+        self.auto = False
 
     def list(self, _: str = "") -> None:
         """Show the adapters of the pool and what else is loaded; `*` marks who answers."""
@@ -80,8 +92,10 @@ class ChatSession:
             self.write(f"{'*' if name in (self.mix.names or (BACKBONE,)) else ' '} {name}\n")
 
     def reset(self, _: str = "") -> None:
-        """Forget the conversation."""
+        """Forget the conversation, and with "auto" who answered last."""
         self.history = []
+        if self.auto:
+            self.mix = Mix()
 
     def help(self, _: str = "") -> None:
         """Show the commands."""

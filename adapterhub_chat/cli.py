@@ -17,6 +17,7 @@ from adapterhub_chat.card import render_card
 from adapterhub_chat.chat import ChatSession
 from adapterhub_chat.cli_hub import adopt, keygen, pull, push, search
 from adapterhub_chat.cli_merge import export, merge
+from adapterhub_chat.cli_route import route
 from adapterhub_chat.cli_transfer import flatten, transfer
 from adapterhub_chat.config import RunConfig, read_run, read_sweep
 from adapterhub_chat.demo import run_demo
@@ -49,7 +50,7 @@ from adapterhub_chat.terminal import (
     tell_warnings_and_logs,
 )
 from adapterhub_chat.train import first_process, leave
-from adapterhub_chat.types import BACKBONE
+from adapterhub_chat.types import AUTO, BACKBONE
 
 app = typer.Typer(
     help="One frozen backbone, many skills: train, mix, measure and publish LoRA adapters.",
@@ -163,7 +164,7 @@ def train(
     leave()
     if first:
         if as_json:
-            print_json({n: m.model_dump(mode="json") for n, m in done.manifests.items()})
+            print_json({n: m.shown() for n, m in done.manifests.items()})
         else:
             print_finished(done, run.pool, folder, say)
         raise typer.Exit(_training_code(run, done.manifests))
@@ -238,7 +239,7 @@ def predict(
 @app.command()
 def chat(
     adapter: Annotated[
-        str, typer.Option(help="Who answers first; /use NAME changes it.")
+        str, typer.Option(help="Who answers first, or 'auto'; /use NAME changes it.")
     ] = BACKBONE,
     backbone: BackboneOption = "smollm2-135m",
     pool: PoolOption = Path("adapters"),
@@ -253,7 +254,7 @@ def chat(
     typer.echo("Type a message; /help lists the commands.")
     while not session.ended:
         try:
-            line = input(f"{session.mix}> ")
+            line = input(f"{AUTO if session.auto else session.mix}> ")
         except EOFError:
             typer.echo()
             break
@@ -271,7 +272,7 @@ def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = Fal
         except AdapterError as error:
             damaged[name] = str(error)
     if as_json:
-        dumped = {n: m.model_dump(mode="json") if m else None for n, m in manifests.items()}
+        dumped = {n: m.shown() if m else None for n, m in manifests.items()}
         print_json({"adapters": dumped, "damaged": damaged})
         return
     for problem in damaged.values():
@@ -294,7 +295,7 @@ def show(
     path = folder.path(adapter)
     manifest = folder.manifest(adapter)
     if as_json:
-        print_json(manifest.model_dump(mode="json") if manifest else {"status": "unverified"})
+        print_json(manifest.shown() if manifest else {"status": "unverified"})
     elif manifest is None:
         typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
     else:
@@ -365,7 +366,7 @@ def bench(
         typer.echo(line)
 
 
-for verb in (merge, export, transfer, flatten, push, pull, search, adopt, keygen):
+for verb in (merge, export, transfer, flatten, route, push, pull, search, adopt, keygen):
     app.command()(verb)
 
 

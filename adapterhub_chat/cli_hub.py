@@ -187,7 +187,7 @@ def adopt(
     with Bars(err, show=not as_json) as bars:
         manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)
     if as_json:
-        print_json(manifest.model_dump(mode="json"))
+        print_json(manifest.shown())
     else:
         print_scores(f"{manifest.name}, adopted into {pool}", list(manifest.scores))
 

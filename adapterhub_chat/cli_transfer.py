@@ -162,5 +162,5 @@ def _as_json(done: Transferred) -> dict[str, object]:
             }
             for c in done.outcome.candidates.values()
         ],
-        "manifest": done.manifest.model_dump(mode="json") if done.manifest else None,
+        "manifest": done.manifest.shown() if done.manifest else None,
     }

@@ -47,6 +47,15 @@ def conversation(turns: Sequence[Turn], contract: PromptContract | None) -> list
     return messages_of(contract, Example(fields, "", history=tuple(messages[:-1])))
 
 
+def last_words(turns: Any) -> str:
+    """Return the content of a conversation's last turn, empty where it has none that could be read."""
+    last = turns[-1] if isinstance(turns, Sequence) and turns else None
+    if isinstance(last, Message):
+        return last.content
+    content = last.get("content") if isinstance(last, Mapping) else None
+    return content if isinstance(content, str) else ""
+
+
 def _message(turn: Any) -> Message:
     if not isinstance(turn, Message | Mapping):
         raise UsageError(f"a message must be a Message or a mapping, not {turn!r}")

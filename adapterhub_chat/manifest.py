@@ -20,6 +20,7 @@ from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.learner import Trained
 from adapterhub_chat.metrics import METRICS
+from adapterhub_chat.routing import Routing
 from adapterhub_chat.strict import parse_json, read_bytes
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Fingerprint, PromptContract, Retention, Score
@@ -191,6 +192,9 @@ class Manifest(BaseModel):
     probe: Probe | None = None
     transfer: TransferReport | None = None
     merge: MergeReport | None = None
+    routing: Routing | None = Field(
+        default=None, description="What its messages look like; None: it is not routed to by them."
+    )
     published: str = Field(default="", description="The repository on a Hub that it was pushed to.")
 
     @property
@@ -198,6 +202,10 @@ class Manifest(BaseModel):
         """The backbone's id on the Hub where it has one, else the name it was loaded by."""
         asset = ASSETS.get(self.backbone)
         return (asset and asset.upstream) or self.backbone
+
+    def shown(self) -> dict[str, Any]:
+        """Return what a person or a program is shown: all but the long row of a prototype's numbers."""
+        return self.model_dump(mode="json", exclude={"routing": {"numbers"}})
 
     def score(self, task: str) -> Score | None:
         """Return the score on a task, if it was measured."""

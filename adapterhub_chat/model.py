@@ -25,7 +25,7 @@ from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
 from adapterhub_chat.lora import activate, active, attach
 from adapterhub_chat.slots import Held, Slots, plan_of
-from adapterhub_chat.types import BACKBONE, Mix
+from adapterhub_chat.types import BACKBONE, NO_ADAPTER, Mix
 from adapterhub_chat.weights import AdapterWeights, misfits
 
 RANK_STEP = 8
@@ -34,7 +34,11 @@ RANK_STEP = 8
 KEEP_STEP = 64
 """The number of positions that reach the head is rounded up to a multiple of this."""
 
+EARLY = 0.27
+"""How far up, as a share of the blocks, `early_states` goes."""
+
 _KEEP: ContextVar[Tensor | None] = ContextVar("adapterhub_keep", default=None)
+_EARLY: ContextVar[bool] = ContextVar("adapterhub_early", default=False)
 
 
 class AdapterModel:
@@ -50,8 +54,16 @@ class AdapterModel:
         self.sites = find_sites(backbone.model)
         self.shapes = linear_shapes(backbone.model)
         self._detach = attach(backbone.model, self.sites)
-        head = None if backbone.encodes else backbone.model.get_output_embeddings()
-        self._head = head and head.register_forward_pre_hook(_keep_positions)
+        self._hooks = []
+        if not backbone.encodes:
+            head = backbone.model.get_output_embeddings()
+            self._hooks.append(head.register_forward_pre_hook(_keep_positions))
+        self.early_block = ""
+        """The block at which `early_states` stops; empty where the backbone is not made of blocks."""
+        if blocks := backbone.blocks:
+            block = blocks[min(len(blocks) - 1, max(1, round(EARLY * len(blocks))))]
+            self.early_block = next(n for n, m in backbone.model.named_modules() if m is block)
+            self._hooks.append(block.register_forward_pre_hook(_stop_early, with_kwargs=True))
         self.slots = Slots(self._new_slots, budget, partial(native.write, cache_dir() / "native"))
         self.acquire: Callable[[Mix], Held] = self.slots.hold
         """How forwards and engines hold a mix's adapters; a shelf loads those first that are not here."""
@@ -144,6 +156,22 @@ class AdapterModel:
             return features.new_zeros(len(features), width)
         return plan.label_logits(features, batch.keep // batch.ids.shape[1], width)
 
+    def early_states(self, ids: Tensor) -> Tensor:
+        """Return the hidden states (N, T, H) that enter a block a quarter of the way up, with no adapter.
+
+        `ids` (N, T) are padded on the right. What lies above is not run. Raises UsageError for a backbone
+        that is not made of blocks.
+        """
+        token = _EARLY.set(True)
+        try:
+            with torch.inference_mode(), self.mixing([NO_ADAPTER] * len(ids)):
+                self.backbone.model(input_ids=ids, use_cache=False)
+        except _ReachedError as reached:
+            return reached.states
+        finally:
+            _EARLY.reset(token)
+        raise UsageError(f"{self.backbone.name} is not made of blocks that can be run one by one")
+
     @contextmanager
     def checkpointing(self, on: bool = True) -> Iterator[None]:
         """Keep no activations inside the backbone's blocks: the backward pass computes them again.
@@ -218,8 +246,8 @@ class AdapterModel:
     def close(self) -> None:
         """Detach from the backbone, which is then as it was."""
         self._detach()
-        if self._head:
-            self._head.remove()
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -244,6 +272,21 @@ def keeping(positions: Tensor | None) -> Iterator[None]:
         yield
     finally:
         _KEEP.reset(token)
+
+
+class _ReachedError(Exception):
+    """The block that `early_states` asks for has been reached."""
+
+    def __init__(self, states: Tensor) -> None:
+        """Carry what enters it."""
+        super().__init__()
+        self.states = states
+
+
+def _stop_early(_block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """End the forwards of `early_states`, in its thread alone."""
+    if _EARLY.get():
+        raise _ReachedError(given[0] if given else named["hidden_states"])
 
 
 def _keep_positions(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

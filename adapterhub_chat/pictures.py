@@ -45,6 +45,27 @@ def draw_ledger(ledger: Ledger, path: Path) -> bool:
     return _saved(figure, path)
 
 
+def draw_confusion(confusion: Mapping[str, Mapping[str, int]], path: Path) -> bool:
+    """Draw how many messages of each task (rows) went to each adapter; return whether it could be drawn."""
+    if not importlib.util.find_spec("matplotlib"):
+        return False
+    names, size = list(confusion), 2 + 0.8 * len(confusion)
+    figure, axes = _axes((size + 1, size))
+    counts = [[confusion[task][to] for to in names] for task in names]
+    axes.imshow(
+        [[n / max(1, sum(row)) for n in row] for row in counts], cmap="Blues", vmin=0, vmax=1
+    )
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            if count:
+                dark = count > sum(row) / 2
+                axes.text(j, i, count, ha="center", va="center", color="w" if dark else "k")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("routed to")
+    return _saved(figure, path)
+
+
 def draw_transfer(scores: Mapping[str, Interval], outcome: Outcome, folder: Path) -> list[str]:
     """Draw a transfer's scores, weights and game as PNGs where there are any; return their names."""
     if not importlib.util.find_spec("matplotlib"):

@@ -35,11 +35,11 @@ from adapterhub_chat.guard import Layers
 from adapterhub_chat.lockfile import NEXT, STEP, Pinned, plan_lock, settle_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
 from adapterhub_chat.manifest import Manifest, dump_manifest, file_sha256, read_manifest
-from adapterhub_chat.types import BACKBONE
+from adapterhub_chat.types import AUTO, BACKBONE
 from adapterhub_chat.weights import AdapterWeights
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-RESERVED = (BACKBONE, "auto")
+RESERVED = (BACKBONE, AUTO)
 CARD = "README.md"
 TEMPORARY, ASIDE, INCOMING = ".tmp-", ".old-", ".incoming-"
 LEFT = (TEMPORARY, ASIDE, INCOMING, NEXT, STEP)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from adapterhub_chat.adopt import adopt
 from adapterhub_chat.backbone import Backbone
-from adapterhub_chat.export import MOST_DRIFT, Exported, export
 from adapterhub_chat.hub import Hub
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.pool import Pool
@@ -15,7 +14,6 @@ from adapterhub_chat.pull import Pulled, pull, pull_locked
 from adapterhub_chat.search import Found, search
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task, as_task
-from adapterhub_chat.types import AdapterChoice
 from adapterhub_chat.workshop import SILENT, Listeners
 
 
@@ -106,23 +104,6 @@ class Sharing:
     def pull_locked(self, token: str | None = None) -> list[Pulled]:
         """Bring the pool to what its `adapters.lock.json` says, to the byte."""
         return pull_locked(self._shelf, token)
-
-    def export(
-        self,
-        adapter: AdapterChoice,
-        folder: str | Path,
-        *,
-        form: str = "auto",
-        most_drift: float = MOST_DRIFT,
-    ) -> Exported:
-        """Write the backbone with an adapter (or a mixture) merged into it, as transformers' folder.
-
-        `form`: merged, requantized (over a packed backbone: packed again), or auto, the smallest whose next
-        tokens on the probe prompts are at most `most_drift` nats of KL from the adapter's as it runs. Raises
-        AdapterError when none is, UsageError for a folder that exists; nothing half written is left.
-        """
-        (mix,) = self._shelf.ready([adapter])
-        return export(self._shelf, mix, Path(folder), form, most_drift)
 
     def search(
         self,

@@ -29,7 +29,7 @@ from adapterhub_chat.trust import (
     probe_problem,
     status_of,
 )
-from adapterhub_chat.types import AdapterChoice, Mix, PromptContract, Score, as_mix
+from adapterhub_chat.types import AUTO, AdapterChoice, Mix, PromptContract, Score, as_mix
 from adapterhub_chat.weights import AdapterWeights
 
 
@@ -163,6 +163,11 @@ class Shelf:
     def ready(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
         """Return the mixes, after loading from the pool what they name and is not loaded yet."""
         mixes = [as_mix(choice) for choice in choices]
+        if any(AUTO in mix.names for mix in mixes):
+            raise UsageError(
+                "'auto' chooses by one row's message, in chat and generate; elsewhere name an adapter, or "
+                "ask route(text)"
+            )
         for name in dict.fromkeys(n for mix in mixes for n in mix.names):
             if name not in self.model.slots and name not in self._known:
                 self.load(name)

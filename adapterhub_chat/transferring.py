@@ -14,6 +14,7 @@ from adapterhub_chat.inputs import unanswered
 from adapterhub_chat.jobs import sample
 from adapterhub_chat.manifest import Manifest, Training, TransferReport, Under, hurt
 from adapterhub_chat.pool import Stored, check_name
+from adapterhub_chat.prototypes import learn_routing
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.stacks import flat
 from adapterhub_chat.tables import is_table, table_task
@@ -195,6 +196,7 @@ def _manifest(
             best_step=chosen.steps,
             seconds=round(outcome.seconds, 1),
         ),
+        routing=learn_routing(shelf, [target]),
         transfer=TransferReport(
             source=order.source,
             source_sha256=sha256,

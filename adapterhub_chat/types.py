@@ -14,6 +14,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 BACKBONE = "backbone"
 """Reserved adapter name: no adapter at all."""
+AUTO = "auto"
+"""Reserved adapter name: the one that the message is for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from adapterhub_chat.metrics import METRICS
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pictures import draw_ledger
 from adapterhub_chat.pool import check_name
+from adapterhub_chat.prototypes import learn_routing
 from adapterhub_chat.runlog import RunLog, write_json
 from adapterhub_chat.sequence import Ledger, Memory
 from adapterhub_chat.shelf import Shelf
@@ -148,18 +149,22 @@ class _Run:
 
     def _keep(self, made: Made) -> None:
         """Save a finished adapter; where that fails, warn, so that the others are not lost."""
+        options, tasks = self.order.options, [self.order.tasks[task] for task in made.tasks]
         draft = manifest_of(
-            [self.order.tasks[task] for task in made.tasks],
+            tasks,
             self.shelf.model.backbone,
             made.job,
             made.trained,
-            how=self.order.options.how,
+            how=options.how,
             beside=made.beside,
             note=made.note,
         )
+        common = options.how == "shared" and made.job.name == options.shared_name
+        if not (common or options.shard):  # a common one acts beside others, never by itself
+            draft = draft.model_copy(update={"routing": learn_routing(self.shelf, tasks)})
         weights = made.weights.to(self.order.save_dtype)
         try:
-            kept = self.shelf.keep(weights, draft, probing=not self.order.options.shard)
+            kept = self.shelf.keep(weights, draft, probing=not options.shard)
         except AdapterError as error:
             _warn(f"adapter {draft.name!r} is not saved: {error}")
             return

@@ -123,7 +123,18 @@ def manifest(name, pool="adapters"):
 
 VERBS = (
     *("demo", "train", "eval", "predict", "chat", "list", "show", "rollback", "verify", "bench"),
-    *("merge", "export", "transfer", "flatten", "push", "pull", "search", "adopt", "keygen"),
+    *(
+        "merge",
+        "export",
+        "transfer",
+        "flatten",
+        "route",
+        "push",
+        "pull",
+        "search",
+        "adopt",
+        "keygen",
+    ),
 )
 
 
@@ -356,6 +367,74 @@ def test_eval_keeps_scores_only_when_told_to(run, here):
     assert run(*args, "--save").json["scores"] == measured
     assert manifest("qa")["scores"] == measured
     assert " 2 |" in Path("adapters/qa/README.md").read_text()
+
+
+# ---- route ---------------------------------------------------------------------------------------
+
+
+def test_route_answers_json_lines_in_order(run, here):
+    rows = [
+        {"text": "Which film 3?"},
+        {"text": " "},
+        {"question": "Which song 4?"},
+        {"text": "x" * 999},
+    ]
+    Path("in.jsonl").write_text(json_lines(rows), encoding="utf-8")
+    piped = run("route", "--json", stdin=json_lines(rows))
+    assert (piped.code, piped.err) == (0, "")
+    assert len(piped.rows) == len(rows)
+    for row in piped.rows:
+        assert {"adapter", "mix", "confidence", "abstained", "reason", "scores"} == set(row)
+        assert 0 <= row["confidence"] <= 1
+        assert list(row["mix"]) == ([] if row["abstained"] else [row["adapter"]])
+    assert piped.rows[1]["abstained"]
+    assert piped.rows[1]["adapter"] == "backbone"
+    assert run("route", "--json", "--input", "in.jsonl").out == piped.out
+    assert run("route", "--input", "in.jsonl", "--output", "out.jsonl").out == ""
+    assert Path("out.jsonl").read_text(encoding="utf-8") == piped.out
+    alone = run("route", "--json", "Which film 3?").rows
+    assert alone[0]["adapter"] == piped.rows[0]["adapter"]
+    assert alone[0]["confidence"] == pytest.approx(piped.rows[0]["confidence"], abs=1e-4)
+
+
+def test_route_tells_a_person_why(run):
+    shown = run("route", "Which film 3?", "--adapter", "qa", "--adapter", "sentiment")
+    assert shown.code == 0
+    assert "Which film 3?" in shown.out
+    assert "generation" not in shown.out
+
+
+def test_route_learns_from_tasks_and_keeps_it(run):
+    before = manifest("qa")
+    own = before.pop("routing")
+    assert len(own["numbers"]) > 1000
+    learnt = run("route", "--learn", "qa", "--task", "sentiment", "--json").json["learnt"]
+    after = manifest("qa")
+    other = after.pop("routing")
+    assert learnt == {"qa": other["count"]}
+    assert other["numbers"] != own["numbers"]
+    assert after == before
+    assert run("route", "--learn", "qa", "--learn", "generation").code == 0
+    assert manifest("qa")["routing"]["count"] == own["count"]
+    assert "numbers" not in run("show", "qa", "--json", backbone=False).json["routing"]
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "wanted"),
+    [
+        (("--json",), '{"text": 3}\n{"text": "fine"}\n{}', "line 3 has no text"),
+        (("--json",), "no JSON", "line 1: not a JSON object"),
+        (("--adapter", "nobody", "Hello"), "", "unknown adapter 'nobody'"),
+        (("--task", "qa", "Hello"), "", "--task goes with --learn"),
+        (("--learn", "qa", "Hello"), "", "leave out those of the command line"),
+        (("--learn", "nobody"), "", "unknown adapter 'nobody'"),
+    ],
+)
+def test_route_says_what_does_not_fit(run, args, stdin, wanted):
+    failed = run("route", *args, stdin=stdin)
+    assert failed.code == 2
+    assert wanted in failed.err
+    assert failed.out == ""
 
 
 # ---- predict -------------------------------------------------------------------------------------

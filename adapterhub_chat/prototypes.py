@@ -1,0 +1,69 @@
+"""What is learnt of an adapter's messages out of its tasks, for its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.imagine import imagined
+from adapterhub_chat.jobs import sample
+from adapterhub_chat.looks import features, width
+from adapterhub_chat.manifest import Manifest
+from adapterhub_chat.prompt import placeholders
+from adapterhub_chat.route import BACKGROUND_RANK, FEWEST, Cloud, cloud_of, learn
+from adapterhub_chat.routing import Routing, routing_of
+from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.task import Task
+from adapterhub_chat.types import Example, Split
+
+LEARNT, HELD_OUT, IMAGINED = 1400, 250, 480
+"""Messages that a prototype is learnt from and ranks among, and texts of the background."""
+
+
+def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
+    """Return a manifest's routing, None where there is none or it was learnt on another backbone."""
+    if manifest is None or manifest.routing is None:
+        return None
+    backbone = shelf.model.backbone
+    same = not manifest.fingerprint.differences(backbone.fingerprint)
+    return manifest.routing if same and manifest.routing.width == width(shelf.model) else None
+
+
+def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
+    """Return what the messages of an adapter's tasks look like; None where there are too few to tell."""
+    own = _messages(tasks, "train", LEARNT)
+    held_out = _messages(tasks, "validation", HELD_OUT)
+    if len(held_out) < FEWEST:
+        cut = len(own) * 3 // 4
+        own, held_out = own[:cut], own[cut:]
+    if min(len(own), len(held_out)) < FEWEST or not shelf.model.early_block:
+        return None
+    background = _background(shelf)
+    return routing_of(
+        learn(features(shelf.model, own), features(shelf.model, held_out), background)
+    )
+
+
+def message_of(task: Task, example: Example) -> str:
+    """Return what a user would type for an example: its fields, in the template's order, a line each."""
+    template = task.contract_of(example).template
+    values = (example.fields.get(name, "") for name in placeholders(template))
+    return "\n".join(value for value in values if value)
+
+
+def _messages(tasks: Sequence[Task], split: Split, limit: int) -> list[str]:
+    share = -(-limit // len(tasks))
+    return [message_of(task, e) for task in tasks for e in sample(task.split(split), share)]
+
+
+def _background(shelf: Shelf) -> Cloud:
+    """Return the cloud of what the backbone makes up: as a member of the pool has it, else made up now."""
+    for name in shelf.pool.names():
+        try:
+            routing = usable_routing(shelf, shelf.pool.manifest(name))
+        except AdapterError:
+            continue
+        if routing is not None:
+            return routing.prototype().background
+    texts = imagined(shelf.model, IMAGINED)
+    return cloud_of(features(shelf.model, texts), 1, BACKGROUND_RANK)

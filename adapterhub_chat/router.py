@@ -1,0 +1,164 @@
+"""The router of a shelf: what is learnt of its adapters' messages, and whom a message is for."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterhub_chat.arrow import alignment, arrows
+from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
+from adapterhub_chat.inputs import text
+from adapterhub_chat.looks import features
+from adapterhub_chat.manifest import FILE, Manifest
+from adapterhub_chat.prototypes import learn_routing, usable_routing
+from adapterhub_chat.route import Judge, Panel, Route, abstention
+from adapterhub_chat.shelf import Shelf
+from adapterhub_chat.task import Task
+from adapterhub_chat.types import Mix
+from adapterhub_chat.workshop import trained_task
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A manifest as it was when its file looked like this."""
+
+    stamp: tuple[int, ...]
+    manifest: Manifest | None
+
+
+class Router:
+    """Chooses adapters of a shelf by what their manifests say of their messages; thread-safe."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        """Know nothing yet: prototypes are made ready when they are first asked for."""
+        self._shelf = shelf
+        self._lock = threading.Lock()
+        self._seen: dict[str, _Seen] = {}
+        self._judges: dict[str, Judge] = {}
+        self._arrows: dict[str, Tensor] = {}
+
+    def route(
+        self,
+        messages: Sequence[Any],
+        *,
+        previous: str | None = None,
+        top: int = 1,
+        among: Iterable[str] | None = None,
+    ) -> list[Route]:
+        """Return whom each message is for; see AdapterHub.route."""
+        texts = [text(message, f"message {i}") for i, message in enumerate(messages, 1)]
+        if top < 1:
+            raise UsageError(f"top={top}: a mix has at least one adapter")
+        names = self._names() if among is None else [self._known(name) for name in among]
+        judges = self._ready(names)
+        if not judges:
+            return [self._by_arrows(given, names) for given in texts]
+        told = [i for i, given in enumerate(texts) if given.strip()]
+        vectors = features(self._shelf.model, [texts[i] for i in told])
+        found = Panel(judges).routes(vectors, top=top, previous=previous)
+        routes = dict(zip(told, found, strict=True))
+        return [routes.get(i, abstention("the message is empty")) for i in range(len(texts))]
+
+    def _known(self, name: str) -> str:
+        """Return a name that is loaded or in the pool; raise UnknownNameError for another."""
+        return name if name in self._shelf.model.names else self._shelf.pool.path(name).name
+
+    def _names(self) -> list[str]:
+        """Return the adapters of the pool, and what else is loaded."""
+        return list(dict.fromkeys([*self._shelf.pool.names(), *self._shelf.model.names]))
+
+    def _ready(self, names: Iterable[str]) -> dict[str, Judge]:
+        """Return the judges of those adapters that say what their messages look like, on this backbone."""
+        with self._lock:
+            found = {name: self._judge(name) for name in names}
+        return {name: judge for name, judge in found.items() if judge is not None}
+
+    def _judge(self, name: str) -> Judge | None:
+        manifest = self._manifest(name)
+        routing = usable_routing(self._shelf, manifest)
+        if manifest is None or routing is None:
+            return None
+        key = hashlib.sha256(f"{manifest.sha256} {routing.numbers}".encode()).hexdigest()
+        if key not in self._judges:
+            self._judges[key] = Judge(routing.prototype())
+        return self._judges[key]
+
+    def _manifest(self, name: str) -> Manifest | None:
+        """Return an adapter's manifest, read again only where its file has changed; None if it cannot be."""
+        pool, known = self._shelf.pool, self._shelf.known(name)
+        if name not in pool or (known and known.path != pool.root / name):
+            return known.manifest if known else None
+        try:
+            state = (pool.path(name) / FILE).stat()
+            stamp = (state.st_mtime_ns, state.st_size, state.st_ino)
+            if name not in self._seen or self._seen[name].stamp != stamp:
+                self._seen[name] = _Seen(stamp, pool.manifest(name))
+        except (OSError, AdapterHubError):
+            return None
+        return self._seen[name].manifest
+
+    def _by_arrows(self, given: str, names: Sequence[str]) -> Route:
+        """Return the route by the adapters' own numbers, the last resort."""
+        if not given.strip():
+            return abstention("the message is empty")
+        if not names:
+            return abstention("the pool is empty")
+        with self._lock:
+            for name in names:
+                if name not in self._arrows:
+                    self._arrows[name] = self._arrows_of(name)
+        own = {name: self._arrows[name] for name in names if len(self._arrows[name])}
+        if not own:
+            return abstention(
+                "no adapter says what its messages look like, or shows it by its numbers"
+            )
+        along = alignment(self._shelf.model, given, own)
+        best, whole = max(along, key=along.__getitem__), sum(along.values()) or 1.0
+        scores = {name: {"share": value / whole, "fit": 0.0} for name, value in along.items()}
+        why = f"by their numbers alone: the message lies most along {best}"
+        return Route(best, Mix(((best, 1.0),)), along[best] / whole, False, why, scores)
+
+    def _arrows_of(self, name: str) -> Tensor:
+        model = self._shelf.model
+        try:
+            weights = (
+                model.weights(name) if name in model.names else self._shelf.pool.load(name).weights
+            )
+            return arrows(model, weights)
+        except AdapterError:  # damaged: nothing is routed to it
+            return torch.zeros(0, 1)
+
+
+def describe_routes(
+    shelf: Shelf, names: Sequence[str], tasks: Sequence[Task] | None
+) -> dict[str, Manifest]:
+    """Learn the routing of pool members and keep it in manifest and card; see AdapterHub.learn_routes."""
+    learnt, misfits = {}, list[str]()
+    for name in names:
+        manifest = shelf.pool.manifest(name)
+        trained = manifest.training.tasks if manifest else ()
+        try:
+            own = tasks or [trained_task(task, name) for task in trained]
+        except UsageError as error:
+            misfits.append(str(error))
+            continue
+        routing = learn_routing(shelf, own) if manifest and own else None
+        if manifest is None:
+            misfits.append(f"{name!r} has no manifest to keep it in; adopt it first")
+        elif routing is None:
+            misfits.append(
+                f"{name!r} has too few messages to learn from; name its tasks: tasks=[...]"
+            )
+        else:
+            learnt[name] = manifest.model_copy(update={"routing": routing})
+            shelf.pool.describe(name, learnt[name])
+            shelf.refresh(name)
+    if misfits:
+        raise ConfigError("routes", misfits)
+    return learnt

@@ -1,0 +1,106 @@
+"""What a manifest keeps of the messages that an adapter is for: its prototype, as text."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from adapterhub_chat.route import Cloud, Prototype
+
+MAX_TEXT = 800_000
+"""Longest text of numbers: a manifest has at most 1 MB."""
+HALF = 2
+"""Bytes of a float16."""
+
+Size = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Routing(BaseModel):
+    """A prototype: it holds for the backbone of the manifest's fingerprint, whatever its precision."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    features: Literal["early-mean-1"] = Field(
+        default="early-mean-1", description="How a message becomes a vector."
+    )
+    width: Size = Field(description="Numbers of a vector.")
+    centres: Size
+    rank: Size
+    background_rank: Size
+    quantiles: Annotated[int, Field(ge=2, le=4096)]
+    count: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Messages that it was learnt from."
+    )
+    numbers: str = Field(
+        max_length=MAX_TEXT,
+        description="base64 of little-endian float16: own centres, shares, factors, rest; the same of the "
+        "background, with one centre; quantiles of ratios and densities.",
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Routing:
+        sizes, found = self._sizes(), len(self.numbers)
+        if found != (wanted := -(-HALF * sum(sizes) // 3) * 4):
+            raise ValueError(f"numbers: {found} characters, not {wanted}, as the sizes say")
+        if problem := _problem(self.prototype()):
+            raise ValueError(f"numbers: {problem}")
+        return self
+
+    def _sizes(self) -> tuple[int, ...]:
+        width, centres = self.width, self.centres
+        own = (centres * width, centres, self.rank * width, width)
+        return (*own, width, 1, self.background_rank * width, width, self.quantiles, self.quantiles)
+
+    def prototype(self) -> Prototype:
+        """Return the numbers; raise ValueError where they are no base64."""
+        try:
+            raw = bytearray(base64.b64decode(self.numbers, validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"numbers: {error}") from error
+        if len(raw) != HALF * sum(self._sizes()):
+            raise ValueError(f"numbers: {len(raw)} bytes, not {HALF * sum(self._sizes())}")
+        parts = torch.frombuffer(raw, dtype=torch.float16).double().split(self._sizes())
+        own, background = self._cloud(parts[:4]), self._cloud(parts[4:8])
+        return Prototype(own, background, parts[8], parts[9], self.count)
+
+    def _cloud(self, parts: Sequence[Tensor]) -> Cloud:
+        centres, shares, factors, rest = parts
+        return Cloud(centres.view(-1, self.width), shares, factors.view(-1, self.width), rest)
+
+
+def routing_of(prototype: Prototype) -> Routing:
+    """Return what a manifest keeps of a prototype."""
+    own, background = prototype.own, prototype.background
+    clouds = (part for c in (own, background) for part in (c.centres, c.shares, c.factors, c.rest))
+    flat = torch.cat([t.flatten() for t in (*clouds, prototype.ratios, prototype.densities)])
+    return Routing(
+        width=own.centres.shape[1],
+        centres=len(own.centres),
+        rank=len(own.factors),
+        background_rank=len(background.factors),
+        quantiles=len(prototype.ratios),
+        count=prototype.count,
+        numbers=base64.b64encode(flat.half().numpy().tobytes()).decode("ascii"),
+    )
+
+
+def _problem(prototype: Prototype) -> str:
+    """Return what numbers of a stranger's prototype cannot be; empty where all is well."""
+    clouds = (prototype.own, prototype.background)
+    numbers = [t for c in clouds for t in (c.centres, c.shares, c.factors, c.rest)]
+    ranks = (prototype.ratios, prototype.densities)
+    if not all(bool(t.isfinite().all()) for t in (*numbers, *ranks)):
+        return "not all are finite"
+    if any(bool((c.rest < 0).any()) for c in clouds):
+        return "a variance is negative"
+    if any(bool((c.shares <= 0).any()) or float(c.shares.sum()) > 1.01 for c in clouds):
+        return "shares of centres must be above 0 and sum to 1"
+    if any(bool((t.diff() < 0).any()) for t in ranks):
+        return "quantiles do not ascend"
+    return ""

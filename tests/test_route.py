@@ -1,0 +1,490 @@
+"""Routing on the real thing, small: whom a message is for, nobody where none is close, what is stored."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import WORDS, keep_adapter
+from pydantic import ValidationError
+
+from adapterhub_chat import AdapterHub, Message, Route
+from adapterhub_chat.arrow import arrows
+from adapterhub_chat.chat import ChatSession
+from adapterhub_chat.errors import AdapterError, ConfigError, UsageError
+from adapterhub_chat.imagine import imagined
+from adapterhub_chat.looks import NUM_LETTERS, WIDEST, features, letters
+from adapterhub_chat.looks import _folded as folded
+from adapterhub_chat.manifest import MAX_BYTES, dump_manifest, read_manifest
+from adapterhub_chat.prototypes import message_of
+from adapterhub_chat.route import LEAST, Judge, Panel, choose, cloud_of, learn
+from adapterhub_chat.routing import Routing, routing_of
+from adapterhub_chat.splits import Splits
+from adapterhub_chat.task import Task
+from adapterhub_chat.types import Example, Mix, PromptContract
+
+QUICK = {"max_steps": 1, "rows_per_step": 1, "learning_rate": 0.02, "test_examples": 0}
+
+
+def questions(i):
+    return f"Which {WORDS[i % 10]} is number {i} of the {WORDS[(i // 7) % 10]}s?"
+
+
+def shouts(i):
+    return (
+        f"@AIRLINE {WORDS[i % 10].upper()} {WORDS[(i // 3) % 10].upper()} IS LATE {i}!!! #{i % 13}"
+    )
+
+
+def chinese(i):
+    return "".join("请问这个电影什么时候开始好看吗票多少钱"[(i * j + j) % 19] for j in range(1, 9))
+
+
+def plain_task(name, make, size=200):
+    rows = tuple(Example({"text": make(i)}, "yes") for i in range(size))
+    held = rows[3::4]
+    train = tuple(row for i, row in enumerate(rows) if i % 4 != 3)
+    parts = {"train": train, "validation": held[::2], "test": held[1::2]}
+    return Task(name, PromptContract(max_new_tokens=4), "token_f1", lambda: Splits(parts))
+
+
+TASKS = {f.__name__: plain_task(f.__name__, f) for f in (questions, shouts, chinese)}
+
+
+@pytest.fixture(scope="module")
+def trained(pico_folder, tmp_path_factory):
+    hub = AdapterHub(
+        str(pico_folder), tmp_path_factory.mktemp("routed"), dtype="fp32", device="cpu"
+    )
+    hub.train(list(TASKS.values()), **QUICK)
+    return hub
+
+
+def held_out(name):
+    return [e.fields["text"] for e in TASKS[name].split("test")]
+
+
+def test_a_message_goes_to_the_adapter_that_learnt_from_such(trained):
+    for name in TASKS:
+        found = [r.adapter for r in trained.routes(held_out(name))]
+        assert found.count(name) >= 0.8 * len(found), (name, found)
+        assert set(found) <= {name, "backbone"}
+    one = trained.route(questions(1))
+    assert isinstance(one, Route)
+    assert one.mix.weights == (("questions", 1.0),)
+    assert not one.abstained
+    assert 0.5 < one.confidence <= 1
+    assert one.reason.startswith("questions is the likeliest")
+    assert set(one.scores) == set(TASKS)
+    assert sum(s["share"] for s in one.scores.values()) == pytest.approx(1)
+
+
+# ---- nobody ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "far",
+    [
+        "def f(x):\n    return {x: [i for i in range(x)]}",
+        "Как дела? Что нового сегодня?",
+        "q" * 3000,
+    ],
+)
+def test_what_is_like_no_adapters_messages_is_answered_by_the_backbone(trained, far):
+    found = trained.route(far)
+    assert found.abstained
+    assert (found.adapter, found.mix) == ("backbone", Mix())
+    assert found.confidence < 0.5
+    assert "no adapter is close" in found.reason
+
+
+def test_an_empty_message_is_nobodys(trained):
+    found = trained.routes(["", questions(1), " \n "])
+    assert [r.abstained for r in found] == [True, False, True]
+    assert found[0].reason == "the message is empty"
+    assert found[1] == trained.route(questions(1))
+
+
+def test_an_empty_pool_is_said(hub):
+    assert hub.route("Hello").abstained
+    assert hub.route("Hello").reason == "the pool is empty"
+    assert hub.route("").abstained
+    assert hub.routes([]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (lambda hub: hub.route(3), "message 1 must be a text"),
+        (lambda hub: hub.routes("Hello"), "texts must be a list"),
+        (lambda hub: hub.route("\ud800"), "not valid Unicode"),
+        (lambda hub: hub.route("Hello", top=0), "top=0"),
+        (lambda hub: hub.route("Hello", among=["nobody"]), "unknown adapter 'nobody'"),
+        (lambda hub: hub.predict("auto", ["Hello"]), "route\\(text\\)"),
+        (lambda hub: hub.use("auto").__enter__(), "route\\(text\\)"),
+    ],
+)
+def test_what_cannot_be_routed_is_said(trained, given, wanted):
+    with pytest.raises(UsageError, match=wanted):
+        given(trained)
+
+
+# ---- mixes and conversations -----------------------------------------------------------------------
+
+
+def test_a_mix_shares_among_the_best():
+    judged = {"a": (10.0, 0.5, 10.0), "b": (9.0, 0.5, 10.0), "c": (9.0, LEAST / 2, 10.0)}
+    assert choose(judged).mix.names == ("a",)
+    mix = choose(judged, top=3).mix
+    assert mix.names == ("a", "b")  # c is unlike all of its own
+    assert sum(weight for _, weight in mix.weights) == pytest.approx(1)
+    assert mix.weights[0][1] > mix.weights[1][1]
+    far = {**judged, "b": (-1e6, 0.5, 10.0)}
+    assert choose(far, top=3).mix.names == ("a",)
+    unlike = {**judged, "c": (1e6, LEAST / 2, 10.0)}
+    assert choose(unlike).adapter == "a"  # another is close, however likely this one
+
+
+def test_a_conversation_stays_unless_another_is_clearly_better():
+    close = {"a": (10.0, 0.5, 10.0), "b": (9.0, 0.5, 10.0)}
+    assert choose(close).adapter == "a"
+    assert choose(close, previous="b").adapter == "b"
+    clear = {**close, "a": (1000.0, 0.5, 10.0)}
+    assert choose(clear, previous="b").adapter == "a"
+    far = {"a": (10.0, -1.0, 10.0), "b": (9.0, -2.0, 10.0)}
+    assert choose(far).abstained
+    kept = choose(far, previous="b")
+    assert (kept.adapter, kept.abstained) == ("b", False)
+    assert "stays with b" in kept.reason
+    assert choose(far, previous="unloaded").abstained
+
+
+def test_auto_in_a_batch_is_each_row_by_its_own_adapter(trained):
+    texts = [questions(1), shouts(1), "Как дела? Что нового?", chinese(1)]
+    names = [trained.route(text).mix for text in texts]
+    assert [str(mix) for mix in names] == ["questions", "shouts", "backbone", "chinese"]
+    chats = [[Message("user", text)] for text in texts]
+    assert trained.chat(chats, adapters=["auto"] * 4) == trained.chat(chats, adapters=names)
+    given = ["auto", "chinese", None, "auto"]
+    wanted = ["questions", "chinese", None, "chinese"]
+    assert trained.chat(chats, adapters=given) == trained.chat(chats, adapters=wanted)
+    raw = {"max_new_tokens": 4}
+    both = [trained.generate(texts, adapters=a, **raw) for a in (["auto"] * 4, names)]
+    assert both[0] == both[1]
+
+
+def test_a_terminal_conversation_by_auto(trained):
+    pieces = []
+    session = ChatSession(trained, write=pieces.append)
+    session.handle("/use auto")
+    session.handle(questions(1))
+    assert session.mix.names == ("questions",)
+    assert "[questions: " in "".join(pieces)
+    session.handle("Как дела? Что нового?")
+    assert session.mix.names == ("questions",)  # nobody else is close
+    session.handle(shouts(1))
+    assert session.mix.names == ("shouts",)
+    session.handle("/reset")
+    session.handle("Как дела? Что нового?")
+    assert session.mix.names == ()
+    session.handle("/use chinese")
+    assert not session.auto
+
+
+# ---- adding, changing, damaging --------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(trained, pico_folder, tmp_path):
+    """Another hub on a copy of the trained pool."""
+    shutil.copytree(trained.pool.root, tmp_path / "pool")
+    return AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
+
+
+def test_an_adapter_that_only_lies_in_the_pool_is_routed_to(copied):
+    assert not copied.model.names
+    assert copied.route(questions(1)).adapter == "questions"
+    copied.pool.delete("questions")
+    assert copied.route(questions(1)).adapter != "questions"
+
+
+def test_a_new_version_in_the_pool_counts_at_once(copied, trained):
+    assert copied.route(questions(1)).adapter == "questions"
+    other = {n: copied.pool.manifest(n) for n in ("questions", "shouts")}
+    swapped = other["questions"].model_copy(update={"routing": other["shouts"].routing})
+    copied.pool.describe("questions", swapped)
+    copied.pool.describe("shouts", other["shouts"].model_copy(update={"routing": None}))
+    assert copied.route(shouts(1)).adapter == "questions"
+
+
+def test_what_was_learnt_on_another_backbone_does_not_count(copied):
+    own = copied.pool.manifest("questions")
+    foreign = own.fingerprint.__class__(**{**vars_of(own.fingerprint), "weights": "0" * 16})
+    copied.pool.describe("questions", own.model_copy(update={"fingerprint": foreign}))
+    assert "questions" not in copied.route(questions(1)).scores
+
+
+def vars_of(frozen):
+    return {name: getattr(frozen, name) for name in frozen.__dataclass_fields__}
+
+
+def test_a_damaged_adapter_is_left_out(copied):
+    (copied.pool.root / "questions" / "adapterhub.json").write_text("{")
+    assert set(copied.route(questions(1)).scores) == {"shouts", "chinese"}
+
+
+def test_routing_and_answering_from_several_threads(trained):
+    wanted = trained.routes([questions(i) for i in range(8)])
+    said = trained.chat([[Message("user", questions(1))]], adapters=["shouts"])
+    found, spoken = [None] * 8, []
+
+    def route(i):
+        found[i] = trained.route(questions(i))
+
+    def talk():
+        spoken.extend(trained.chat([[Message("user", questions(1))]], adapters=["shouts"]))
+
+    threads = [threading.Thread(target=route, args=(i,)) for i in range(8)]
+    threads += [threading.Thread(target=talk) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [r.adapter for r in found] == [r.adapter for r in wanted]
+    assert spoken == said * 4
+
+
+def test_learning_again_keeps_weights_and_scores(copied):
+    before = copied.pool.manifest("questions")
+    copied.pool.describe("questions", before.model_copy(update={"routing": None}))
+    assert "questions" not in copied.route(questions(1)).scores
+    learnt = copied.learn_routes(["questions"], [TASKS["questions"]])
+    assert learnt["questions"] == copied.pool.manifest("questions")
+    assert learnt["questions"].routing == before.routing
+    assert learnt["questions"].sha256 == before.sha256
+    assert copied.route(questions(1)).adapter == "questions"
+    assert copied.verify("questions").ok
+
+
+def test_what_cannot_be_learnt_is_said_all_at_once(copied):
+    with pytest.raises(ConfigError) as caught:
+        copied.learn_routes(["questions", "shouts"])  # their tasks are no files
+    assert len(caught.value.misfits) == 2
+    few = plain_task("few", questions, size=5)
+    with pytest.raises(ConfigError, match="too few messages"):
+        copied.learn_routes(["questions"], [few])
+
+
+def test_transfer_and_adopt_and_train_keep_a_prototype(trained):
+    for name in TASKS:
+        routing = trained.pool.manifest(name).routing
+        assert routing is not None
+        assert routing.count == 150
+
+
+# ---- by their numbers alone ------------------------------------------------------------------------
+
+
+def test_without_prototypes_an_adapters_own_numbers_decide(hub, make_weights):
+    for name, seed in (("a", 1), ("b", 2)):
+        keep_adapter(hub, make_weights(seed=seed), name)
+    found = hub.route("Hello film")
+    assert found.adapter in ("a", "b")
+    assert not found.abstained
+    assert "by their numbers alone" in found.reason
+    hub.unload("a")
+    assert hub.route("Hello film") == found  # read from the pool then
+
+
+def test_an_arrow_is_the_first_right_singular_vector(model, make_weights):
+    weights = make_weights(rank=4)
+    found = arrows(model, weights)
+    names = sorted(n for n in weights.factors if n.startswith(f"{model.early_block}."))
+    wide = [n for n in names if weights.factors[n][0].shape[1] == 32]
+    assert len(found) == len(wide) > 0
+    for vector, name in zip(found, wide, strict=True):
+        a, b = (t.double() for t in weights.factors[name])
+        (first, *_) = torch.linalg.svd(b @ a)[2]
+        assert abs(float(vector @ first)) == pytest.approx(1, abs=1e-6)
+
+
+# ---- features --------------------------------------------------------------------------------------
+
+
+def test_early_states_are_transformers_own_and_of_the_bare_backbone(model, make_weights):
+    ids = torch.tensor([[5, 6, 7, 8], [9, 3, 2, 2]])
+    with torch.inference_mode():
+        wanted = model.backbone.model(ids, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(model.early_states(ids), wanted)
+    model.load("a", make_weights())
+    with model.mixing([Mix((("a", 1.0),))] * 2):
+        assert torch.equal(model.early_states(ids), wanted)
+        full = model.backbone.model(ids, output_hidden_states=True).hidden_states
+    assert len(full) == 3  # other forwards go all the way
+    assert not torch.equal(full[1], wanted)
+
+
+def test_a_vector_depends_on_its_message_alone(model):
+    texts = ["Hello film", "", "好看吗?", "x " * 5000, "Which song?"]
+    together = features(model, texts)
+    assert together.shape[1] == 32 + NUM_LETTERS
+    assert together.isfinite().all()
+    for text, row in zip(texts, together, strict=True):
+        torch.testing.assert_close(features(model, [text])[0], row, rtol=1e-4, atol=1e-5)
+
+
+def test_letters_tell_scripts_apart():
+    assert len(letters("")) == NUM_LETTERS
+    shares = {text: letters(text) for text in ("abc", "电影好", "как", "123", "日本のカ")}
+    assert shares["abc"][0] == 1
+    assert shares["电影好"][1] == 1
+    assert shares["как"][5] == 1
+    assert sum(shares["日本のカ"][1:4]) == 1
+
+
+def test_wide_states_are_folded_and_keep_their_distances():
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(20, 2 * WIDEST + 300, generator=generator).double()
+    narrow = folded(wide)
+    assert narrow.shape == (20, WIDEST)
+    ratio = torch.pdist(narrow) / torch.pdist(wide)
+    assert 0.8 < float(ratio.min()) <= float(ratio.max()) < 1.2
+
+
+def test_a_backbone_makes_up_the_same_texts_again(model):
+    texts = imagined(model, 12)
+    assert texts == imagined(model, 12)
+    assert len(set(texts)) > 6
+
+
+def test_a_message_is_what_a_user_types():
+    contract = PromptContract("Passage: {context?}\nQuestion: {question}", system="Answer.")
+    task = Task("t", contract, "token_f1", lambda: Splits({}))
+    both = Example({"question": "Who?", "context": "Ada wrote it.", "source": "x"}, "Ada")
+    assert message_of(task, both) == "Ada wrote it.\nWho?"
+    assert message_of(task, Example({"question": "Who?"}, "Ada")) == "Who?"
+    own = Example({"text": "Hi"}, "Ho", contract=PromptContract())
+    assert message_of(task, own) == "Hi"
+
+
+# ---- prototypes ------------------------------------------------------------------------------------
+
+
+def normal(rows, shift=0.0, seed=0, width=12):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.2, 2, width).double()
+    return torch.randn(rows, width, generator=generator).double() * scale + shift
+
+
+@pytest.fixture(scope="module")
+def prototype():
+    background = cloud_of(4 * normal(300, seed=9), 1, 8)
+    return learn(normal(400, seed=1), normal(400, seed=2), background)
+
+
+def test_a_share_of_its_own_messages_has_a_fit_below_the_threshold_and_of_others_nearly_all(
+    prototype,
+):
+    judge = Judge(prototype)
+    _, own = judge(normal(2000, seed=3))
+    for level in (0.1, 0.3, 0.5):  # the lower of two ranks: up to twice the level
+        assert 0.5 * level < float((own <= level).double().mean()) < 2.5 * level
+    assert float((own < LEAST).double().mean()) < 2.5 * LEAST
+    _, far = judge(normal(200, shift=6.0, seed=4))
+    assert float((far < LEAST).double().mean()) > 0.99
+
+
+def test_a_density_is_torchs_own(prototype):
+    own = prototype.own
+    covariance = own.factors.T @ own.factors + own.rest.diag()
+    whole = 0.9 * covariance + 0.1 * (
+        prototype.background.factors.T @ prototype.background.factors
+        + prototype.background.rest.diag()
+    )
+    whole = whole + (0.003 * whole.diagonal().mean() + 1e-9) * torch.eye(12).double()
+    wanted = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(own.shares),
+        torch.distributions.MultivariateNormal(own.centres, whole[None]),
+    )
+    points = normal(5, seed=5)
+    found = Judge(prototype).raw(points)[1]
+    constant = 6 * torch.log(torch.tensor(2 * torch.pi)).double()
+    torch.testing.assert_close(found - constant, wanted.log_prob(points), rtol=1e-3, atol=1e-2)
+
+
+def test_one_adapter_more_changes_nothing_in_the_others(prototype):
+    other = learn(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background)
+    points = normal(20, seed=6)
+    alone = Panel({"a": Judge(prototype)}).routes(points)
+    both = Panel({"a": Judge(prototype), "b": Judge(other)}).routes(points)
+    assert [r.scores["a"]["fit"] for r in alone] == [r.scores["a"]["fit"] for r in both]
+    assert {r.adapter for r in both} == {"a"}
+
+
+def test_what_is_stored_is_what_was_learnt(prototype):
+    again = routing_of(prototype).prototype()
+    for cloud, other in ((again.own, prototype.own), (again.background, prototype.background)):
+        for name in ("centres", "shares", "factors", "rest"):
+            assert torch.equal(getattr(cloud, name), getattr(other, name)), name
+    assert torch.equal(again.ratios, prototype.ratios)
+    assert torch.equal(again.densities, prototype.densities)
+
+
+def test_the_widest_prototype_fits_into_a_manifest(trained, tmp_path):
+    width = WIDEST + NUM_LETTERS
+    vectors = normal(300, width=width)
+    widest = learn(vectors[:200], vectors[200:], cloud_of(vectors + 1, 1, 64))
+    own = trained.pool.manifest("questions").model_copy(update={"routing": routing_of(widest)})
+    text = dump_manifest(own)
+    assert len(text) < MAX_BYTES
+    (tmp_path / "adapterhub.json").write_text(text)
+    assert read_manifest(tmp_path) == own
+
+
+def changed(routing, **parts):
+    return {**routing.model_dump(), **parts}
+
+
+def with_number(routing, place, value):
+    raw = torch.frombuffer(bytearray(base64.b64decode(routing.numbers)), dtype=torch.float16)
+    raw[place] = value
+    return changed(routing, numbers=base64.b64encode(raw.numpy().tobytes()).decode())
+
+
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        (lambda r: changed(r, numbers=r.numbers[:-4]), "as the sizes say"),
+        (lambda r: changed(r, width=r.width + 1), "as the sizes say"),
+        (lambda r: changed(r, numbers="!" + r.numbers[1:]), "numbers"),
+        (lambda r: changed(r, numbers="A" * 900_000), "at most"),
+        (lambda r: changed(r, width=0), "greater than or equal to 1"),
+        (lambda r: changed(r, width=10**9), "less than or equal"),
+        (lambda r: changed(r, features="late-mean-1"), "early-mean-1"),
+        (lambda r: changed(r, more=1), "not permitted"),
+        (lambda r: with_number(r, 0, float("nan")), "not all are finite"),
+        (lambda r: with_number(r, 5, float("inf")), "not all are finite"),
+        (lambda r: with_number(r, -1, -60000.0), "do not ascend"),
+        (lambda r: with_number(r, r.centres * r.width, 0.0), "shares of centres"),
+        (
+            lambda r: with_number(r, r.centres * (r.width + 1) + r.rank * r.width, -1.0),
+            "variance is negative",
+        ),
+    ],
+)
+def test_a_strangers_prototype_is_checked(prototype, damage, wanted):
+    routing = routing_of(prototype)
+    assert Routing.model_validate(routing.model_dump()) == routing
+    with pytest.raises(ValidationError, match=wanted):
+        Routing.model_validate(damage(routing))
+
+
+def test_a_bad_prototype_is_refused_with_its_place(copied):
+    file = copied.pool.root / "questions" / "adapterhub.json"
+    file.write_text(file.read_text().replace('"numbers": "', '"numbers": "AAAA'))
+    with pytest.raises(AdapterError, match=r"routing.*numbers"):
+        copied.pool.manifest("questions")
+    assert "questions" not in copied.route(questions(1)).scores
