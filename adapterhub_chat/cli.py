@@ -24,7 +24,7 @@ from adapterhub_chat.demo import run_demo
 from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
 from adapterhub_chat.lines import read_lines, sink
 from adapterhub_chat.manifest import Manifest
-from adapterhub_chat.opening import open_hub, precision
+from adapterhub_chat.opening import HERE, Where, precision, with_backbone
 from adapterhub_chat.options import (
     BackboneOption,
     DeviceOption,
@@ -90,7 +90,7 @@ def demo(
         "The main job, small: three adapters trained jointly on one frozen backbone. "
         "A few minutes of training; the adapters shipped in adapters/ had a larger budget."
     )
-    hub = open_hub(backbone, pool, None, dtype, device, say)
+    hub = Where(backbone, pool, None, dtype, device).open(say)
     with Bars(err, show=not as_json) as bars:
         result = run_demo(hub, listeners=bars.listeners)
     if as_json:
@@ -157,7 +157,7 @@ def train(
     else:
         run = read_run(config, tasks or [], name or [], flags, settings, read_sweep(sweep or []))
     folder = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    hub = open_hub(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device, say)
+    hub = Where(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device).open(say)
     with Bars(err, show=not say.quiet) as bars:
         done = carry_out(hub, run, folder, resume=resume, listeners=bars.listeners)
     first = first_process()
@@ -182,6 +182,7 @@ app.command("train")(train)
 
 
 @app.command("eval")
+@with_backbone
 def evaluate(
     adapter: Annotated[
         list[str] | None,
@@ -195,15 +196,11 @@ def evaluate(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the scores in the adapters' manifests and cards.")
     ] = False,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items."""
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    hub = where.open(Say(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         scores = hub.evaluate(
             adapter or None, task or None, limit=limit, save=save, listeners=bars.listeners
@@ -215,6 +212,7 @@ def evaluate(
 
 
 @app.command()
+@with_backbone
 def predict(
     adapter: Annotated[str, typer.Option(help="Adapter, or 'backbone'.")],
     input_: Annotated[str, typer.Option("--input", help="JSON lines; - is standard input.")] = "-",
@@ -222,33 +220,26 @@ def predict(
     task: Annotated[
         str | None, typer.Option(help="Prompt and judge by this task, not by the adapter's own.")
     ] = None,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
 ) -> None:
     """Answer JSON lines {"text": ...} (or the task's own fields), in the same order."""
     rows = read_lines(input_)
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    hub = where.open(Say(quiet=True))
     with sink(output) as file, Bars(err, show=err.is_terminal) as bars:
         for found in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
             file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
 
 
 @app.command()
+@with_backbone
 def chat(
     adapter: Annotated[
         str, typer.Option(help="Who answers first, or 'auto'; /use NAME changes it.")
     ] = BACKBONE,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
 ) -> None:
     """Talk in the terminal: /use NAME, /mix a=0.5 b=0.5, /list, /reset, /quit."""
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=False))
+    hub = where.open(Say(quiet=False))
     session = ChatSession(hub, write=lambda text: typer.echo(text, nl=False))
     session.use(adapter)
     typer.echo("Type a message; /help lists the commands.")
@@ -319,17 +310,14 @@ def rollback(
 
 
 @app.command()
+@with_backbone
 def verify(
     path: Annotated[str, typer.Argument(help="Adapter of the pool, or a folder.")],
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok."""
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    hub = where.open(Say(quiet=True))
     verdict = hub.verify(path)
     if as_json:
         print_json(asdict(verdict))

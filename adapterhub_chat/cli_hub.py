@@ -11,7 +11,7 @@ import typer
 from adapterhub_chat import signing
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.hub import Hub
-from adapterhub_chat.opening import open_hub
+from adapterhub_chat.opening import HERE, Where, with_backbone
 from adapterhub_chat.options import (
     BackboneOption,
     DeviceOption,
@@ -71,6 +71,7 @@ def push(
         )
 
 
+@with_backbone
 def pull(
     repo: Annotated[str | None, typer.Argument(help="user/name; none with --locked.")] = None,
     revision: Annotated[
@@ -89,11 +90,7 @@ def pull(
     locked: Annotated[
         bool, typer.Option("--locked", help="All that adapters.lock.json names, to the byte.")
     ] = False,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -110,7 +107,7 @@ def pull(
         raise UsageError(
             "pull takes either user/name, or --locked alone: adapters.lock.json says what is pulled then"
         )
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    hub = where.open(Say(quiet=True))
     if repo is None:
         found = hub.pull_locked()
     else:
@@ -145,7 +142,7 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """List adapters on a Hub that fit the backbone."""
-    hub = open_hub(backbone, Path("adapters"), quantize, dtype, device, Say(quiet=True))
+    hub = Where(backbone, Path("adapters"), quantize, dtype, device).open(Say(quiet=True))
     found = hub.search(text, author=author, limit=limit, endpoint=endpoint)
     if as_json:
         print_json({"adapters": [asdict(one) for one in found]})
@@ -166,6 +163,7 @@ def search(
     )
 
 
+@with_backbone
 def adopt(
     source: Annotated[
         str, typer.Argument(help="Folder, or adapter of the pool, without a manifest.")
@@ -175,21 +173,17 @@ def adopt(
         str | None, typer.Option(help="Its name in the pool.", show_default="the folder's")
     ] = None,
     limit: LimitOption = 0,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
     """Measure an adapter that plain PEFT made, and give it manifest, probe and card."""
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    hub = where.open(Say(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)
     if as_json:
         print_json(manifest.shown())
     else:
-        print_scores(f"{manifest.name}, adopted into {pool}", list(manifest.scores))
+        print_scores(f"{manifest.name}, adopted into {where.pool}", list(manifest.scores))
 
 
 def keygen(

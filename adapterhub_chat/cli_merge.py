@@ -13,14 +13,9 @@ from adapterhub_chat.export import FORMS, MOST_DRIFT
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.merge import METHODS
 from adapterhub_chat.merge_order import AUTO, LEARN
-from adapterhub_chat.opening import open_hub
+from adapterhub_chat.opening import HERE, Where, with_backbone
 from adapterhub_chat.options import (
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
-    PoolOption,
-    QuantizeOption,
 )
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.terminal import Say, err, number, out, print_json, print_table
@@ -28,6 +23,7 @@ from adapterhub_chat.terminal import Say, err, number, out, print_json, print_ta
 FIELDS = MergeOptions.model_fields
 
 
+@with_backbone
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="Adapters of the pool.")],
     name: Annotated[str, typer.Option(help="Name of the new adapter.")],
@@ -53,17 +49,13 @@ def merge(
         "budget"
     ].default,
     force: Annotated[bool, typer.Option(help=FIELDS["force"].description)] = False,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
     """Make one new adapter of several, and measure what it keeps of each."""
     given = _weights(weights)
     judged_by = dict(_pair(text) for text in task or [])
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    hub = where.open(Say(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.merge(
             adapters,
@@ -86,9 +78,10 @@ def merge(
         parents = list(manifest.training.parents)
         print_json({**made, "parents": parents, **manifest.merge.model_dump(mode="json")})
     else:
-        _print(manifest, pool)
+        _print(manifest, where.pool)
 
 
+@with_backbone
 def export(
     adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
     folder: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
@@ -98,15 +91,11 @@ def export(
     most_drift: Annotated[
         float, typer.Option(min=0, help="How near auto asks for: nats of KL on probe prompts.")
     ] = MOST_DRIFT,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
     """Write the backbone with an adapter merged into it, as a model folder for plain transformers."""
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    hub = where.open(Say(quiet=as_json))
     done = hub.export(adapter, folder, form=form, most_drift=most_drift)
     if as_json:
         print_json({"path": str(done.path), "form": done.form, "drift": dict(done.drift)})

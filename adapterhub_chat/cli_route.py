@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from adapterhub_chat.errors import DataError, UsageError, join_misfits
 from adapterhub_chat.lines import read_lines, sink
-from adapterhub_chat.opening import open_hub
-from adapterhub_chat.options import (
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
-    PoolOption,
-    QuantizeOption,
-)
+from adapterhub_chat.opening import HERE, Where, with_backbone
 from adapterhub_chat.route import Route
 from adapterhub_chat.terminal import Say, print_json, print_table
 
@@ -25,6 +17,7 @@ SHOWN = 10
 """Misfits listed one by one."""
 
 
+@with_backbone
 def route(
     text: Annotated[
         list[str] | None, typer.Argument(help="Messages; without any, the lines of --input.")
@@ -50,11 +43,7 @@ def route(
         list[str] | None,
         typer.Option(help="Learn from this task, not from the adapter's own (repeat the option)."),
     ] = None,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a message, nothing else.")
     ] = False,
@@ -67,7 +56,7 @@ def route(
             "--learn NAME reads the tasks' messages; leave out those of the command line"
         )
     messages = [] if learn else text or _messages(input_)
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    hub = where.open(Say(quiet=True))
     if learn:
         learnt = hub.learn_routes(learn, task)
         counts = {name: m.routing.count for name, m in learnt.items() if m.routing}

@@ -10,14 +10,9 @@ from typing import Annotated
 import typer
 
 from adapterhub_chat.errors import UsageError
-from adapterhub_chat.opening import open_hub
+from adapterhub_chat.opening import HERE, Where, with_backbone
 from adapterhub_chat.options import (
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
     JsonOption,
-    PoolOption,
-    QuantizeOption,
 )
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.task_file import read_rows
@@ -29,6 +24,7 @@ from adapterhub_chat.transfer_report import write_report
 from adapterhub_chat.transferring import Transferred
 
 
+@with_backbone
 def transfer(
     target: Annotated[
         str,
@@ -61,17 +57,13 @@ def transfer(
         bool, typer.Option("--rank", help="Train nothing: rank the pool's adapters as sources.")
     ] = False,
     force: Annotated[bool, typer.Option(help="Stack on a source that hurts all the same.")] = False,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
     """Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid."""
     if source is None and not rank:
         raise UsageError("--source: name an adapter of the pool, or --rank them all as sources")
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=as_json))
+    hub = where.open(Say(quiet=as_json))
     if rank or source is None:
         _print_ranking(hub.rank_sources(target, [source] if source else None), target, as_json)
         return
@@ -102,30 +94,27 @@ def transfer(
     if done.manifest is None:
         typer.echo("Nothing is better than the backbone alone; no adapter was made.")
     else:
-        typer.echo(f"{done.manifest.name} ({done.outcome.chosen}) is in {pool}.")
+        typer.echo(f"{done.manifest.name} ({done.outcome.chosen}) is in {where.pool}.")
     if written:
         typer.echo(f"The report is {written}.")
 
 
+@with_backbone
 def flatten(
     name: Annotated[str, typer.Argument(help="A stack of the pool.")],
     as_name: Annotated[
         str | None, typer.Option("--name", help="Of the plain adapter.", show_default="NAME-flat")
     ] = None,
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("adapters"),
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
     """Keep a stack as one plain PEFT adapter, which needs no source beside it."""
-    hub = open_hub(backbone, pool, quantize, dtype, device, Say(quiet=True))
+    hub = where.open(Say(quiet=True))
     manifest = hub.flatten(name, as_name)
     if as_json:
         print_json(manifest.model_dump(mode="json"))
     else:
-        typer.echo(f"{manifest.name} is in {pool}.")
+        typer.echo(f"{manifest.name} is in {where.pool}.")
 
 
 def _print_ranking(ranked: Sequence[Ranked], target: str, as_json: bool) -> None:

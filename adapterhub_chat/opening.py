@@ -1,25 +1,59 @@
-"""How the verbs of the command line open a hub, and what they say of it."""
+"""Where a verb works: the options that say so, the hub that they open, and what is said of it."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.options import (
+    BackboneOption,
+    DeviceOption,
+    DtypeOption,
+    PoolOption,
+    QuantizeOption,
+    wear,
+)
 from adapterhub_chat.terminal import Say
 
 
-def open_hub(
-    backbone: str, pool: Path, quantize: Any, dtype: str | None, device: str | None, say: Say
-) -> AdapterHub:
-    """Return a hub, after `say` has heard what the backbone is kept in."""
-    hub = AdapterHub(backbone, pool, quantize=quantize, dtype=dtype, device=device)
-    shown = precision(hub)
-    kind = shown["quantize"] or shown["dtype"]
-    size = hub.backbone.nbytes / 2**20
-    where = f"{kind} on {shown['device']}, {size:.0f} MiB"
-    say(f"{backbone} in {where} (change with --dtype, --quantize, --device)")
-    return hub
+@dataclass(frozen=True)
+class Where:
+    """On which backbone, kept in what, and in which pool."""
+
+    backbone: BackboneOption = "smollm2-135m"
+    pool: PoolOption = Path("adapters")
+    quantize: QuantizeOption = None
+    dtype: DtypeOption = None
+    device: DeviceOption = None
+
+    def open(self, say: Say) -> AdapterHub:
+        """Return a hub, after `say` has heard what the backbone is kept in."""
+        given: Any = {"quantize": self.quantize, "dtype": self.dtype, "device": self.device}
+        hub = AdapterHub(self.backbone, self.pool, **given)
+        shown = precision(hub)
+        kind = shown["quantize"] or shown["dtype"]
+        size = hub.backbone.nbytes / 2**20
+        where = f"{kind} on {shown['device']}, {size:.0f} MiB"
+        say(f"{self.backbone} in {where} (change with --dtype, --quantize, --device)")
+        return hub
+
+
+HERE = Where()
+
+
+def with_backbone(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of Where; they arrive as one, `where`."""
+    fields = inspect.signature(Where, eval_str=True).parameters.values()
+    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fields]
+
+    def run(**given: Any) -> None:
+        command(**given, where=Where(**{option.name: given.pop(option.name) for option in options}))
+
+    return wear(run, command, {"where": options})
 
 
 def precision(hub: AdapterHub) -> dict[str, Any]:

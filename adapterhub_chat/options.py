@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,10 +52,20 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**given, **chosen)
 
+    return wear(run, command, {"run_options": [*options.values()], "settings": []})
+
+
+def wear(
+    run: Callable[..., None],
+    command: Callable[..., None],
+    instead: Mapping[str, Sequence[inspect.Parameter]],
+) -> Callable[..., None]:
+    """Make `run` look like a command, to typer, with options instead of some of its parameters."""
     own = inspect.signature(command, eval_str=True).parameters
-    kept = [p for name, p in own.items() if name not in panels]
-    run.__signature__ = inspect.Signature([*kept, *options.values()])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*kept, *options.values())}
+    shown = [p for name, one in own.items() for p in instead.get(name, [one])]
+    shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown]
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in shown}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
 
