@@ -5,9 +5,7 @@ Legend: S slots, R rank bucket, J members of a site, P numbers of a slot.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -75,19 +73,8 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-LARGE_PAGE, _MADV_HUGEPAGE = 2**21, 14
-
 Layout = tuple[tuple[Site, ...], int, tuple[int, int] | None]
 """What the numbers of a slot are: sites, rank, and a head's labels and width."""
-
-
-def _in_large_pages(tensor: Tensor) -> None:
-    """Ask Linux for large pages under a tensor that was not touched yet: small ones cost a fault each."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    start = -(-tensor.data_ptr() // LARGE_PAGE) * LARGE_PAGE
-    size = (tensor.data_ptr() + tensor.nbytes) // LARGE_PAGE * LARGE_PAGE - start
-    if madvise is not None and tensor.device.type == "cpu" and size > 0:
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_HUGEPAGE)
 
 
 class Bank:
@@ -126,10 +113,7 @@ class Bank:
         self._sizes = [math.prod(s) for s in (*self._a.values(), *self._b.values(), *self._head)]
         start = sum(self._sizes[: len(self._a)])
         self._scaled = slice(start, start + sum(rank * out for out in outs.values()))
-        self.flat = torch.empty(slots, sum(self._sizes), dtype=dtype, device=device)
-        _in_large_pages(self.flat)
-        if trainable:  # else nobody looks at a slot before it is written
-            self.flat.zero_()
+        self.flat = torch.zeros(slots, sum(self._sizes), dtype=dtype, device=device)
         self.A, self.B, self.head = self._views(self.flat)
         self.slopes: Tensor | None = None
         if trainable:

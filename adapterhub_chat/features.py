@@ -71,23 +71,30 @@ def features(
 ) -> Tensor:
     """Return a vector for each example's prompt under a mix, (examples, hidden) float32.
 
-    `where`: the mean over the prompt's tokens, or its last token, the one that predicts the answer.
+    `where`: the mean over the prompt's tokens, or its last token, the one that predicts the answer. An
+    encoder's are its own features, whatever layer and place are asked for.
     """
     tokenizer = model.backbone.tokenizer
-    asked = questions(tokenizer, contract, examples, token=int(tokenizer.eos_token_id))
+    token = 0 if model.backbone.encodes else int(tokenizer.eos_token_id)
+    asked = questions(tokenizer, contract, examples, token=token)
     parts: list[Tensor] = []
     order: list[int] = []
     for rows, indices in in_order(asked, num_rows=ROWS, length=ROW_LENGTH):
         batch = pack(rows, ROW_LENGTH)
-        with (
-            torch.inference_mode(),
-            model.mixing([mix] * batch.num_rows),
-            listening(model, [layer]) as heard,
-        ):
-            model.answer_logits(batch)
-            hidden = heard[layer]
-            last = hidden.flatten(0, 1)[batch.keep.to(hidden.device)].float()
-            parts.append((pooled(hidden, batch) if where == "mean" else last).cpu())
+        with torch.inference_mode(), model.mixing([mix] * batch.num_rows):
+            parts.append(_vectors(model, batch, layer, where).cpu())
         order += indices
     found = torch.cat(parts) if parts else torch.zeros(0, 0)
     return found[torch.tensor(order).argsort()] if order else found
+
+
+def _vectors(model: AdapterModel, batch: Batch, layer: int, where: str) -> Tensor:
+    """Return a vector for each example of a batch under the active mix, (examples, hidden) float32."""
+    if model.backbone.encodes:
+        return model.features(batch)
+    with listening(model, [layer]) as heard:
+        model.answer_logits(batch)
+    hidden = heard[layer]
+    if where == "mean":
+        return pooled(hidden, batch)
+    return hidden.flatten(0, 1)[batch.keep.to(hidden.device)].float()

@@ -240,7 +240,7 @@ class AdapterModel:
         """The type of numbers in slots: the backbone's own, but an encoder's adapters keep a head in fp32."""
         return torch.float32 if self.backbone.encodes else self.backbone.dtype
 
-    def _new_slots(self, modules: Sequence[str], slots: int, rank: int, labels: int) -> Bank:
+    def _new_slots(self, modules: Sequence[str], slots: int, rank: int, labels: int = 0) -> Bank:
         return self.new_bank(modules, slots=slots, rank=rank, dtype=self.slot_dtype, labels=labels)
 
     def close(self) -> None:

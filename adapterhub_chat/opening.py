@@ -51,7 +51,8 @@ def with_backbone(command: Callable[..., None]) -> Callable[..., None]:
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fields]
 
     def run(**given: Any) -> None:
-        command(**given, where=Where(**{option.name: given.pop(option.name) for option in options}))
+        where = Where(**{option.name: given.pop(option.name) for option in options})
+        command(**given, where=where)
 
     return wear(run, command, {"where": options})
 

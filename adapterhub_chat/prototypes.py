@@ -30,13 +30,14 @@ def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
 
 
 def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
-    """Return what the messages of an adapter's tasks look like; None where there are too few to tell."""
+    """Return what an adapter's messages look like; None where they are too few to tell, and on an encoder."""
     own = _messages(tasks, "train", LEARNT)
     held_out = _messages(tasks, "validation", HELD_OUT)
     if len(held_out) < FEWEST:
         cut = len(own) * 3 // 4
         own, held_out = own[:cut], own[cut:]
-    if min(len(own), len(held_out)) < FEWEST or not shelf.model.early_block:
+    encodes = shelf.model.backbone.encodes  # it makes nothing up, so there is no background
+    if min(len(own), len(held_out)) < FEWEST or encodes or not shelf.model.early_block:
         return None
     background = _background(shelf)
     return routing_of(

@@ -88,7 +88,7 @@ def compare(
     ]
     best = max(LIBRARY, key=lambda way: np.mean(right[way]))
     statistic = METRICS["accuracy"].statistic
-    pairs = [[[value] for value in right[way]] for way in (OWN, best)]
+    pairs = [[[value, 1.0] for value in right[way]] for way in (OWN, best)]
     gain, low, high = paired_difference(*pairs, statistic)
     return {
         "machine": machine(),

@@ -115,6 +115,14 @@ def snapshot(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def printed(name, pool="adapters"):
+    """A pool member's manifest as it is printed: without the long row of a prototype's numbers."""
+    found = manifest(name, pool)
+    if found["routing"]:
+        assert len(found["routing"].pop("numbers")) > 100
+    return found
+
+
 def manifest(name, pool="adapters"):
     return json.loads((Path(pool) / name / "adapterhub.json").read_text())
 
@@ -188,7 +196,7 @@ def test_train_makes_measured_adapters(run, here, how):
 def test_train_json_is_the_manifests_and_nothing_else(run):
     done = run("train", "qa", "--name", "mine", "--json", "--test-examples", 0, *QUICK)
     assert (done.code, done.err) == (0, "")
-    assert done.json == {"mine": manifest("mine")}
+    assert done.json == {"mine": printed("mine")}
     assert [p.name for p in Path("runs").iterdir()]  # the run log's own folder, by time
 
 
@@ -549,7 +557,7 @@ def test_an_output_that_is_not_finished_leaves_nothing(tmp_path):
 def test_list_shows_the_pool(run):
     found = run("list", "--json", backbone=False)
     assert found.code == 0
-    assert found.json == {"adapters": {n: manifest(n) for n in sorted(TOYS)}, "damaged": {}}
+    assert found.json == {"adapters": {n: printed(n) for n in sorted(TOYS)}, "damaged": {}}
     table = run("list", backbone=False).out
     assert all(word in table for word in ("sentiment", "accuracy", "generation", "perplexity"))
     empty = run("list", "--pool", "nowhere", backbone=False)
@@ -562,7 +570,7 @@ def test_list_shows_the_others_beside_a_damaged_one_and_plain_peft(run):
     Path("adapters/qa/adapterhub.json").write_text('{"name": "qa"}')
     Path("adapters/generation/adapterhub.json").unlink()
     found = run("list", "--json", backbone=False).json
-    assert found["adapters"] == {"generation": None, "sentiment": manifest("sentiment")}
+    assert found["adapters"] == {"generation": None, "sentiment": printed("sentiment")}
     assert "backbone: is missing" in found["damaged"]["qa"]
     shown = run("list", backbone=False)
     assert shown.code == 0
@@ -571,7 +579,7 @@ def test_list_shows_the_others_beside_a_damaged_one_and_plain_peft(run):
 
 
 def test_show_gives_the_card_or_the_manifest(run):
-    assert run("show", "qa", "--json", backbone=False).json == manifest("qa")
+    assert run("show", "qa", "--json", backbone=False).json == printed("qa")
     card = run("show", "qa", backbone=False).out
     assert card.strip() == Path("adapters/qa/README.md").read_text().strip()
     Path("adapters/qa/adapterhub.json").unlink()
