@@ -41,9 +41,15 @@ def is_encoder(folder: str) -> bool:
 
 def load_encoder(folder: str, options: dict[str, Any]) -> tuple[Any, Pooling]:
     """Return the classifying model of a checkpoint, its head taken off, and how features are made."""
-    model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, output_loading_info=True, **options
-    )
+    logs = transformers.utils.logging
+    level = logs.get_verbosity()
+    logs.set_verbosity_error()  # else it reports that head and pooling layer are new
+    try:
+        model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, output_loading_info=True, **options
+        )
+    finally:
+        logs.set_verbosity(level)
     base = model.base_model
     for name, child in model.named_children():
         if child is not base:
