@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from adapterhub_chat.errors import AdapterError, UsageError
-from adapterhub_chat.manifest import Manifest, Training
+from adapterhub_chat.manifest import Manifest, Training, draft_of
 from adapterhub_chat.prototypes import learn_routing
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
@@ -27,23 +26,15 @@ def adopt(
     verdict = check_fit(stored, shelf.model)
     if not verdict.ok:
         raise AdapterError(f"adapter {stored.name!r} is refused: {'; '.join(verdict.problems)}")
-    backbone = shelf.model.backbone
-    draft = Manifest(
-        name=stored.name,
-        about=task.about,
-        language=task.language,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        backbone=backbone.name,
-        fingerprint=backbone.fingerprint,
-        contract=task.contract,
-        metric=task.metric,
-        training=Training(
-            how="foreign",
-            tasks=(task.name,),
-            note="made elsewhere, with PEFT; its backbone was taken on trust, its scores were measured here",
-        ),
-        routing=learn_routing(shelf, [task]),
+    training = Training(
+        how="foreign",
+        tasks=(task.name,),
+        note="made elsewhere, with PEFT; its backbone was taken on trust, its scores were measured here",
     )
+    draft = draft_of(stored.name, shelf.model.backbone, [task], training)
+    # nobody knows what it learnt from: the licence of that is not the task's
+    changes = {"licence": "", "routing": learn_routing(shelf, [task])}
+    draft = draft.model_copy(update=changes)
     shelf.keep(stored.weights, draft)
     shelf.record(
         judge_task(shelf.model, task, [(draft.name, as_mix(draft.name))], limit, listeners)

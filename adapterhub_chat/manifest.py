@@ -220,6 +220,26 @@ class Manifest(BaseModel):
         return self.model_copy(update={"scores": (*kept, *scores)})
 
 
+def draft_of(name: str, backbone: Backbone, tasks: Sequence[Task], training: Training) -> Manifest:
+    """Return the manifest of a new adapter: not measured yet, and without its probe.
+
+    It is prompted by the last of its tasks.
+    """
+    task = tasks[-1]
+    return Manifest(
+        name=name,
+        about="; ".join(dict.fromkeys(t.about for t in tasks if t.about)),
+        language=", ".join(dict.fromkeys(t.language for t in tasks)),
+        licence=", ".join(dict.fromkeys(t.licence for t in tasks)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
+        contract=task.contract,
+        metric=task.metric,
+        training=training,
+    )
+
+
 def manifest_of(
     tasks: Sequence[Task],
     backbone: Backbone,
@@ -230,22 +250,12 @@ def manifest_of(
     beside: Sequence[str] = (),
     note: str = "",
 ) -> Manifest:
-    """Return the manifest of a freshly trained adapter: not measured yet, and without its probe.
-
-    It is prompted by the last of its tasks.
-    """
-    task = tasks[-1]
-    return Manifest(
-        name=job.name,
-        about="; ".join(dict.fromkeys(t.about for t in tasks if t.about)),
-        language=", ".join(dict.fromkeys(t.language for t in tasks)),
-        licence=", ".join(dict.fromkeys(t.licence for t in tasks)),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        backbone=backbone.name,
-        fingerprint=backbone.fingerprint,
-        contract=task.contract,
-        metric=task.metric,
-        training=Training(
+    """Return the draft of a freshly trained adapter's manifest."""
+    return draft_of(
+        job.name,
+        backbone,
+        tasks,
+        Training(
             how=how,
             tasks=tuple(name for t in tasks for name in t.members or (t.name,)),
             data_sha256=tuple(t.data_hash() for t in tasks),

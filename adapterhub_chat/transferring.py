@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from adapterhub_chat.config import TrainConfig, read_settings
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.inputs import unanswered
 from adapterhub_chat.jobs import sample
-from adapterhub_chat.manifest import Manifest, Training, TransferReport, Under, hurt
+from adapterhub_chat.manifest import Manifest, Training, TransferReport, Under, draft_of, hurt
 from adapterhub_chat.pool import Stored, check_name
 from adapterhub_chat.prototypes import learn_routing
 from adapterhub_chat.shelf import Shelf
@@ -175,44 +174,34 @@ def _manifest(
     weighting = outcome.weighting if outcome.chosen == "maxent" else None
     game = outcome.game if outcome.chosen == "adversarial" else None
     notes = [chosen.note, weighting.note if weighting else ""]
-    return Manifest(
-        name=order.name,
-        about=target.about,
-        language=target.language,
-        licence=target.licence,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        backbone=backbone.name,
-        fingerprint=backbone.fingerprint,
-        contract=target.contract,
-        metric=target.metric,
-        training=Training(
-            how="transfer",
-            tasks=(target.name,),
-            data_sha256=(target.data_hash(),),
-            sources=target.sources,
-            parents=(sha256,) if sha256 and outcome.chosen != "target" else (),
-            settings=order.config.model_dump(),
-            steps=chosen.steps,
-            best_step=chosen.steps,
-            seconds=round(outcome.seconds, 1),
-        ),
-        routing=learn_routing(shelf, [target]),
-        transfer=TransferReport(
-            source=order.source,
-            source_sha256=sha256,
-            method=outcome.chosen,
-            shots=order.shots,
-            baseline=outcome.baseline,
-            verdict=chosen.verdict.word,
-            gain=chosen.verdict.gain,
-            low=chosen.verdict.low,
-            high=chosen.verdict.high,
-            values={n: c.value for n, c in outcome.candidates.items()},
-            verdicts={n: c.verdict.word for n, c in outcome.candidates.items()},
-            effective=weighting.effective if weighting else None,
-            lam=weighting.lam if weighting else None,
-            discriminator=game.recent if game else None,
-            note="; ".join(filter(None, notes)),
-            seconds=round(outcome.seconds, 1),
-        ),
+    training = Training(
+        how="transfer",
+        tasks=(target.name,),
+        data_sha256=(target.data_hash(),),
+        sources=target.sources,
+        parents=(sha256,) if sha256 and outcome.chosen != "target" else (),
+        settings=order.config.model_dump(),
+        steps=chosen.steps,
+        best_step=chosen.steps,
+        seconds=round(outcome.seconds, 1),
     )
+    report = TransferReport(
+        source=order.source,
+        source_sha256=sha256,
+        method=outcome.chosen,
+        shots=order.shots,
+        baseline=outcome.baseline,
+        verdict=chosen.verdict.word,
+        gain=chosen.verdict.gain,
+        low=chosen.verdict.low,
+        high=chosen.verdict.high,
+        values={n: c.value for n, c in outcome.candidates.items()},
+        verdicts={n: c.verdict.word for n, c in outcome.candidates.items()},
+        effective=weighting.effective if weighting else None,
+        lam=weighting.lam if weighting else None,
+        discriminator=game.recent if game else None,
+        note="; ".join(filter(None, notes)),
+        seconds=round(outcome.seconds, 1),
+    )
+    draft = draft_of(order.name, backbone, [target], training)
+    return draft.model_copy(update={"routing": learn_routing(shelf, [target]), "transfer": report})
