@@ -30,7 +30,7 @@ found = hub.train(
     [toy_task(), toy_answers()], epochs=999, row_length=64, patience=0, eval_every=5,
     test_examples=4, run_dir=run, **{"rows_per_step": 3, **eval(more)})
 leave()
-print("saved", sorted(found))
+sys.stdout.write(f"saved {sorted(found)}\\n")  # in one piece: the others write at the same time
 """
 
 
