@@ -2,6 +2,8 @@
 
 The textbook formula (arXiv 1706.03762) with as few passes over the scores as plain torch allows: scale and
 mask come in with the first product, and grouped queries read their keys in place instead of from copies.
+The keys' mean is taken off first (SageAttention, arXiv 2410.02367): that moves all scores of a query alike,
+so the softmax stays, and what is left of them is small enough to be written down in bf16.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ def packed_attention(
     """
     rows, heads, length, width = query.shape
     groups = rows * key.shape[1]
+    key = key - key.mean(-2, keepdim=True).detach()
     whole = mask.expand(rows, heads, length, length).reshape(groups, -1, length)
     q, k, v = (t.reshape(groups, -1, width) for t in (query, key, value))
     scores = torch.baddbmm(whole, q, k.mT, alpha=scale)

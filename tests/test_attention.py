@@ -32,6 +32,24 @@ def test_it_is_the_textbook_s_attention(heads, groups, whole):
     torch.testing.assert_close(mine, its)
 
 
+def test_large_scores_keep_their_differences_in_bf16():
+    """A part that all keys have in common is nothing to the softmax, but drowns the rest in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 32, 16, generator=generator) for _ in range(3))
+    key = key + 20 * torch.randn(16, generator=generator)
+    query, key, value = (t.bfloat16().requires_grad_() for t in (query, key, value))
+    mask = torch.zeros(1, 1, 32, 32)
+    exact = [t.detach().double().requires_grad_() for t in (query, key, value)]
+    wanted = packed_attention(*exact, mask.double(), 0.25)
+    got = packed_attention(query, key, value, mask.bfloat16(), 0.25)
+    assert float((got - wanted).detach().norm() / wanted.detach().norm()) < 0.02
+    slope = torch.randn(got.shape, generator=generator)
+    mine = torch.autograd.grad(got, (query, key, value), slope.bfloat16())
+    its = torch.autograd.grad(wanted, exact, slope.double())
+    for one, other in zip(mine, its, strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.05
+
+
 def test_training_uses_it_and_generation_does_not(model, monkeypatch):
     seen = []
     plain = backbone.packed_attention
