@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from adapterhub_chat.arrow import alignment, arrows
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
+from adapterhub_chat.folder import WEIGHTS
 from adapterhub_chat.inputs import text
 from adapterhub_chat.looks import features
 from adapterhub_chat.manifest import FILE, Manifest
@@ -41,7 +43,7 @@ class Router:
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         self._judges: dict[str, Judge] = {}
-        self._arrows: dict[str, Tensor] = {}
+        self._arrows: dict[str, tuple[tuple[int, ...], Tensor]] = {}
 
     def route(
         self,
@@ -95,8 +97,7 @@ class Router:
         if name not in pool or (known and known.path != pool.root / name):
             return known.manifest if known else None
         try:
-            state = (pool.path(name) / FILE).stat()
-            stamp = (state.st_mtime_ns, state.st_size, state.st_ino)
+            stamp = _stamp(pool.path(name) / FILE)
             if name not in self._seen or self._seen[name].stamp != stamp:
                 self._seen[name] = _Seen(stamp, pool.manifest(name))
         except (OSError, AdapterHubError):
@@ -110,10 +111,8 @@ class Router:
         if not names:
             return abstention("the pool is empty")
         with self._lock:
-            for name in names:
-                if name not in self._arrows:
-                    self._arrows[name] = self._arrows_of(name)
-        own = {name: self._arrows[name] for name in names if len(self._arrows[name])}
+            found = {name: self._arrows_of(name) for name in names}
+        own = {name: vectors for name, vectors in found.items() if len(vectors)}
         if not own:
             return abstention(
                 "no adapter says what its messages look like, or shows it by its numbers"
@@ -125,14 +124,25 @@ class Router:
         return Route(best, Mix(((best, 1.0),)), along[best] / whole, False, why, scores)
 
     def _arrows_of(self, name: str) -> Tensor:
-        model = self._shelf.model
+        """Return an adapter's arrows, worked out again only where its file has changed."""
+        model, pool, known = self._shelf.model, self._shelf.pool, self._shelf.known(name)
         try:
-            weights = (
-                model.weights(name) if name in model.names else self._shelf.pool.load(name).weights
-            )
-            return arrows(model, weights)
-        except AdapterError:  # damaged: nothing is routed to it
+            folder = pool.path(name) if name in pool else known.path if known else None
+            if folder is None:  # loaded by its numbers alone
+                return arrows(model, model.weights(name))
+            stamp = _stamp(folder / WEIGHTS)
+            if name not in self._arrows or self._arrows[name][0] != stamp:
+                weights = pool.load(name).weights if name in pool else model.weights(name)
+                self._arrows[name] = stamp, arrows(model, weights)
+        except (OSError, AdapterError):  # damaged or gone: nothing is routed to it
             return torch.zeros(0, 1)
+        return self._arrows[name][1]
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Return what changes when a file does; raise OSError for one that is not there."""
+    state = file.stat()
+    return state.st_mtime_ns, state.st_size, state.st_ino
 
 
 def describe_routes(

@@ -178,9 +178,7 @@ class Shelf:
         whole = self.whole(mix)
         held = self.model.slots.gather(whole, self._load_again)
         try:
-            self.whole(
-                mix
-            )  # what was loaded just now may have other content than a stack was made on
+            self.whole(mix)  # what was loaded just now may not be what a stack was made on
         except AdapterError:
             self.model.slots.release(held)
             raise

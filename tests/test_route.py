@@ -297,6 +297,9 @@ def test_without_prototypes_an_adapters_own_numbers_decide(hub, make_weights):
     assert "by their numbers alone" in found.reason
     hub.unload("a")
     assert hub.route("Hello film") == found  # read from the pool then
+    before = hub.route("Hello film").scores
+    keep_adapter(hub, make_weights(seed=3), "a")  # a new version under the old name
+    assert hub.route("Hello film").scores["a"] != before["a"]
 
 
 def test_an_arrow_is_the_first_right_singular_vector(model, make_weights):
