@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from adapterhub_chat.errors import ConfigError, DataError, join_misfits
@@ -21,6 +21,10 @@ class Splits:
     """Examples dropped because their input was there already."""
     contradictions: int = 0
     """Examples dropped because one input came with several labels."""
+
+    def where(self, keep: Callable[[Example], bool]) -> Splits:
+        """Return the examples that `keep` wants, each in its own split."""
+        return Splits({s: tuple(filter(keep, own)) for s, own in self.parts.items()})
 
 
 def input_key(example: Example, contract: PromptContract) -> str:
