@@ -43,7 +43,7 @@ BATCH = 32
 Part = TypeVar("Part", str, list[int])
 
 
-def features(model: AdapterModel, texts: Sequence[str]) -> Tensor:
+def looks(model: AdapterModel, texts: Sequence[str]) -> Tensor:
     """Return a vector of each message as a user types it, (N, W) float64 on the CPU."""
     cut = [_ends(text, CHARACTERS) for text in texts]
     if not cut:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.imagine import imagined
 from adapterhub_chat.jobs import sample
-from adapterhub_chat.looks import features, width
+from adapterhub_chat.looks import looks, width
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.prompt import placeholders
 from adapterhub_chat.route import BACKGROUND_RANK, FEWEST, Cloud, cloud_of, learn
@@ -40,9 +40,7 @@ def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
     if min(len(own), len(held_out)) < FEWEST or encodes or not shelf.model.early_block:
         return None
     background = _background(shelf)
-    return routing_of(
-        learn(features(shelf.model, own), features(shelf.model, held_out), background)
-    )
+    return routing_of(learn(looks(shelf.model, own), looks(shelf.model, held_out), background))
 
 
 def message_of(task: Task, example: Example) -> str:
@@ -67,4 +65,4 @@ def _background(shelf: Shelf) -> Cloud:
         if routing is not None:
             return routing.prototype().background
     texts = imagined(shelf.model, IMAGINED)
-    return cloud_of(features(shelf.model, texts), 1, BACKGROUND_RANK)
+    return cloud_of(looks(shelf.model, texts), 1, BACKGROUND_RANK)

@@ -16,7 +16,7 @@ from adapterhub_chat.arrow import alignment, arrows
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
 from adapterhub_chat.folder import WEIGHTS
 from adapterhub_chat.inputs import text
-from adapterhub_chat.looks import features
+from adapterhub_chat.looks import looks
 from adapterhub_chat.manifest import FILE, Manifest
 from adapterhub_chat.prototypes import learn_routing, usable_routing
 from adapterhub_chat.route import Judge, Panel, Route, abstention
@@ -62,7 +62,7 @@ class Router:
         if not judges:
             return [self._by_arrows(given, names) for given in texts]
         told = [i for i, given in enumerate(texts) if given.strip()]
-        vectors = features(self._shelf.model, [texts[i] for i in told])
+        vectors = looks(self._shelf.model, [texts[i] for i in told])
         found = Panel(judges).routes(vectors, top=top, previous=previous)
         routes = dict(zip(told, found, strict=True))
         return [routes.get(i, abstention("the message is empty")) for i in range(len(texts))]

@@ -45,7 +45,7 @@ from adapterhub_chat.assets import data_path
 from adapterhub_chat.errors import AssetError
 from adapterhub_chat.evaluate import judge
 from adapterhub_chat.jobs import sample
-from adapterhub_chat.looks import features
+from adapterhub_chat.looks import looks
 from adapterhub_chat.metrics import METRICS, Rows, label_rows
 from adapterhub_chat.pictures import draw_confusion
 from adapterhub_chat.prompt import primary_field
@@ -77,7 +77,7 @@ def compare(backbone: str, pool: Path, names: Sequence[str], limit: int) -> dict
     add = (time.perf_counter() - started) / len(judges)
     tests = {name: sample(task.split("test"), limit) for name, task in tasks.items()}
     texts = {n: [message_of(tasks[n], e) for e in examples] for n, examples in tests.items()}
-    vectors = {name: features(hub.model, own) for name, own in texts.items()}
+    vectors = {name: looks(hub.model, own) for name, own in texts.items()}
     owners = owners_of(tasks)
     shipped = [name for name in SHIPPED if name in names and name in hub.pool.names()]
     return {
@@ -149,7 +149,7 @@ def out_of_scope(
     """Return the AUROC of the fit, by kind of what is out of scope and over all kinds."""
     panel = Panel(judges)
     inside = torch.cat([panel.fits(own) for own in vectors.values()])
-    kinds = {kind: features(hub.model, draw(own, limit)) for kind, own in strangers()}
+    kinds = {kind: looks(hub.model, draw(own, limit)) for kind, own in strangers()}
     fits = {kind: panel.fits(own) for kind, own in kinds.items()}
     held = {}
     for group in families(judges, owners):

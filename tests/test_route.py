@@ -16,7 +16,7 @@ from adapterhub_chat.arrow import arrows
 from adapterhub_chat.chat import ChatSession
 from adapterhub_chat.errors import AdapterError, ConfigError, UsageError
 from adapterhub_chat.imagine import imagined
-from adapterhub_chat.looks import NUM_LETTERS, WIDEST, features, letters
+from adapterhub_chat.looks import NUM_LETTERS, WIDEST, letters, looks
 from adapterhub_chat.looks import _folded as folded
 from adapterhub_chat.manifest import MAX_BYTES, dump_manifest, read_manifest
 from adapterhub_chat.prototypes import message_of
@@ -332,11 +332,11 @@ def test_early_states_are_transformers_own_and_of_the_bare_backbone(model, make_
 
 def test_a_vector_depends_on_its_message_alone(model):
     texts = ["Hello film", "", "好看吗?", "x " * 5000, "Which song?"]
-    together = features(model, texts)
+    together = looks(model, texts)
     assert together.shape[1] == 32 + NUM_LETTERS
     assert together.isfinite().all()
     for text, row in zip(texts, together, strict=True):
-        torch.testing.assert_close(features(model, [text])[0], row, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(looks(model, [text])[0], row, rtol=1e-4, atol=1e-5)
 
 
 def test_letters_tell_scripts_apart():
