@@ -338,6 +338,7 @@ def bench(
             help="mixed: folder of scripts/install_peers.", show_default="$ADAPTERHUB_PEERS"
         ),
     ] = None,
+    dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure this project, and the peers that are installed, in one interleaved run."""
@@ -345,7 +346,9 @@ def bench(
         raise UsageError(f"bench {kind!r}: allowed are {', '.join(BENCHES)}")
     if peers and kind != "mixed":
         raise UsageError("--peers: only bench mixed measures other engines; leave it out")
-    given = {"repeats": repeats, "peers": peers}
+    if dtype and kind != "train":
+        raise UsageError("--dtype: only bench train computes in another dtype; leave it out")
+    given = {"repeats": repeats, "peers": peers, "dtype": dtype}
     result = BENCHES[kind](**{name: value for name, value in given.items() if value})
     if as_json:
         print_json(result)

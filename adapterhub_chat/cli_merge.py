@@ -11,7 +11,7 @@ from adapterhub_chat.config import MergeOptions
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.export import FORMS, MOST_DRIFT
 from adapterhub_chat.manifest import Manifest
-from adapterhub_chat.merge import METHODS
+from adapterhub_chat.merge_methods import METHODS
 from adapterhub_chat.merge_order import AUTO, LEARN
 from adapterhub_chat.opening import HERE, Where, with_backbone
 from adapterhub_chat.options import (

@@ -129,16 +129,22 @@ class _SiteProducts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, a and every b; the weights are frozen."""
         x, h, a, *b = ctx.saved_tensors
-        ds = [d.reshape(len(a), -1, d.shape[-1]) for d in gradients]
         lows = h.mT.contiguous().chunk(len(b), 1)
-        db = [torch.bmm(low, d) for low, d in zip(lows, ds, strict=True)]
-        dh = torch.cat([torch.bmm(d, f.mT) for d, f in zip(ds, b, strict=True)], -1)
+        wanted = ctx.needs_input_grad[0]
+        db, dhs, dx = [], [], None
+        for d, low, factor, weight in zip(gradients, lows, b, ctx.weights, strict=True):
+            own = d.reshape(
+                len(a), -1, d.shape[-1]
+            )  # all that reads it comes while it is in the cache
+            db.append(torch.bmm(low, own))
+            dhs.append(torch.bmm(own, factor.mT))
+            if wanted:
+                flat = own.reshape(-1, d.shape[-1])
+                dx = flat @ weight if dx is None else dx.addmm_(flat, weight)
+        dh = torch.cat(dhs, -1)
         da = torch.bmm(dh.mT.contiguous(), x.reshape(len(a), -1, x.shape[-1]))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.bmm(dh, a).view(-1, x.shape[-1])
-            for d, weight in zip(ds, ctx.weights, strict=True):
-                dx.addmm_(d.reshape(-1, d.shape[-1]), weight)
+        if dx is not None:
+            dx.view(len(a), -1, x.shape[-1]).baddbmm_(dh, a)
             dx = dx.view(x.shape)
         return dx, da, *db, *[None] * (2 * len(b))
 

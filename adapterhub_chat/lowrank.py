@@ -25,12 +25,20 @@ def joined(pairs: Sequence[Pair]) -> Pair:
     return torch.cat([b for b, _ in pairs], dim=1), torch.cat([a for _, a in pairs])
 
 
-def compress(delta: Pair | Tensor, rank: int) -> tuple[Pair, float, float]:
+def compress(
+    delta: Pair | Tensor, rank: int, metric: Tensor | None = None
+) -> tuple[Pair, float, float]:
     """Return the best approximation of rank k, and the energy (squared Frobenius norm) kept and in all.
 
     The singular values are shared evenly between both factors, so that neither loses digits when it is
-    rounded; ranks that a delta does not have are zeros.
+    rounded; ranks that a delta does not have are zeros. With `metric`, the second moment (in, in) of the
+    inputs x, positive definite, best and energy are those of the outputs, the mean |D x|^2.
     """
+    if metric is not None:
+        root = torch.linalg.cholesky(metric)
+        seen = delta @ root if isinstance(delta, Tensor) else (delta[0], delta[1] @ root)
+        (b, a), kept, total = compress(seen, rank)
+        return (b, torch.linalg.solve_triangular(root, a, upper=False, left=False)), kept, total
     left, values, right = _top(delta, rank) if isinstance(delta, Tensor) else _svd(*delta)
     everything = delta if isinstance(delta, Tensor) else values
     total = float(everything.double().square().sum())

@@ -1,71 +1,31 @@
-"""Merge: a table of ways to make one adapter of several, each a pure function, module by module.
+"""Merge: one adapter out of several, by a method of the table, module by module.
 
 A source's delta is `scale * B A` with its own rank, alpha and rsLoRA, and zero in a module that it does not
 have. A method sees the deltas of one module and their weights; what comes out is compressed to the wanted
 rank, and has scale 1. Sums stay low-rank all the way; methods that look at single numbers make one
-module's deltas dense at a time.
+module's deltas dense at a time. A method may also look at what enters a module: its second moment.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from adapterhub_chat.errors import ConfigError
-from adapterhub_chat.lowrank import Pair, compress, joined
-from adapterhub_chat.sparsify import (
-    add,
-    agree,
-    drop,
-    drop_small,
-    elected,
-    keep_largest,
-    threshold,
-)
-from adapterhub_chat.weights import AdapterWeights, seed_of
+from adapterhub_chat.lowrank import Pair, compress
+from adapterhub_chat.merge_methods import METHODS, Method, Moments, Setting
+from adapterhub_chat.weights import AdapterWeights
 
+BETWEEN = 0.9
+"""What is left of the second moments between two inputs of a module (arXiv 2212.09849, section 4.2)."""
+EPSILON = 1e-6
+"""Of the mean second moment, added to that of each input: none may be zero."""
 SHOWN = 5
 """Modules that a message lists."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a method is told beside the deltas of one module."""
-
-    weights: tuple[float, ...]
-    density: float = 1.0
-    seed: int = 0
-    module: str = ""
-
-
-Function = Callable[[Sequence[Pair], Setting], Pair | Tensor]
-"""(deltas of one module, setting) -> the merged delta, as factors or dense (out, in)."""
-Sparsify = Callable[[Tensor, float, Generator], Tensor]
-"""(delta, density, random numbers) -> the delta with fewer numbers in it."""
-Consensus = Callable[[Tensor], Tensor]
-"""(sources, ...) -> (...)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A row of METHODS."""
-
-    name: str
-    function: Function
-    paper: str
-    about: str
-    weights: Literal["mean", "ones"] = "ones"
-    """The weights that are used where none are given: 1 / sources, or 1 each."""
-    ranks: Literal["joined", "all", "largest"] = "largest"
-    """What comes out where no rank is given: the ranks side by side (always), as many as an exact
-    result needs, or the largest of the sources."""
-    density: float | None = None
-    """The share of numbers kept where none is given; None: the method has no density."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +55,17 @@ def merge(
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
+    moments: Moments | None = None,
 ) -> Merged:
     """Merge adapters by a method of METHODS; raise ConfigError naming all that does not fit.
 
-    `rank` None takes the method's own (`Method.ranks`). Nothing random happens but by `seed`.
+    `rank` None takes the method's own (`Method.ranks`). Nothing random happens but by `seed`. `moments` are
+    asked for by a method that looks (`Method.looks`), module by module in the order of `modules_of`.
     """
     chosen = METHODS.get(method)
     found = list(_misfits(adapters, weights, method, rank, density))
+    if chosen and chosen.looks and moments is None:
+        found.append(f"{method} needs moments: what enters each module (a hub gathers them)")
     if any(adapter.head for adapter in adapters):
         found.append(
             "adapters of an encoder have heads, which no method merges; mix them row by row"
@@ -117,13 +81,14 @@ def merge(
     for module, size in sizes.items():
         pairs = [_delta(adapter, module, size) for adapter in adapters]
         share = chosen.density if density is None else density
-        setting = Setting(tuple(map(float, given)), share or 1.0, seed, module)
+        seen = tuple(map(_shrunk, moments(module))) if moments and chosen.looks else ()
+        setting = Setting(tuple(map(float, given)), share or 1.0, seed, module, seen)
         delta = chosen.function(pairs, setting)
         if chosen.ranks == "joined" and not isinstance(delta, Tensor):
             (b, a), kept, total = delta, 1.0, 1.0
         else:
             wanted = rank or _own_rank(chosen, adapters, pairs)
-            (b, a), kept, total = compress(delta, min(wanted, *size))
+            (b, a), kept, total = compress(delta, min(wanted, *size), setting.metric)
         factors[module] = (a.float().contiguous(), b.float().contiguous())
         shares[module] = min(kept / total, 1.0) if total > 0 else 1.0
         kept_in_all, in_all = kept_in_all + kept, in_all + total
@@ -135,6 +100,19 @@ def merge(
 def default_weights(method: Method, count: int) -> list[float]:
     """Return the weights that a method has for `count` sources."""
     return [1.0 if method.weights == "ones" else 1 / count] * count
+
+
+def modules_of(adapters: Sequence[AdapterWeights]) -> list[str]:
+    """Return the modules that a source has, in the order in which they are merged."""
+    return list(_sizes(adapters))
+
+
+def _shrunk(moment: Tensor) -> Tensor:
+    """Return a second moment, float64, with less between inputs and something on each: few items saw it."""
+    own = moment.double()
+    diagonal = own.diagonal()
+    floor = EPSILON * diagonal.mean().clamp(min=EPSILON)
+    return own * BETWEEN + torch.diag(diagonal * (1 - BETWEEN) + floor)
 
 
 def _own_rank(method: Method, adapters: Sequence[AdapterWeights], pairs: Sequence[Pair]) -> int:
@@ -154,154 +132,6 @@ def _delta(adapter: AdapterWeights, module: str, size: tuple[int, int]) -> Pair:
         return torch.zeros(size[0], 0).double(), torch.zeros(0, size[1]).double()
     a, b = adapter.factors[module]
     return b.double() * adapter.scale(module), a.double()
-
-
-# -- methods ---------------------------------------------------------------------------------------
-
-
-def weighted_sum(pairs: Sequence[Pair], setting: Setting) -> Pair:
-    """Return sum_i w_i delta_i, exactly, as factors."""
-    return joined([(b * w, a) for (b, a), w in zip(pairs, setting.weights, strict=True)])
-
-
-def elementwise(sparsify: Sparsify, consensus: Consensus) -> Function:
-    """Return the method that thins every weighted delta out by itself, and then brings them together."""
-
-    def method(pairs: Sequence[Pair], setting: Setting) -> Tensor:
-        thin = [
-            sparsify(delta, setting.density, _random(setting, source))
-            for source, delta in enumerate(_dense(pairs, setting))
-        ]
-        return consensus(torch.stack(thin))
-
-    return method
-
-
-def sce(pairs: Sequence[Pair], setting: Setting) -> Tensor:
-    """Select where the sources differ most, weigh them by what is left of them, erase the minority's sign."""
-    deltas = torch.stack(_dense(pairs, setting))
-    spread = deltas.var(dim=0, correction=0)
-    deltas = deltas * (spread >= threshold(spread, setting.density))
-    mass = deltas.square().sum(dim=(1, 2))
-    shares = mass / mass.sum() if mass.sum() > 0 else mass
-    agreeing = shares[:, None, None] * (deltas.sign() == elected(deltas))
-    return (deltas * agreeing).sum(0) / agreeing.sum(0).clamp(min=torch.finfo(deltas.dtype).tiny)
-
-
-def knots(pairs: Sequence[Pair], setting: Setting) -> Pair:
-    """Turn all deltas into one shared basis U S, and bring their coordinates V_i together by TIES.
-
-    [delta_1 ... delta_n] = U S [V_1 ... V_n]; directions that no source uses are left out, so that they
-    take no share of the density.
-    """
-    q, r = torch.linalg.qr(joined(pairs)[0])
-    cores = r.split([len(a) for _, a in pairs], dim=1)
-    side_by_side = torch.cat([c @ a for c, (_, a) in zip(cores, pairs, strict=True)], dim=1)
-    u, values, vh = torch.linalg.svd(side_by_side, full_matrices=False)
-    used = values > values.max() * torch.finfo(values.dtype).eps * max(side_by_side.shape)
-    parts = vh[used].chunk(len(pairs), dim=1)
-    weighted = [part * w for part, w in zip(parts, setting.weights, strict=True)]
-    thin = [keep_largest(part, setting.density, Generator()) for part in weighted]
-    return q @ (u[:, used] * values[used]), agree(torch.stack(thin))
-
-
-def _dense(pairs: Sequence[Pair], setting: Setting) -> list[Tensor]:
-    """Return the weighted deltas (out, in) of one module, float32."""
-    return [(b @ a * w).float() for (b, a), w in zip(pairs, setting.weights, strict=True)]
-
-
-def _random(setting: Setting, source: int) -> Generator:
-    """Return a source's own random numbers in a module: the same whoever else is merged."""
-    return Generator().manual_seed(seed_of(setting.seed, f"{source} {setting.module}"))
-
-
-# -- the table -------------------------------------------------------------------------------------
-
-METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        Method(
-            "linear",
-            weighted_sum,
-            "https://arxiv.org/abs/2203.05482",
-            "the weighted mean of the deltas, exact; as many ranks as that takes, unless rank says less",
-            weights="mean",
-            ranks="all",
-        ),
-        Method(
-            "cat",
-            weighted_sum,
-            "https://arxiv.org/abs/2409.05976",
-            "the weighted mean of the deltas, exact; the sources' own factors side by side",
-            weights="mean",
-            ranks="joined",
-        ),
-        Method(
-            "svd",
-            weighted_sum,
-            "https://doi.org/10.1007/BF02288367",
-            "the weighted mean of the deltas, the best approximation of its rank",
-            weights="mean",
-        ),
-        Method(
-            "task_arithmetic",
-            weighted_sum,
-            "https://arxiv.org/abs/2212.04089",
-            "the sum of the deltas; a negative weight takes a skill away",
-        ),
-        Method(
-            "ties",
-            elementwise(keep_largest, agree),
-            "https://arxiv.org/abs/2306.01708",
-            "trim to the largest numbers, elect a sign, mean of those that have it",
-            density=0.5,
-        ),
-        Method(
-            "dare_linear",
-            elementwise(drop, add),
-            "https://arxiv.org/abs/2311.03099",
-            "drop numbers by chance, scale up the others, weighted mean",
-            weights="mean",
-            density=0.5,
-        ),
-        Method(
-            "dare_ties",
-            elementwise(drop, agree),
-            "https://arxiv.org/abs/2311.03099",
-            "drop numbers by chance, scale up the others, then as ties",
-            density=0.5,
-        ),
-        Method(
-            "magnitude_prune",
-            elementwise(keep_largest, add),
-            "https://arxiv.org/abs/2306.01708",
-            "trim to the largest numbers, weighted mean",
-            weights="mean",
-            density=0.5,
-        ),
-        Method(
-            "della",
-            elementwise(drop_small, agree),
-            "https://arxiv.org/abs/2406.11617",
-            "drop by chance, small numbers sooner, scale up the others, then as ties",
-            density=0.5,
-        ),
-        Method(
-            "sce",
-            sce,
-            "https://arxiv.org/abs/2408.07990",
-            "select where the sources differ, weigh by what is left, erase minority signs",
-            density=0.5,
-        ),
-        Method(
-            "knots",
-            knots,
-            "https://arxiv.org/abs/2410.19735",
-            "turn the deltas into one shared basis, then ties on their coordinates in it",
-            density=0.5,
-        ),
-    )
-}
 
 
 # -- what does not fit -----------------------------------------------------------------------------
@@ -333,6 +163,8 @@ def setting_misfits(
             yield f"weights must be finite numbers, not {list(weights)}"
         elif len(weights) and not any(weights):
             yield "all weights are zero: the merged adapter would do nothing"
+        elif chosen is not None and chosen.looks and min(weights, default=0) < 0:
+            yield f"{method} weighs what enters a module, so weights are at least 0; use another method"
     if density is None:
         return
     if not 0 < density <= 1:
@@ -365,6 +197,3 @@ def _source_misfits(adapters: Sequence[AdapterWeights]) -> Iterator[str]:
     if other:
         some = ", ".join(list(dict.fromkeys(other))[:SHOWN])
         yield f"the adapters are for other backbones: their layers have other sizes ({some})"
-
-
-__all__ = ["METHODS", "Merged", "Method", "Report", "Setting", "default_weights", "merge"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.manifest import Tried
-from adapterhub_chat.merge import METHODS, Method
+from adapterhub_chat.merge_methods import METHODS, Method, Moments
 from adapterhub_chat.merge_order import LEARN, MergeOrder, merged_by
 from adapterhub_chat.pool import Stored
 from adapterhub_chat.retention import excess, lessons, mean_and_lowest, retentions, yardsticks
@@ -28,6 +28,7 @@ def choose(
     order: MergeOrder,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
+    moments: Moments,
     listeners: Listeners,
 ) -> tuple[MergeOrder, tuple[Tried, ...]]:
     """Try the table at one rank, on the same validation items; return the best method's order, and all.
@@ -42,11 +43,11 @@ def choose(
     tried = [Tried(method=MIX, mean=mean, lowest=lowest)]
     orders: dict[str, MergeOrder] = {}
     for method in METHODS.values():
-        if method.name in EXACT:
+        if method.name in EXACT or not _able(order, method):
             continue
         one = _by(order, method)
         even = replace(one, weights=None) if order.weights == LEARN else one
-        with shelf.on_trial(order.name, merged_by(even, sources).weights) as trial:
+        with shelf.on_trial(order.name, merged_by(even, sources, moments).weights) as trial:
             found = retentions(shelf.model, sticks, as_mix(trial), told)
         mean, lowest = mean_and_lowest(found)
         tried.append(Tried(method=method.name, mean=mean, lowest=lowest))
@@ -55,6 +56,11 @@ def choose(
     if not fine:
         raise AdapterError(_below(order, tried))
     return orders[max(fine, key=lambda one: one.mean).method], tuple(tried)
+
+
+def _able(order: MergeOrder, method: Method) -> bool:
+    """Whether a method can do with the weights: one that looks has nothing to learn or to take away."""
+    return not method.looks or not (order.weights == LEARN or min(order.given or (0,)) < 0)
 
 
 def _by(order: MergeOrder, method: Method) -> MergeOrder:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from adapterhub_chat.config import MergeOptions, read_settings
 from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.inputs import listed
-from adapterhub_chat.merge import METHODS, Merged, default_weights, merge, setting_misfits
+from adapterhub_chat.merge import Merged, default_weights, merge, setting_misfits
+from adapterhub_chat.merge_methods import METHODS, Moments
 from adapterhub_chat.pool import Stored, check_name
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.stacks import flat
@@ -42,6 +43,11 @@ class MergeOrder:
     def given(self) -> tuple[float, ...] | None:
         """The weights, where they are numbers."""
         return None if isinstance(self.weights, str) else self.weights
+
+    @property
+    def needs_tasks(self) -> bool:
+        """Whether the sources' tasks are needed: to choose by, or because the method looks."""
+        return self.method == AUTO or self.weights == LEARN or METHODS[self.method].looks
 
     @property
     def mix(self) -> Mix:
@@ -89,6 +95,8 @@ def _misfits(order: MergeOrder) -> Iterator[str]:
     known = "ties" if order.method == AUTO else order.method
     names = order.names
     yield from setting_misfits(len(names), order.given, known, order.options.density)
+    if order.weights == LEARN and known in METHODS and METHODS[known].looks:
+        yield f"{known} finds what is nearest by itself, so no weights are learnt for it; leave them out"
     if not names:
         yield "there are no adapters to merge; name one or more"
     if len(set(names)) < len(names):
@@ -142,8 +150,10 @@ def tasks_of(
     return found
 
 
-def merged_by(order: MergeOrder, sources: Sequence[Stored]) -> Merged:
-    """Return what an order makes of its sources."""
+def merged_by(
+    order: MergeOrder, sources: Sequence[Stored], moments: Moments | None = None
+) -> Merged:
+    """Return what an order makes of its sources; `moments` are for a method that looks."""
     return merge(
         [source.weights for source in sources],
         order.given,
@@ -151,4 +161,5 @@ def merged_by(order: MergeOrder, sources: Sequence[Stored]) -> Merged:
         rank=order.options.rank,
         density=order.options.density,
         seed=order.options.seed,
+        moments=moments,
     )

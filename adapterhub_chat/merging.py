@@ -15,8 +15,9 @@ from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.evaluate import judge, score
 from adapterhub_chat.folder import WEIGHTS
 from adapterhub_chat.manifest import Manifest, MergeReport, Training, Tried, file_sha256, hurt
-from adapterhub_chat.merge import METHODS, Merged, merge
+from adapterhub_chat.merge import Merged, merge, modules_of
 from adapterhub_chat.merge_choice import MIX, choose, learn
+from adapterhub_chat.merge_methods import METHODS
 from adapterhub_chat.merge_order import (
     AUTO,
     LEARN,
@@ -25,6 +26,7 @@ from adapterhub_chat.merge_order import (
     read_source,
     tasks_of,
 )
+from adapterhub_chat.moments import InputMoments
 from adapterhub_chat.pool import Stored
 from adapterhub_chat.retention import drift, mean_and_lowest, retention, yardsticks
 from adapterhub_chat.shelf import Shelf
@@ -48,15 +50,15 @@ def merge_adapters(
     hurtful = [found for source in sources if (found := hurt(source.manifest))]
     if hurtful and not order.options.force:
         raise AdapterError(f"{'; '.join(hurtful)}. force=True (--force) merges it all the same")
-    needed = order.method == AUTO or order.weights == LEARN
-    own = tasks_of(sources, tasks, needed=needed)
+    own = tasks_of(sources, tasks, needed=order.needs_tasks)
+    moments = InputMoments(shelf.model, own, modules_of([source.weights for source in sources]))
     tried: tuple[Tried, ...] = ()
     if order.method == AUTO:
-        order, tried = choose(shelf, order, sources, own, listeners)
+        order, tried = choose(shelf, order, sources, own, moments, listeners)
     if order.weights == LEARN:
         order = replace(order, weights=learn(shelf, order, sources, own))
-    merged = merged_by(order, sources)
-    _check_identity(shelf, order, sources)
+    merged = merged_by(order, sources, moments)
+    _check_identity(shelf, order, sources, moments)
     kept = shelf.keep(merged.weights, _draft(shelf, order, sources, merged, tried))
     _check_saved(shelf, kept.name, merged)
     done = _measured(shelf, order, kept, own, listeners)
@@ -119,11 +121,19 @@ def _once(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _check_identity(shelf: Shelf, order: MergeOrder, sources: Sequence[Stored]) -> None:
+def _check_identity(
+    shelf: Shelf, order: MergeOrder, sources: Sequence[Stored], moments: InputMoments
+) -> None:
     """Raise AdapterError unless each source, merged alone with weight 1, answers as it does itself."""
     density = None if METHODS[order.method].density is None else 1.0
-    for source in sources:
-        alone = merge([source.weights], [1.0], method=order.method, density=density)
+    for n, source in enumerate(sources):
+        alone = merge(
+            [source.weights],
+            [1.0],
+            method=order.method,
+            density=density,
+            moments=partial(moments.of, n),
+        )
         probe = make_probe(shelf.model, source.name)
         with shelf.on_trial(source.name, alone.weights) as trial:
             if problem := probe_problem(shelf.model, trial, probe, "exact"):

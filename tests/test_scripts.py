@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.merge import METHODS
+from adapterhub_chat.merge_methods import METHODS
 from adapterhub_chat.peers import installed
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +196,7 @@ def test_compare_merge_scores_every_method_here_and_of_peft(
         mine, its = ways["here", here], ways["peft", peft]
         assert mine["mean"] == pytest.approx(its["mean"], rel=0.02)  # bf16
         assert mine["rank"] == its["rank"]
-    run_script("compare_merge", *arguments, "--limit", 2)
+    run_script("compare_merge", *arguments, "--limit", 2, "--methods", "ties", "ties_svd")
     assert "What is kept of each source's score" in capsys.readouterr().out
 
 
