@@ -44,8 +44,6 @@ LIBRARY: dict[str, Callable[[float], Any]] = {
     "KMM": lambda gamma: KMMReweightAdapter(gamma=gamma),
     "density": lambda _: DensityReweightAdapter(),
 }
-SHARE = 0.3
-"""Least effective sample size of our weights, as in a transfer."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def weigh(way: str, source: np.ndarray, target: np.ndarray) -> np.ndarray:
     if way == PLAIN:
         return np.ones(len(source))
     if way == OWN:
-        found = balanced(torch.tensor(source), torch.tensor(target), share=SHARE)
+        found = balanced(torch.tensor(source), torch.tensor(target))
         return found.weighting.weights.numpy()
     both = np.concatenate([source, target])
     domain = np.array([1] * len(source) + [-2] * len(target))  # skada: targets are negative

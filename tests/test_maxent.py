@@ -119,7 +119,7 @@ def test_too_few_examples_are_not_left_to_carry_the_weight():
     generator = torch.Generator().manual_seed(3)
     source = torch.randn(200, 4, generator=generator)
     target = torch.randn(50, 4, generator=generator) + 4.0
-    free = balanced(source, target)
+    free = balanced(source, target, share=0)
     kept = balanced(source, target, share=0.3)
     assert free.weighting.effective < 0.3 <= kept.weighting.effective
     assert kept.residual > free.residual

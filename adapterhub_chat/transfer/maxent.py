@@ -111,10 +111,19 @@ NEAR = 0.25
 """Distance of two means, in deviations of the source, up to which they count as brought together."""
 STEEPER, RIDGES = 4.0, 24
 """By how much the ridge grows while too few examples carry the weight, and how often at most."""
+GENTLE = 0.7
+"""Least effective sample size, as a share, where features alone say what is like the target: they know
+nothing of the labels, and what they win in likeness is soon less than what fewer examples lose
+(scripts/compare_reweighting.py)."""
 
 
 def balanced(
-    source: Tensor, target: Tensor, *, ridge: float = 1e-2, share: float = 0.0, most: float = 20.0
+    source: Tensor,
+    target: Tensor,
+    *,
+    ridge: float = 1e-2,
+    share: float = GENTLE,
+    most: float = 20.0,
 ) -> Balance:
     """Return weights ~ exp(lam . phi) for source features (n, d) that match the mean of target ones (m, d).
 

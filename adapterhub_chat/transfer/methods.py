@@ -153,7 +153,7 @@ def maxent_job(
     """
     tokenizer = model.backbone.tokenizer
     if setting.unlabelled and not setting.shots:
-        weighting = balanced(*_features(model, setting), share=share).weighting
+        weighting = balanced(*_features(model, setting)).weighting
     else:
         weighting = reweighted(likelihoods(model, setting, teacher), share=share)
     source = [
