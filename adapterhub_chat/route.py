@@ -3,14 +3,17 @@
 An adapter's prototype is a cloud: the centres of its own messages' vectors (looks.py) and one covariance
 around them, beside the cloud of what the backbone makes up by itself (imagine.py). A message is judged twice:
 
-    ratio   log p(message | own cloud) - log p(message | background)     which adapter?   (arXiv 2106.09022)
-    density log p(message | own cloud, its covariance hardly widened)    is it like any?  (arXiv 1807.03888)
+    ratio   log p(message | own cloud) - log p(message | background)     (arXiv 2106.09022)
+    density log p(message | own cloud, its covariance hardly widened)    (arXiv 1807.03888)
 
-Both are ranked among those of the adapter's own held-out messages: the lower rank is the `fit`, a conformal
-p-value. The best ratio wins among the adapters whose fit is at least `LEAST`; where there is none the router
-abstains. An adapter's own messages meet that at about one to two times that rate, whatever the clouds look
-like. No prototype depends on another, so adding one changes nothing in the others. Legend: N messages,
-W width, K centres, R rank, Q quantiles.
+Both are ranked among those of the adapter's own held-out messages, which makes two conformal p-values;
+Fisher's method (Statistical Methods for Research Workers, 1932) makes one of them, the `fit`. Where no fit is
+at least `LEAST` the router abstains; an adapter's own messages meet that at about one to three times that
+rate, whatever the clouds look like. Which of several adapters is another question: each cloud is wide where
+its own messages vary, and a wide one takes its neighbour's. There the centres are compared under one
+covariance, the mean of all clouds' (Fisher's discriminant, doi.org/10.1111/j.1469-1809.1936.tb02137.x). No
+prototype depends on another, so adding one changes nothing in the others. Legend: N messages, W width,
+K centres, R rank, Q quantiles, J judges.
 """
 
 from __future__ import annotations
@@ -35,9 +38,13 @@ WIDENED, SLIGHTLY = (0.8, 0.02), (0.9, 0.1)
 FLOOR = 0.003
 """Variance that every direction has at least, as a share of the mean."""
 LEAST = 0.02
-"""Fit below which the router abstains."""
-SHARPNESS = 4.0
-"""Differences of ratios count in spreads of held-out ratios, over this."""
+"""Fit below which an adapter is not close; where none is, the router abstains."""
+FAR = -0.2
+"""Fit below which an adapter is out although another is close: no message of its own was nearly so unlike."""
+COMMON = (0.9, 0.1)
+"""Weights of own and background covariances in the one that all clouds are compared under."""
+TEMPER = 4.0
+"""Differences of log p under the common covariance, over this, make shares as sure as they are right."""
 STAY = 4.0
 """How much likelier than any other the adapter of the turn before is, before the message is read."""
 SLIGHT = 0.1
@@ -124,17 +131,10 @@ class Judge:
     def __init__(self, prototype: Prototype) -> None:
         """Prepare the three densities; a few milliseconds."""
         own, background = prototype.own, prototype.background
-        self._prototype = prototype
+        self.prototype = prototype
         self._own = _Density(own, own, background, WIDENED)
         self._typical = _Density(own, own, background, SLIGHTLY)
         self._background = _Density(background, background, background, (1.0, 0.0))
-
-    @property
-    def spread(self) -> float:
-        """How much the ratios of its own messages differ: half of what the middle two thirds span."""
-        ratios = self._prototype.ratios
-        low, high = ratios[len(ratios) // 6], ratios[-1 - len(ratios) // 6]
-        return max(1.0, float(high - low) / 2)
 
     def raw(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return ratio and density of each vector (N, W), (N,) each."""
@@ -143,16 +143,17 @@ class Judge:
     def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return ratio and fit of each vector (N, W), (N,) each; below all of its own, a fit is negative."""
         ratios, densities = self.raw(vectors)
-        own = self._prototype
-        return ratios, torch.minimum(_rank(ratios, own.ratios), _rank(densities, own.densities))
+        own = self.prototype
+        return ratios, _joint(_rank(ratios, own.ratios), _rank(densities, own.densities))
 
 
 class Panel:
     """Several adapters' judges together: whom messages are for."""
 
     def __init__(self, judges: Mapping[str, Judge]) -> None:
-        """Take the judges by adapter name."""
+        """Take the judges by adapter name; a few milliseconds each."""
         self.judges = dict(judges)
+        self._apart = _Apart([judge.prototype for judge in self.judges.values()])
 
     def fits(self, vectors: Tensor) -> Tensor:
         """Return how well each vector (N, W) fits to the adapter that it fits best, (N,)."""
@@ -160,33 +161,35 @@ class Panel:
 
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
-        judged = {name: (*judge(vectors), judge.spread) for name, judge in self.judges.items()}
+        likely = self._apart(vectors).tolist()
+        fits = torch.stack([judge(vectors)[1] for judge in self.judges.values()], 1).tolist()
         rows = (
-            {n: (float(r[i]), float(f[i]), s) for n, (r, f, s) in judged.items()}
-            for i in range(len(vectors))
+            dict(zip(self.judges, zip(*own, strict=True), strict=True))
+            for own in zip(likely, fits, strict=True)
         )
         return [choose(row, top=top, previous=previous) for row in rows]
 
 
 def choose(
-    judged: Mapping[str, tuple[float, float, float]],
+    judged: Mapping[str, tuple[float, float]],
     *,
     top: int = 1,
     previous: str | None = None,
     least: float = LEAST,
 ) -> Route:
-    """Return the route that ratio, fit and spread of each adapter mean.
+    """Return the route that log p and fit of each adapter mean.
 
-    Those whose fit is below `least` are out; at most `top` share the mix. `previous` is the adapter of the
-    conversation's last turn: it stays unless another is clearly better, also where none is close.
+    One is close at a fit of `least`, out below FAR; at most `top` share the mix. `previous` is the adapter of
+    the conversation's last turn: it stays unless another is clearly better, also where none is close.
     """
     if not judged:
         return abstention("no adapter can be routed to")
-    able = {name: own for name, own in judged.items() if own[1] >= least}
-    shares = _shares(able or judged, previous)
+    able = {name: own for name, own in judged.items() if own[1] >= FAR}
+    close = any(fit >= least for _, fit in judged.values())
+    shares = _shares(able if close else judged, previous)
     scores = {n: {"share": shares.get(n, 0.0), "fit": own[1]} for n, own in judged.items()}
     best = max(shares, key=shares.__getitem__)
-    if not able:
+    if not close:
         sure = shares[best] * max(0.0, judged[best][1]) / least
         if previous in judged:
             why = f"no adapter is close, so the conversation stays with {previous}"
@@ -200,8 +203,8 @@ def choose(
     whole = sum(shares[n] for n in chosen)
     mix = Mix(tuple((n, shares[n] / whole) for n in chosen))
     why = (
-        f"{best} is the likeliest of {len(able)} that are close, {shares[best]:.0%}; "
-        f"{judged[best][1]:.0%} of its own messages are no nearer"
+        f"{best} is the likeliest of {len(able)} that may be meant, {shares[best]:.0%}; "
+        f"{max(0.0, judged[best][1]):.0%} of its own messages are no nearer"
     )
     return Route(best, mix, shares[best], False, why, scores)
 
@@ -213,15 +216,41 @@ def abstention(
     return Route(BACKBONE, NO_ADAPTER, confidence, True, reason, scores or {})
 
 
-def _shares(
-    judged: Mapping[str, tuple[float, float, float]], previous: str | None
-) -> dict[str, float]:
-    """Return each adapter's share by its ratio, the previous one's with its bonus."""
-    spread = sum(s for _, _, s in judged.values()) / len(judged) / SHARPNESS
+def _shares(judged: Mapping[str, tuple[float, float]], previous: str | None) -> dict[str, float]:
+    """Return each adapter's share by its log p, the previous one's with its bonus."""
     bonus = {previous: math.log(STAY)}
-    logits = [ratio / spread + bonus.get(name, 0.0) for name, (ratio, _, _) in judged.items()]
+    logits = [likely / TEMPER + bonus.get(name, 0.0) for name, (likely, _) in judged.items()]
     shares = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
     return dict(zip(judged, shares, strict=True))
+
+
+class _Apart:
+    """log p of every cloud's centres under the covariance that all have in common, up to a constant."""
+
+    def __init__(self, prototypes: Sequence[Prototype]) -> None:
+        width = prototypes[0].own.factors.shape[1] if prototypes else 0
+        common = torch.zeros(width, width, dtype=torch.float64)
+        for prototype in prototypes:
+            for weight, cloud in zip(COMMON, (prototype.own, prototype.background), strict=True):
+                part = cloud.factors.T @ cloud.factors + cloud.rest.diag()
+                common += part * (weight / len(prototypes))
+        common.diagonal().add_(FLOOR * common.diagonal().mean() + 1e-9)
+        self._lower = torch.linalg.cholesky(common)
+        self._clouds = [(self._even(p.own.centres), p.own.shares.log()) for p in prototypes]
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Return log p of each vector (N, W) under each cloud, (N, J)."""
+        even = self._even(vectors)[:, None]
+        parts = [
+            torch.logsumexp(shares - (even - centres).square().sum(-1) / 2, 1)
+            for centres, shares in self._clouds
+        ]
+        return torch.stack(parts, 1)
+
+    def _even(self, vectors: Tensor) -> Tensor:
+        """Return vectors (N, W) in axes in which the common covariance is one."""
+        even: Tensor = torch.linalg.solve_triangular(self._lower, vectors.T, upper=False).T
+        return even
 
 
 class _Density:
@@ -255,6 +284,12 @@ def _rank(values: Tensor, quantiles: Tensor) -> Tensor:
     inside = ((values - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
     spread = (quantiles[-1] - quantiles[0]).clamp_min(1e-9)
     return (above - 1 + inside) / last + ((values - quantiles[0]) / spread).clamp_max(0)
+
+
+def _joint(one: Tensor, other: Tensor) -> Tensor:
+    """Return the p-value of two p-values' product; where one says `below all`, the lower."""
+    lower, product = torch.minimum(one, other), one.clamp_min(0) * other.clamp_min(0)
+    return torch.where(lower > 0, product * (1 - product.clamp_min(1e-300).log()), lower)
 
 
 def _k_means(vectors: Tensor, centres: int) -> Tensor:

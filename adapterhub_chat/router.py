@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Router:
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         self._judges: dict[str, Judge] = {}
+        self._panel: tuple[Mapping[str, Judge], Panel] | None = None
         self._arrows: dict[str, tuple[tuple[int, ...], Tensor]] = {}
 
     def route(
@@ -63,7 +64,7 @@ class Router:
             return [self._by_arrows(given, names) for given in texts]
         told = [i for i, given in enumerate(texts) if given.strip()]
         vectors = looks(self._shelf.model, [texts[i] for i in told])
-        found = Panel(judges).routes(vectors, top=top, previous=previous)
+        found = self._seated(judges).routes(vectors, top=top, previous=previous)
         routes = dict(zip(told, found, strict=True))
         return [routes.get(i, abstention("the message is empty")) for i in range(len(texts))]
 
@@ -80,6 +81,13 @@ class Router:
         with self._lock:
             found = {name: self._judge(name) for name in names}
         return {name: judge for name, judge in found.items() if judge is not None}
+
+    def _seated(self, judges: Mapping[str, Judge]) -> Panel:
+        """Return the judges' panel: the one of the last message where they are the same."""
+        kept = self._panel
+        if kept is None or kept[0] != judges:
+            kept = self._panel = (judges, Panel(judges))
+        return kept[1]
 
     def _judge(self, name: str) -> Judge | None:
         manifest = self._manifest(name)

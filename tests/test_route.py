@@ -20,7 +20,8 @@ from adapterhub_chat.looks import NUM_LETTERS, WIDEST, letters, looks
 from adapterhub_chat.looks import _folded as folded
 from adapterhub_chat.manifest import MAX_BYTES, dump_manifest, read_manifest
 from adapterhub_chat.prototypes import message_of
-from adapterhub_chat.route import LEAST, Judge, Panel, choose, cloud_of, learn
+from adapterhub_chat.route import FAR, LEAST, Judge, Panel, choose, cloud_of, learn
+from adapterhub_chat.route import _joint as joint
 from adapterhub_chat.routing import Routing, routing_of
 from adapterhub_chat.splits import Splits
 from adapterhub_chat.task import Task
@@ -136,25 +137,27 @@ def test_what_cannot_be_routed_is_said(trained, given, wanted):
 
 
 def test_a_mix_shares_among_the_best():
-    judged = {"a": (10.0, 0.5, 10.0), "b": (9.0, 0.5, 10.0), "c": (9.0, LEAST / 2, 10.0)}
+    judged = {"a": (10.0, 0.5), "b": (9.0, 0.5), "c": (9.0, FAR - 0.1)}
     assert choose(judged).mix.names == ("a",)
     mix = choose(judged, top=3).mix
     assert mix.names == ("a", "b")  # c is unlike all of its own
     assert sum(weight for _, weight in mix.weights) == pytest.approx(1)
     assert mix.weights[0][1] > mix.weights[1][1]
-    far = {**judged, "b": (-1e6, 0.5, 10.0)}
+    far = {**judged, "b": (-1e6, 0.5)}
     assert choose(far, top=3).mix.names == ("a",)
-    unlike = {**judged, "c": (1e6, LEAST / 2, 10.0)}
+    unlike = {**judged, "c": (1e6, FAR - 0.1)}
     assert choose(unlike).adapter == "a"  # another is close, however likely this one
+    odd = {**judged, "c": (1e6, LEAST / 2)}
+    assert choose(odd).adapter == "c"  # among neighbours a rare message is nobody else's
 
 
 def test_a_conversation_stays_unless_another_is_clearly_better():
-    close = {"a": (10.0, 0.5, 10.0), "b": (9.0, 0.5, 10.0)}
+    close = {"a": (10.0, 0.5), "b": (9.0, 0.5)}
     assert choose(close).adapter == "a"
     assert choose(close, previous="b").adapter == "b"
-    clear = {**close, "a": (1000.0, 0.5, 10.0)}
+    clear = {**close, "a": (1000.0, 0.5)}
     assert choose(clear, previous="b").adapter == "a"
-    far = {"a": (10.0, -1.0, 10.0), "b": (9.0, -2.0, 10.0)}
+    far = {"a": (10.0, -1.0), "b": (9.0, -2.0)}
     assert choose(far).abstained
     kept = choose(far, previous="b")
     assert (kept.adapter, kept.abstained) == ("b", False)
@@ -393,7 +396,7 @@ def test_a_share_of_its_own_messages_has_a_fit_below_the_threshold_and_of_others
 ):
     judge = Judge(prototype)
     _, own = judge(normal(2000, seed=3))
-    for level in (0.1, 0.3, 0.5):  # the lower of two ranks: up to twice the level
+    for level in (0.1, 0.3, 0.5):  # two p-values that are not independent, made one
         assert 0.5 * level < float((own <= level).double().mean()) < 2.5 * level
     assert float((own < LEAST).double().mean()) < 2.5 * LEAST
     _, far = judge(normal(200, shift=6.0, seed=4))
@@ -416,6 +419,45 @@ def test_a_density_is_torchs_own(prototype):
     found = Judge(prototype).raw(points)[1]
     constant = 6 * torch.log(torch.tensor(2 * torch.pi)).double()
     torch.testing.assert_close(found - constant, wanted.log_prob(points), rtol=1e-3, atol=1e-2)
+
+
+def test_two_p_values_make_one_as_fisher_has_it():
+    generator = torch.Generator().manual_seed(0)
+    both = torch.rand(2, 20000, generator=generator).double()
+    found = joint(*both)
+    chi_squared = -2 * both.log().sum(0)  # with four degrees of freedom
+    wanted = torch.special.gammaincc(torch.tensor(2.0).double(), chi_squared / 2)
+    torch.testing.assert_close(found, wanted)
+    for level in (0.05, 0.4):  # of independent ones, evenly spread
+        assert float((found <= level).double().mean()) == pytest.approx(level, abs=0.01)
+    below = joint(torch.tensor([-0.3, 0.5, 0.0]), torch.tensor([0.7, -0.1, 0.4]))
+    assert below.tolist() == pytest.approx([-0.3, -0.1, 0.0])
+
+
+def test_which_adapter_is_fishers_discriminant(prototype):
+    """Under one covariance: the mean of both clouds', each a little widened by the background."""
+    other = learn(normal(90, 0.8, 7), normal(90, 0.8, 8), prototype.background)
+
+    def covariance(cloud):
+        return cloud.factors.T @ cloud.factors + cloud.rest.diag()
+
+    clouds = (prototype.own, other.own)
+    common = 0.9 * sum(map(covariance, clouds)) / 2 + 0.1 * covariance(prototype.background)
+    common = common + (0.003 * common.diagonal().mean() + 1e-9) * torch.eye(12).double()
+    points = normal(9, shift=0.4, seed=5)
+    logs = [
+        torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(cloud.shares),
+            torch.distributions.MultivariateNormal(cloud.centres, common[None]),
+        ).log_prob(points)
+        for cloud in clouds
+    ]
+    shares = (torch.stack(logs, 1) / 4).softmax(1)
+    found = Panel({"a": Judge(prototype), "b": Judge(other)}).routes(points)
+    for route, row in zip(found, shares.tolist(), strict=True):
+        if min(s["fit"] for s in route.scores.values()) >= FAR:
+            assert [s["share"] for s in route.scores.values()] == pytest.approx(row, abs=1e-6)
+    assert any(min(s["fit"] for s in route.scores.values()) >= FAR for route in found)
 
 
 def test_one_adapter_more_changes_nothing_in_the_others(prototype):
