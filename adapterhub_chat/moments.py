@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adapterhub_chat.bank import linear_shapes
 from adapterhub_chat.batches import in_order, pack
+from adapterhub_chat.errors import DataError
 from adapterhub_chat.evaluate import ROW_LENGTH, ROWS
 from adapterhub_chat.jobs import sample
 from adapterhub_chat.model import AdapterModel
@@ -47,7 +48,7 @@ class InputMoments:
         self._known: dict[str, list[Tensor]] = {}
 
     def __call__(self, module: str) -> list[Tensor]:
-        """Return the moments of one module, a source each."""
+        """Return the moments of one module, a source each; raise DataError where nothing is to be seen."""
         site = self._site[module]
         if site not in self._known:
             self._known = {}  # those of other modules go first
@@ -74,9 +75,15 @@ class InputMoments:
     def _gather(self, modules: Mapping[str, str]) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {name: [] for name in modules}
         for adapter, own in self._tasks.items():
-            sums, tokens = self._sums(adapter, _items(self._model, own), modules)
+            items = _items(self._model, own)
+            if not items:
+                raise DataError(
+                    f"the tasks of {adapter!r} have no training examples, so nobody sees what enters its "
+                    "layers; give another task (tasks={...}, --task), or choose a method that does not look"
+                )
+            sums, tokens = self._sums(adapter, items, modules)
             for name, total in sums.items():
-                found[name].append((total / max(tokens, 1)).cpu())
+                found[name].append((total / tokens).cpu())
         return found
 
     def _sums(

@@ -7,8 +7,11 @@ import torch
 from conftest import toy_answers, toy_task
 
 from adapterhub_chat import moments as moments_module
+from adapterhub_chat.errors import DataError
 from adapterhub_chat.jobs import sample
 from adapterhub_chat.moments import ITEMS, InputMoments
+from adapterhub_chat.splits import Splits
+from adapterhub_chat.task import Task
 from adapterhub_chat.template import encode_examples
 from adapterhub_chat.types import as_mix
 
@@ -67,6 +70,13 @@ def test_little_memory_gives_the_same_in_more_turns(model, tasks, monkeypatch):
     for module, parts in expected.items():
         assert all(map(torch.equal, narrow(module), parts))
     assert len(looked) == len(tasks) * 4  # q and k share their input
+
+
+def test_a_source_without_examples_is_said(model, tasks):
+    empty = Task("empty", toy_task().contract, "accuracy", lambda: Splits({}))
+    found = InputMoments(model, {**tasks, "answers": [empty]}, MODULES)
+    with pytest.raises(DataError, match="the tasks of 'answers' have no training examples"):
+        found(MODULES[0])
 
 
 def test_nothing_is_run_before_it_is_asked_for(model, tasks, monkeypatch):
