@@ -135,7 +135,8 @@ def read_folder(
             folder / WEIGHTS, memory, lambda piece: hasher.submit(digest.update, piece)
         )
         checked = check(f"{folder} cannot be loaded", config, _buffer(data), layers)
-    return _weights(data, checked), dict(checked.config), digest.hexdigest()
+        weights = _weights(data, checked)
+    return weights, dict(checked.config), digest.hexdigest()
 
 
 def _read_numbers(
