@@ -140,11 +140,11 @@ class Judge:
         """Return ratio and density of each vector (N, W), (N,) each."""
         return self._own(vectors) - self._background(vectors), self._typical(vectors)
 
-    def __call__(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ratio and fit of each vector (N, W), (N,) each; below all of its own, a fit is negative."""
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Return the fit of each vector (N, W), (N,); below all of the adapter's own it is negative."""
         ratios, densities = self.raw(vectors)
         own = self.prototype
-        return ratios, _joint(_rank(ratios, own.ratios), _rank(densities, own.densities))
+        return _joint(_rank(ratios, own.ratios), _rank(densities, own.densities))
 
 
 class Panel:
@@ -157,12 +157,12 @@ class Panel:
 
     def fits(self, vectors: Tensor) -> Tensor:
         """Return how well each vector (N, W) fits to the adapter that it fits best, (N,)."""
-        return torch.stack([judge(vectors)[1] for judge in self.judges.values()]).amax(0)
+        return torch.stack([judge(vectors) for judge in self.judges.values()]).amax(0)
 
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
         likely = self._apart(vectors).tolist()
-        fits = torch.stack([judge(vectors)[1] for judge in self.judges.values()], 1).tolist()
+        fits = torch.stack([judge(vectors) for judge in self.judges.values()], 1).tolist()
         rows = (
             dict(zip(self.judges, zip(*own, strict=True), strict=True))
             for own in zip(likely, fits, strict=True)
