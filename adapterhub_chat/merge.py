@@ -17,13 +17,9 @@ from torch import Tensor
 
 from adapterhub_chat.errors import ConfigError
 from adapterhub_chat.lowrank import Pair, compress
-from adapterhub_chat.merge_methods import METHODS, Method, Moments, Setting
+from adapterhub_chat.merge_methods import METHODS, Method, Moments, Setting, shrunk
 from adapterhub_chat.weights import AdapterWeights
 
-BETWEEN = 0.9
-"""What is left of the second moments between two inputs of a module (arXiv 2212.09849, section 4.2)."""
-EPSILON = 1e-6
-"""Of the mean second moment, added to that of each input: none may be zero."""
 SHOWN = 5
 """Modules that a message lists."""
 
@@ -81,7 +77,7 @@ def merge(
     for module, size in sizes.items():
         pairs = [_delta(adapter, module, size) for adapter in adapters]
         share = chosen.density if density is None else density
-        seen = tuple(map(_shrunk, moments(module))) if moments and chosen.looks else ()
+        seen = tuple(map(shrunk, moments(module))) if moments and chosen.looks else ()
         setting = Setting(tuple(map(float, given)), share or 1.0, seed, module, seen)
         delta = chosen.function(pairs, setting)
         if chosen.ranks == "joined" and not isinstance(delta, Tensor):
@@ -105,14 +101,6 @@ def default_weights(method: Method, count: int) -> list[float]:
 def modules_of(adapters: Sequence[AdapterWeights]) -> list[str]:
     """Return the modules that a source has, in the order in which they are merged."""
     return list(_sizes(adapters))
-
-
-def _shrunk(moment: Tensor) -> Tensor:
-    """Return a second moment, float64, with less between inputs and something on each: few items saw it."""
-    own = moment.double()
-    diagonal = own.diagonal()
-    floor = EPSILON * diagonal.mean().clamp(min=EPSILON)
-    return own * BETWEEN + torch.diag(diagonal * (1 - BETWEEN) + floor)
 
 
 def _own_rank(method: Method, adapters: Sequence[AdapterWeights], pairs: Sequence[Pair]) -> int:
