@@ -133,9 +133,8 @@ class _SiteProducts(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         db, dhs, dx = [], [], None
         for d, low, factor, weight in zip(gradients, lows, b, ctx.weights, strict=True):
-            own = d.reshape(
-                len(a), -1, d.shape[-1]
-            )  # all that reads it comes while it is in the cache
+            # all that reads a gradient comes one after the other, while it is in the cache
+            own = d.reshape(len(a), -1, d.shape[-1])
             db.append(torch.bmm(low, own))
             dhs.append(torch.bmm(own, factor.mT))
             if wanted:

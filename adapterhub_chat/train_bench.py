@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from adapterhub_chat.backbone import load_backbone, peak_memory
+from adapterhub_chat.backbone import load_backbone, peak_memory, pick_dtype
 from adapterhub_chat.bank import linear_shapes
 from adapterhub_chat.batches import epochs, pack
 from adapterhub_chat.bench import Worker, interleaved, machine, median, serve
@@ -59,6 +59,7 @@ def bench_train(  # noqa: PLR0913 - the settings of the run
 
     `dtype` None is the fastest one; in "fp32" nothing is rounded, so that both must learn alike.
     """
+    pick_dtype(dtype, torch.device("cpu"))  # says what is allowed, before any process starts
     settings = {
         "backbone": backbone,
         "dtype": dtype,
