@@ -16,8 +16,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from adapterhub_chat.assets import cache_dir
-from adapterhub_chat.decoder import make_decoder
 from adapterhub_chat.errors import NoRoomError, QueueFullError, UsageError
+from adapterhub_chat.fused import make_decoder
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import Prefixes
 from adapterhub_chat.requests import Completion, Request, Ticket

@@ -1,39 +1,23 @@
-"""What a message looks like: the frozen backbone's early hidden states, and its letters. No adapter acts.
+"""What a message looks like: the frozen backbone's early hidden states, and its text. No adapter acts.
 
 A vector is the mean over the message's tokens of the states that enter a block a quarter of the way up,
-each token scaled to one size, followed by shares of scripts and signs. Legend: N messages, W width.
+each token scaled to one size, followed by shares of scripts and signs (the first B numbers), and by its
+words.
+Legend: N messages, W width.
 """
 
 from __future__ import annotations
 
-import math
-import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from adapterhub_chat.generate import engine_of
 from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.spelling import NUM_LETTERS, NUM_WORDS, letters, words
 
-SCRIPTS = (
-    "LATIN",
-    "CJK",
-    "HIRAGANA",
-    "KATAKANA",
-    "HANGUL",
-    "CYRILLIC",
-    "ARABIC",
-    "GREEK",
-    "DEVANAGARI",
-)
-"""First words of the Unicode names of letters: a language's first trace."""
-OTHER_LETTER, DIGIT, SPACE, SIGN = range(len(SCRIPTS), len(SCRIPTS) + 4)
-MARKS = {"?": 10.0, "\n": 10.0, "@": 10.0, "{}()[]=_;<>": 5.0, ".,!'\"": 5.0}
-"""Signs whose share in a message is told, and its weight."""
-NUM_LETTERS = SIGN + 1 + 6 + len(MARKS)
-"""Numbers that `letters` returns."""
 WIDEST = 1024
 """Wider hidden states are folded to this width, so that what a manifest keeps stays small."""
 TOKENS, CHARACTERS = 128, 4_000
@@ -55,7 +39,8 @@ def looks(model: AdapterModel, texts: Sequence[str]) -> Tensor:
         chosen = order[start : start + BATCH]
         seen[chosen] = _means(model, [rows[i] for i in chosen])
     told = torch.tensor([letters(text) for text in cut], dtype=torch.float64)
-    return torch.cat([seen, told], dim=1)
+    said = torch.stack([words(text) for text in cut])
+    return torch.cat([seen, told, said], dim=1)
 
 
 def own_states(model: AdapterModel, text: str) -> Tensor:
@@ -67,34 +52,12 @@ def own_states(model: AdapterModel, text: str) -> Tensor:
 
 def width(model: AdapterModel) -> int:
     """Return W, the length of a message's vector."""
+    return wordless(model) + NUM_WORDS
+
+
+def wordless(model: AdapterModel) -> int:
+    """Return B, how many numbers stand before the words."""
     return min(_hidden(model), WIDEST) + NUM_LETTERS
-
-
-def letters(text: str) -> list[float]:
-    """Return shares of scripts, digits, blanks and signs, and a few habits: NUM_LETTERS numbers."""
-    kinds = [0.0] * (SIGN + 1)
-    for character in text:
-        kinds[_kind(character)] += 1
-    size = max(1, len(text))
-    words = [c for c in text if c.isalpha()]
-    return [
-        *(count / size for count in kinds),
-        sum(c.isupper() for c in words) / max(1, len(words)),
-        math.log1p(len(text)) / 5,
-        *(weight * sum(c in marks for c in text) / size for marks, weight in MARKS.items()),
-        float(text[:1].isupper()),
-        float(text.rstrip()[-1:] == "?"),
-        float("\n" in text),
-        min(10.0, len(text) / max(1, len(text.split()))) / 10,
-    ]
-
-
-@lru_cache(maxsize=20_000)
-def _kind(character: str) -> int:
-    if character.isalpha():
-        script = unicodedata.name(character, "").partition(" ")[0]
-        return SCRIPTS.index(script) if script in SCRIPTS else OTHER_LETTER
-    return DIGIT if character.isdigit() else SPACE if character.isspace() else SIGN
 
 
 def _ends(whole: Part, most: int) -> Part:
@@ -119,7 +82,7 @@ def _means(model: AdapterModel, rows: Sequence[list[int]]) -> Tensor:
     """Return the mean state of each row's tokens but the first, (rows, hidden or WIDEST) float64."""
     longest = max(map(len, rows))
     ids = torch.tensor([row + [row[0]] * (longest - len(row)) for row in rows])
-    states = model.early_states(ids.to(model.backbone.device)).float()
+    states = engine_of(model).decoder.early_states(ids.to(model.backbone.device)).float()
     states = states / states.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     lengths = torch.tensor([len(row) for row in rows], device=states.device)[:, None]
     place = torch.arange(longest, device=states.device)

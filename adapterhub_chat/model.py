@@ -60,8 +60,11 @@ class AdapterModel:
             self._hooks.append(head.register_forward_pre_hook(_keep_positions))
         self.early_block = ""
         """The block at which `early_states` stops; empty where the backbone is not made of blocks."""
+        self.num_early = 0
+        """How many blocks lie below that one."""
         if blocks := backbone.blocks:
-            block = blocks[min(len(blocks) - 1, max(1, round(EARLY * len(blocks))))]
+            self.num_early = min(len(blocks) - 1, max(1, round(EARLY * len(blocks))))
+            block = blocks[self.num_early]
             self.early_block = next(n for n, m in backbone.model.named_modules() if m is block)
             self._hooks.append(block.register_forward_pre_hook(_stop_early, with_kwargs=True))
         self.slots = Slots(self._new_slots, budget, partial(native.write, cache_dir() / "native"))

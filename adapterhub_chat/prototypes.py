@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.imagine import imagined
 from adapterhub_chat.jobs import sample
-from adapterhub_chat.looks import looks, width
+from adapterhub_chat.looks import looks, width, wordless
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.prompt import placeholders
 from adapterhub_chat.route import BACKGROUND_RANK, FEWEST, Cloud, cloud_of, learn
@@ -26,7 +26,10 @@ def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
         return None
     backbone = shelf.model.backbone
     same = not manifest.fingerprint.differences(backbone.fingerprint)
-    return manifest.routing if same and manifest.routing.width == width(shelf.model) else None
+    sizes = manifest.routing.width, manifest.routing.background_width
+    return (
+        manifest.routing if same and sizes == (width(shelf.model), wordless(shelf.model)) else None
+    )
 
 
 def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
@@ -65,4 +68,4 @@ def _background(shelf: Shelf) -> Cloud:
         if routing is not None:
             return routing.prototype().background
     texts = imagined(shelf.model, IMAGINED)
-    return cloud_of(looks(shelf.model, texts), 1, BACKGROUND_RANK)
+    return cloud_of(looks(shelf.model, texts)[:, : wordless(shelf.model)], 1, BACKGROUND_RANK)

@@ -12,8 +12,9 @@ at least `LEAST` the router abstains; an adapter's own messages meet that at abo
 rate, whatever the clouds look like. Which of several adapters is another question: each cloud is wide where
 its own messages vary, and a wide one takes its neighbour's. There the centres are compared under one
 covariance, the mean of all clouds' (Fisher's discriminant, doi.org/10.1111/j.1469-1809.1936.tb02137.x). No
-prototype depends on another, so adding one changes nothing in the others. Legend: N messages, W width,
-K centres, R rank, Q quantiles, J judges.
+prototype depends on another, so adding one changes nothing in the others. Only there do the words count that
+the vectors end with: the background, which is of the B numbers before them, has words of anything. Legend:
+N messages, W width, K centres, R rank, Q quantiles, J judges.
 """
 
 from __future__ import annotations
@@ -64,6 +65,17 @@ class Cloud:
     rest: Tensor
     """(W,): variances, >= 0."""
 
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.rest.shape[0]
+
+    def narrowed(self, width: int) -> Cloud:
+        """Return the cloud of the first numbers of the same messages."""
+        return Cloud(
+            self.centres[:, :width], self.shares, self.factors[:, :width], self.rest[:width]
+        )
+
 
 @dataclass(frozen=True)
 class Prototype:
@@ -71,6 +83,7 @@ class Prototype:
 
     own: Cloud
     background: Cloud
+    """Of the first B numbers."""
     ratios: Tensor
     """(Q,): quantiles over the held-out messages, ascending."""
     densities: Tensor
@@ -115,7 +128,8 @@ def cloud_of(vectors: Tensor, centres: int, rank: int) -> Cloud:
 def learn(own: Tensor, held_out: Tensor, background: Cloud) -> Prototype:
     """Return the prototype of an adapter from vectors of its messages: to learn from, and to rank among.
 
-    `own` and `held_out` are (N, W), FEWEST or more; a message must not be in both.
+    `own` and `held_out` are (N, W), FEWEST or more; a message must not be in both. The background may end
+    before W: how well a message fits is told by that many numbers.
     """
     cloud = cloud_of(own, CENTRES, RANK)
     blank = torch.zeros(2, dtype=own.dtype)
@@ -130,14 +144,16 @@ class Judge:
 
     def __init__(self, prototype: Prototype) -> None:
         """Prepare the three densities; a few milliseconds."""
-        own, background = prototype.own, prototype.background
-        self.prototype = prototype
+        background = prototype.background
+        self.prototype, self._width = prototype, background.width
+        own = prototype.own.narrowed(self._width)
         self._own = _Density(own, own, background, WIDENED)
         self._typical = _Density(own, own, background, SLIGHTLY)
         self._background = _Density(background, background, background, (1.0, 0.0))
 
     def raw(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return ratio and density of each vector (N, W), (N,) each."""
+        vectors = vectors[:, : self._width]
         return self._own(vectors) - self._background(vectors), self._typical(vectors)
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -228,12 +244,12 @@ class _Apart:
     """log p of every cloud's centres under the covariance that all have in common, up to a constant."""
 
     def __init__(self, prototypes: Sequence[Prototype]) -> None:
-        width = prototypes[0].own.factors.shape[1] if prototypes else 0
+        width = prototypes[0].own.width if prototypes else 0
         common = torch.zeros(width, width, dtype=torch.float64)
         for prototype in prototypes:
             for weight, cloud in zip(COMMON, (prototype.own, prototype.background), strict=True):
                 part = cloud.factors.T @ cloud.factors + cloud.rest.diag()
-                common += part * (weight / len(prototypes))
+                common[: cloud.width, : cloud.width] += part * (weight / len(prototypes))
         common.diagonal().add_(FLOOR * common.diagonal().mean() + 1e-9)
         self._lower = torch.linalg.cholesky(common)
         self._clouds = [(self._even(p.own.centres), p.own.shares.log()) for p in prototypes]

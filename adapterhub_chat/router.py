@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class Router:
         self._shelf = shelf
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
-        self._judges: dict[str, Judge] = {}
+        self._judges: dict[str, tuple[Manifest | None, Judge | None]] = {}
         self._panel: tuple[Mapping[str, Judge], Panel] | None = None
         self._arrows: dict[str, tuple[tuple[int, ...], Tensor]] = {}
 
@@ -90,14 +89,13 @@ class Router:
         return kept[1]
 
     def _judge(self, name: str) -> Judge | None:
+        """Return an adapter's judge, made anew only where its manifest is another."""
         manifest = self._manifest(name)
-        routing = usable_routing(self._shelf, manifest)
-        if manifest is None or routing is None:
-            return None
-        key = hashlib.sha256(f"{manifest.sha256} {routing.numbers}".encode()).hexdigest()
-        if key not in self._judges:
-            self._judges[key] = Judge(routing.prototype())
-        return self._judges[key]
+        if name not in self._judges or self._judges[name][0] is not manifest:
+            routing = usable_routing(self._shelf, manifest)
+            judge = None if routing is None else Judge(routing.prototype())
+            self._judges[name] = manifest, judge
+        return self._judges[name][1]
 
     def _manifest(self, name: str) -> Manifest | None:
         """Return an adapter's manifest, read again only where its file has changed; None if it cannot be."""

