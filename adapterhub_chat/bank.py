@@ -10,6 +10,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,18 @@ class Bank:
             leaves = (*self.A.values(), *self.B.values(), *self.head)
             for leaf, slope in zip(leaves, slopes, strict=True):
                 leaf.requires_grad_().grad = slope
+
+    @cached_property
+    def starts(self) -> dict[str, tuple[int, int]]:
+        """Where A and B of each module begin among a slot's numbers."""
+        starts = accumulate(self._sizes, initial=0)
+        first_a, first_b = (dict(zip(own, starts, strict=False)) for own in (self._a, self._b))
+        found = {}
+        for site in self.sites.values():
+            step = self.rank * site.in_features
+            for j, module in enumerate(site.members):
+                found[module] = first_a[site.name] + j * step, first_b[module]
+        return found
 
     @torch.no_grad()
     def write(self, slot: int, weights: AdapterWeights) -> None:

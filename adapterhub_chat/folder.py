@@ -11,9 +11,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -35,13 +36,13 @@ DTYPES = {
     "F64": torch.float64,
 }
 """Numbers that a factor may be made of, by their names in a safetensors file."""
-PIECE = 2**20
-"""Bytes that are read, then hashed while the next ones are read."""
 MOST_SPARE = 64 * 2**20
 """Bytes of the memory that is kept for the next file."""
 
 Memory = Callable[[int], torch.Tensor]
 """Gives a vector of so many bytes, uint8."""
+Arrived = Callable[[AdapterWeights], object]
+"""Is given weights whose form was checked; whether their file is the right one is not known yet."""
 
 
 def config_of(
@@ -112,13 +113,25 @@ class Scratch:
                 self._spare[:] = [held]
 
 
+@dataclass(frozen=True)
+class Landing:
+    """Where an adapter's numbers go while its file is read."""
+
+    memory: Memory = fresh
+    arrived: Arrived = lambda _: None
+
+
+ANYWHERE = Landing()
+
+
 def read_folder(
-    folder: Path, layers: Layers | None = None, memory: Memory = fresh
+    folder: Path, layers: Layers | None = None, landing: Landing = ANYWHERE
 ) -> tuple[AdapterWeights, dict[str, Any], str]:
     """Return a folder's weights, its config built anew, and the sha256 of the very bytes that were read.
 
     Raises AdapterError naming everything that does not fit, with a backbone's `layers` also those. No other
-    file in the folder is looked at. The weights are views of what `memory` gives.
+    file in the folder is looked at. The weights are views of what `landing.memory` gives; `landing.arrived`
+    has them while the hash is still worked out.
     """
     if not os.path.isdir(folder):
         raise AdapterError(f"{folder} is not a folder")
@@ -129,25 +142,26 @@ def read_folder(
             " (pickled .bin weights are never opened; save with safetensors)"
         )
     config = read_bytes(folder / CONFIG, MAX_CONFIG)
+    data = _read_numbers(folder / WEIGHTS, landing.memory)
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(1) as hasher:  # on another core, while the rest is read and checked
-        data = _read_numbers(
-            folder / WEIGHTS, memory, lambda piece: hasher.submit(digest.update, piece)
-        )
+    # On another core, in one call: for each piece it would wait for its turn at the interpreter.
+    hasher = Thread(target=digest.update, args=(_buffer(data),))
+    hasher.start()
+    try:
         checked = check(f"{folder} cannot be loaded", config, _buffer(data), layers)
         weights = _weights(data, checked)
+        landing.arrived(weights)
+    finally:
+        hasher.join()
     return weights, dict(checked.config), digest.hexdigest()
 
 
-def _read_numbers(
-    path: Path, memory: Memory, on_piece: Callable[[memoryview], object]
-) -> torch.Tensor:
+def _read_numbers(path: Path, memory: Memory) -> torch.Tensor:
     """Return a file's bytes in memory of their own: a mapped file could change, or end, under us."""
     with opened(path, MAX_WEIGHTS) as (file, size):
         data, read = memory(size), 0
         whole = _buffer(data)
-        while count := file.readinto(whole[read : read + PIECE]):
-            on_piece(whole[read : read + count])
+        while count := file.readinto(whole[read:]):
             read += count
         return data[:read]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from adapterhub_chat.encoders import first_position, pooled
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
 from adapterhub_chat.lora import activate, active, attach
-from adapterhub_chat.slots import Held, Slots, plan_of
+from adapterhub_chat.slots import Ahead, Held, Slots, plan_of
 from adapterhub_chat.types import BACKBONE, NO_ADAPTER, Mix
 from adapterhub_chat.weights import AdapterWeights, misfits
 
@@ -82,11 +82,22 @@ class AdapterModel:
         """Return a copy of a loaded adapter's numbers, rounded as they are in its slot."""
         return self.slots.weights(name)
 
-    def load(self, name: str, weights: AdapterWeights, identity: str | None = None) -> None:
+    def ahead(self) -> AbstractContextManager[Ahead]:
+        """Give who fills a slot with weights that fit before `load` is called with them; see Slots.ahead."""
+        return self.slots.ahead(lambda own: not misfits(own, self.shapes, self.backbone.width))
+
+    def load(
+        self,
+        name: str,
+        weights: AdapterWeights,
+        identity: str | None = None,
+        ahead: Ahead | None = None,
+    ) -> None:
         """Put an adapter into a slot; under a name in use it replaces that adapter for new forwards.
 
-        `identity` is the hash of its content, where there is one. Raises AdapterError when modules or
-        shapes do not fit the backbone, NoRoomError when the budget is all in use; nothing has changed then.
+        `identity` is the hash of its content, where there is one; `ahead` may have filled the slot. Raises
+        AdapterError when modules or shapes do not fit the backbone, NoRoomError when the budget is all in
+        use; nothing has changed then.
         """
         if name == BACKBONE:
             raise AdapterError(
@@ -94,7 +105,7 @@ class AdapterModel:
             )
         if found := misfits(weights, self.shapes, self.backbone.width):
             raise AdapterError(joined(f"adapter {name!r} does not fit {self.backbone.name}", found))
-        self.slots.load(name, weights, identity)
+        self.slots.load(name, weights, identity, ahead)
 
     def unload(self, name: str) -> None:
         """Free an adapter's slot; forwards that are running end undisturbed."""

@@ -90,8 +90,12 @@ def compiled(folder: Path) -> bool:
 
 
 def _compiler() -> list[str]:
-    found = (name for name in ("c++", "g++", "clang++") if shutil.which(name))
-    return shlex.split(os.environ.get("CXX", "")) or list(found)[:1]
+    return shlex.split(os.environ.get("CXX", "")) or _found(os.environ.get("PATH", ""))
+
+
+@functools.cache
+def _found(path: str) -> list[str]:
+    return [name for name in ("c++", "g++", "clang++") if shutil.which(name, path=path)][:1]
 
 
 @functools.cache
@@ -132,24 +136,16 @@ def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
         return
     if weights.num_parameters < bank.flat.shape[1]:
         bank.flat[slot].zero_()
+    size = bank.flat.element_size()
+    start = bank.flat.data_ptr() + slot * bank.flat.stride(0) * size
     parts, scales = [], []
     for module, (a, b) in weights.factors.items():
-        site, j = bank.home[module]
-        to_a = bank.A[site][slot, j * bank.rank :].data_ptr()
-        parts += [
-            a.data_ptr(),
-            to_a,
-            *a.shape,
-            0,
-            b.data_ptr(),
-            bank.B[module][slot].data_ptr(),
-            *b.shape,
-            1,
-        ]
+        to_a, to_b = bank.starts[module]
+        parts += [a.data_ptr(), start + to_a * size, *a.shape, 0]
+        parts += [b.data_ptr(), start + to_b * size, *b.shape, 1]
         scales += [1.0, weights.scale(module)]
-    places, factor = torch.tensor(parts), torch.tensor(scales)
     call = getattr(library(folder), f"fill_{SUFFIX[bank.dtype]}")
-    call(_at(places), _at(factor), _int(len(scales)))
+    call(_array(parts, ctypes.c_int64), _array(scales, ctypes.c_float), _int(len(scales)))
     bank.write_head(slot, weights.head)
 
 
@@ -270,5 +266,5 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _array(values: Sequence[int], kind: Any) -> Any:
+def _array(values: Sequence[float], kind: Any) -> Any:
     return (kind * len(values))(*values)

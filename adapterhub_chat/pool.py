@@ -30,7 +30,7 @@ from adapterhub_chat.errors import (
     UnknownNameError,
     UsageError,
 )
-from adapterhub_chat.folder import CONFIG, WEIGHTS, Memory, fresh, read_folder, write_weights
+from adapterhub_chat.folder import ANYWHERE, CONFIG, WEIGHTS, Landing, read_folder, write_weights
 from adapterhub_chat.guard import Layers
 from adapterhub_chat.lockfile import NEXT, STEP, Pinned, plan_lock, settle_lock
 from adapterhub_chat.manifest import FILE as MANIFEST
@@ -96,9 +96,9 @@ class Pool:
             )
         return self.root / name
 
-    def load(self, name: str, memory: Memory = fresh) -> Stored:
+    def load(self, name: str, landing: Landing = ANYWHERE) -> Stored:
         """Read an adapter; raise AdapterError when its bytes are not what its manifest says."""
-        return read_stored(self.path(name), name, memory=memory)
+        return read_stored(self.path(name), name, landing=landing)
 
     def manifest(self, name: str) -> Manifest | None:
         """Return an adapter's manifest without reading its weights."""
@@ -332,7 +332,7 @@ def check_name(name: str) -> str:
 
 
 def read_stored(
-    folder: Path, name: str, layers: Layers | None = None, memory: Memory = fresh
+    folder: Path, name: str, layers: Layers | None = None, landing: Landing = ANYWHERE
 ) -> Stored:
     """Read an adapter folder, a stranger's with a backbone's `layers`; raise AdapterError for what is wrong.
 
@@ -341,7 +341,7 @@ def read_stored(
     while True:
         version = _version(folder)
         try:
-            stored = _read_once(folder, name, layers, memory)
+            stored = _read_once(folder, name, layers, landing)
         except AdapterError:
             if _version(folder) == version:
                 raise
@@ -358,8 +358,8 @@ def _version(folder: Path) -> tuple[int, int]:
     return 0, 0
 
 
-def _read_once(folder: Path, name: str, layers: Layers | None, memory: Memory) -> Stored:
-    weights, config, actual = read_folder(folder, layers, memory)
+def _read_once(folder: Path, name: str, layers: Layers | None, landing: Landing) -> Stored:
+    weights, config, actual = read_folder(folder, layers, landing)
     manifest = read_manifest(folder)
     if manifest is not None and actual != manifest.sha256:
         raise AdapterError(

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
-from adapterhub_chat.folder import Memory, Scratch, config_of, fresh
+from adapterhub_chat.folder import ANYWHERE, Landing, Scratch, config_of
 from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
-from adapterhub_chat.slots import Held
+from adapterhub_chat.slots import Ahead, Held
 from adapterhub_chat.stacks import standing
 from adapterhub_chat.trust import (
     Status,
@@ -94,11 +94,11 @@ class Shelf:
 
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Check and load a pool member or a folder; return its name. See AdapterHub.load."""
-        with self._scratch.lent() as memory:
-            stored = self.find(source, name, memory)
+        with self._scratch.lent() as memory, self.model.ahead() as ahead:
+            stored = self.find(source, name, Landing(memory, ahead.fill))
             if note := self._accepted(stored):
                 warnings.warn(note, stacklevel=3)
-            self._hold(stored)
+            self._hold(stored, ahead)
             return stored.name
 
     def rollback(self, name: str) -> Manifest | None:
@@ -133,25 +133,27 @@ class Shelf:
             problem = str(error)
         return Verdict(False, "refused", (problem,)) if problem else verdict
 
-    def find(self, source: str | Path, name: str | None = None, memory: Memory = fresh) -> Stored:
+    def find(
+        self, source: str | Path, name: str | None = None, landing: Landing = ANYWHERE
+    ) -> Stored:
         """Read the pool member called `source`, else the adapter in the folder `source`."""
         if isinstance(source, str) and source in self.pool:
-            stored = self.pool.load(source, memory)
+            stored = self.pool.load(source, landing)
             return replace(stored, name=check_name(name)) if name else stored
         try:
             folder = Path(source).expanduser()
             if isinstance(source, Path) or folder.is_dir():
-                return self._strangers(folder, check_name(name or folder.resolve().name), memory)
+                return self._strangers(folder, check_name(name or folder.resolve().name), landing)
         except (OSError, RuntimeError, ValueError) as error:
             if isinstance(error, AdapterHubError):
                 raise
             raise UsageError(f"{str(source)[:100]!r} cannot be a folder: {error!s:.200}") from error
         return self.pool.load(str(source))  # raises, naming the adapters that are there
 
-    def _strangers(self, folder: Path, name: str, memory: Memory) -> Stored:
+    def _strangers(self, folder: Path, name: str, landing: Landing) -> Stored:
         """Read a folder that is no pool member, with all that speaks against it in one message."""
         try:
-            return read_stored(folder, name, self.model.shapes, memory)
+            return read_stored(folder, name, self.model.shapes, landing)
         except AdapterError as error:
             found = [str(error)]
             with suppress(AdapterError):
@@ -280,10 +282,10 @@ class Shelf:
         if held and held.manifest and manifest and held.manifest.sha256 == manifest.sha256:
             self._known[name] = replace(held, manifest=manifest)
 
-    def _hold(self, stored: Stored) -> None:
+    def _hold(self, stored: Stored, ahead: Ahead | None = None) -> None:
         """Load what was accepted, and keep all but its numbers."""
         weights = stored.weights
-        self.model.load(stored.name, weights, _identity(stored))
+        self.model.load(stored.name, weights, _identity(stored), ahead)
         self._known[stored.name] = Known(
             stored.path, stored.manifest, weights.max_rank, weights.num_parameters
         )

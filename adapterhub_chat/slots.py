@@ -102,24 +102,59 @@ class Slots:
         """Bytes that are allocated."""
         return sum(segment.bank.nbytes() for segment in self._segments)
 
-    def load(self, name: str, weights: AdapterWeights, identity: str | None = None) -> None:
+    def load(
+        self,
+        name: str,
+        weights: AdapterWeights,
+        identity: str | None = None,
+        ahead: Ahead | None = None,
+    ) -> None:
         """Put an adapter into a slot; under a name in use it replaces that adapter for new users.
 
-        Raises NoRoomError, with nothing changed, when the budget is spent on adapters in use.
+        The slot that was filled `ahead` with these weights is taken, where there is one. Raises NoRoomError,
+        with nothing changed, when the budget is spent on adapters in use.
         """
-        with self._lock:
-            bank, slot = place = self._room(weights, name)
-        try:
-            self._write(bank, slot, weights)
-        except BaseException:
-            self._give_back(place)
-            raise
+        place = ahead.take(weights) if ahead else None
+        if place is None:
+            with self._lock:
+                place = self._room(weights, name)
+            self._fill(place, weights)
         like = self._like(weights)
         with self._lock:
             self._forget(name)
             own = f"unnamed content {next(_fresh)}" if identity is None else identity
             self._names[name] = Resident(place, own, like)
             self.loads += 1
+
+    @contextmanager
+    def ahead(self, fits: Callable[[AdapterWeights], bool]) -> Iterator[Ahead]:
+        """Give who fills a slot ahead of `load`; a slot that was not taken is free again after the block."""
+        own = Ahead(self, fits)
+        try:
+            yield own
+        finally:
+            own.clear()
+
+    def fill_free(self, weights: AdapterWeights) -> Place | None:
+        """Fill a slot that nobody has and that nobody must leave for it; None where there is none."""
+        with self._lock:
+            place = self._free(weights)
+        if place is not None:
+            self._fill(place, weights)
+        return place
+
+    def _fill(self, place: Place, weights: AdapterWeights) -> None:
+        try:
+            self._write(*place, weights)
+        except BaseException:
+            self.give_back(place)
+            raise
+
+    def give_back(self, place: Place) -> None:
+        """Make a slot free that no name means and nobody uses."""
+        with self._lock:
+            segment = next(s for s in self._segments if s.bank is place[0])
+            segment.free.append(place[1])
 
     def unload(self, name: str) -> None:
         """Take the name away; the slot is free when its last user has left."""
@@ -171,7 +206,7 @@ class Slots:
             for resident, _ in held.weights:
                 resident.users -= 1
                 if not resident.users and not resident.current:
-                    self._give_back(resident.place)
+                    self.give_back(resident.place)
 
     @contextmanager
     def borrowed(self, held: Held) -> Iterator[Held]:
@@ -202,33 +237,36 @@ class Slots:
         if old is not None:
             old.current = False
             if not old.users:
-                self._give_back(old.place)
-
-    def _give_back(self, place: Place) -> None:
-        with self._lock:
-            segment = next(s for s in self._segments if s.bank is place[0])
-            segment.free.append(place[1])
+                self.give_back(old.place)
 
     def _room(self, weights: AdapterWeights, name: str) -> Place:
         """Return a slot of the right layout that nobody has: a free one, a new one, or after evictions."""
-        rank = SMALLEST_RANK
-        while rank < weights.max_rank:
-            rank *= 2
-        modules, labels = tuple(weights.factors), weights.labels
-        if (modules, rank, labels) not in self._layouts:
+        while (place := self._free(weights)) is None:
+            if not self._drop_an_empty_segment():
+                self._evict(name, self._layout(weights)[1])
+        return place
+
+    def _free(self, weights: AdapterWeights) -> Place | None:
+        """Return a slot of the right layout that is free or that the budget still allows."""
+        layout, size = self._layout(weights)
+        for segment in self._segments:
+            if segment.free and segment.bank.layout == layout:
+                return segment.bank, segment.free.pop()
+        left = SEGMENT if self.budget is None else (self.budget - self.nbytes) // size
+        if left < 1:
+            return None
+        slots, (modules, rank, labels) = min(left, SEGMENT), _kind(weights)
+        bank = self._new_bank(modules, slots, rank, labels)
+        self._segments.append(_Segment(bank, list(range(slots - 1))))
+        return bank, slots - 1
+
+    def _layout(self, weights: AdapterWeights) -> tuple[Layout, int]:
+        """Return the layout that these weights need, and the bytes of a slot of it."""
+        kind = modules, rank, labels = _kind(weights)
+        if kind not in self._layouts:
             trial = self._new_bank(modules, 0, rank, labels)
-            self._layouts[modules, rank, labels] = trial.layout, trial.slot_bytes
-        layout, size = self._layouts[modules, rank, labels]
-        while True:
-            for segment in self._segments:
-                if segment.free and segment.bank.layout == layout:
-                    return segment.bank, segment.free.pop()
-            left = SEGMENT if self.budget is None else (self.budget - self.nbytes) // size
-            if left >= 1:
-                bank = self._new_bank(modules, min(left, SEGMENT), rank, labels)
-                self._segments.append(_Segment(bank, list(range(bank.slots))))
-            elif not self._drop_an_empty_segment():
-                self._evict(name, size)
+            self._layouts[kind] = trial.layout, trial.slot_bytes
+        return self._layouts[kind]
 
     def _drop_an_empty_segment(self) -> bool:
         for segment in self._segments:
@@ -248,6 +286,42 @@ class Slots:
             "call hub.unload(name), take names out of hub.model.slots.pinned, wait for running requests, "
             "or give AdapterHub more adapter_bytes"
         )
+
+
+class Ahead:
+    """A slot that is filled before anybody knows whether its adapter may be used; see Slots.ahead."""
+
+    def __init__(self, slots: Slots, fits: Callable[[AdapterWeights], bool]) -> None:
+        """Have filled none; what does not fit is left for `load` to refuse."""
+        self._slots, self._fits = slots, fits
+        self._filled: tuple[Place, AdapterWeights] | None = None
+
+    def fill(self, weights: AdapterWeights) -> None:
+        """Fill a free slot, if there is one; what was filled before is free again."""
+        self.clear()
+        place = self._slots.fill_free(weights) if self._fits(weights) else None
+        self._filled = None if place is None else (place, weights)
+
+    def take(self, weights: AdapterWeights) -> Place | None:
+        """Return the slot that has these very weights, and leave it to the caller."""
+        if self._filled is None or self._filled[1] is not weights:
+            return None
+        place, self._filled = self._filled[0], None
+        return place
+
+    def clear(self) -> None:
+        """Give the slot back that nobody took."""
+        if self._filled is not None:
+            self._slots.give_back(self._filled[0])
+            self._filled = None
+
+
+def _kind(weights: AdapterWeights) -> tuple[tuple[str, ...], int, int]:
+    """Return what decides about a layout: modules, rank bucket, labels."""
+    rank = SMALLEST_RANK
+    while rank < weights.max_rank:
+        rank *= 2
+    return tuple(weights.factors), rank, weights.labels
 
 
 def plan_of(held: Sequence[Held]) -> Plan | None:

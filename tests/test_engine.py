@@ -473,7 +473,7 @@ def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_w
         engine.submit(Request((44,), three, LONG)).result()
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=30))
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=30))
 def test_slots_keep_their_promises(slots_of, events):
     slots, weights, size = slots_of
     slots.budget, held = 3 * size, []
@@ -484,6 +484,14 @@ def test_slots_keep_their_promises(slots_of, events):
                 slots.load(name, weights)
             except NoRoomError:
                 assert len({r for h in held for r, _ in h.weights}) >= 3
+        elif what >= 3:  # filled ahead, then taken or refused
+            with slots.ahead(lambda own: own is weights) as ahead:
+                before = slots.names
+                ahead.fill(weights)
+                ahead.fill(weights)
+                assert slots.names == before
+                if what == 3 and len({r for h in held for r, _ in h.weights}) < 3:
+                    slots.load(name, weights, None, ahead)
         elif what == 1 and name in slots:
             held.append(slots.hold(as_mix(name)))
         elif held:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapterhub_chat import AdapterHub
+from adapterhub_chat import shelf as shelves
 from adapterhub_chat.backbone import LIBRARIES
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
 from adapterhub_chat.folder import CONFIG, WEIGHTS, config_of
@@ -67,6 +68,9 @@ def assert_refused(hub, folder, *words):
         assert word in str(refused.value)
         assert word in "; ".join(verdict.problems)
     assert (contents(hub.pool.root), contents(folder), state(hub), hub.model.names) == before
+    segments = hub.model.slots._segments
+    free = sum(len(segment.free) for segment in segments)
+    assert free == sum(segment.bank.slots for segment in segments) - len(hub.model.names)
     return verdict.problems
 
 
@@ -438,6 +442,18 @@ def test_rolling_back_to_another_precision_warns_the_caller(shelf, make_weights,
     with pytest.warns(UserWarning, match="adapter 'a' is compatible") as heard:
         hub.rollback("a")
     assert heard[0].filename == __file__
+
+
+def test_a_slot_is_filled_once_while_the_file_is_hashed(hub, kept, monkeypatch):
+    written, hashed = [], []
+    write, check = hub.model.slots._write, shelves.check_fit
+    hub.model.slots._write = lambda *given: (written.append(len(hashed)), write(*given))
+    monkeypatch.setattr(shelves, "check_fit", lambda *given: (hashed.append(1), check(*given))[1])
+    hub.load(kept)
+    assert written == [0]  # before anybody said that it may be used
+    torch.testing.assert_close(
+        hub.model.weights("a").factors, hub.pool.load("a").weights.factors, rtol=0, atol=0
+    )
 
 
 # ---- damage --------------------------------------------------------------------------------------
