@@ -121,10 +121,17 @@ def _print_ranking(ranked: Sequence[Ranked], target: str, as_json: bool) -> None
     if as_json:
         print_json({"target": target, "sources": [asdict(one) for one in ranked]})
         return
-    rows = [(one.adapter, f"{one.logme:.4f}", f"{one.leep:.4f}") for one in ranked]
-    print_table(
-        f"Sources for {target}, the most promising first", ("adapter", "LogME", "LEEP"), rows
-    )
+    rows = [
+        (
+            one.adapter,
+            f"{one.logme:.4f}",
+            f"{one.leep:.4f}",
+            "" if one.distance is None else f"{one.distance:.2f}",
+        )
+        for one in ranked
+    ]
+    heads = ("adapter", "LogME", "LEEP", "A-distance")
+    print_table(f"Sources for {target}, the most promising first", heads, rows)
 
 
 def _interval(verdict: Verdict) -> str:

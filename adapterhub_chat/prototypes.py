@@ -34,8 +34,8 @@ def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
 
 def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
     """Return what an adapter's messages look like; None where they are too few to tell, and on an encoder."""
-    own = _messages(tasks, "train", LEARNT)
-    held_out = _messages(tasks, "validation", HELD_OUT)
+    own = messages_in(tasks, "train", LEARNT)
+    held_out = messages_in(tasks, "validation", HELD_OUT)
     if len(held_out) < FEWEST:
         cut = len(own) * 3 // 4
         own, held_out = own[:cut], own[cut:]
@@ -53,7 +53,8 @@ def message_of(task: Task, example: Example) -> str:
     return "\n".join(value for value in values if value)
 
 
-def _messages(tasks: Sequence[Task], split: Split, limit: int) -> list[str]:
+def messages_in(tasks: Sequence[Task], split: Split, limit: int) -> list[str]:
+    """Return about `limit` messages as users type them, drawn from the tasks in turn."""
     share = -(-limit // len(tasks))
     return [message_of(task, e) for task in tasks for e in sample(task.split(split), share)]
 

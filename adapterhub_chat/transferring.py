@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
+from adapterhub_chat.features import features
 from adapterhub_chat.inputs import unanswered
 from adapterhub_chat.jobs import sample
 from adapterhub_chat.manifest import Manifest, Training, TransferReport, Under, draft_of, hurt
 from adapterhub_chat.pool import Stored, check_name
-from adapterhub_chat.prototypes import learn_routing
+from adapterhub_chat.prototypes import learn_routing, messages_in
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.stacks import flat
 from adapterhub_chat.tables import is_table, table_task
 from adapterhub_chat.task import Task, as_task, load_task
 from adapterhub_chat.transfer.methods import make_setting, warn_of_language
-from adapterhub_chat.transfer.ranking import Ranked, rank
+from adapterhub_chat.transfer.ranking import Ranked, a_distance, rank
 from adapterhub_chat.transfer.run import Outcome, transfer
-from adapterhub_chat.types import Example, as_mix
+from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract, as_mix
 from adapterhub_chat.workshop import Listeners, judge_task
 
 BUDGET: Mapping[str, Any] = {
@@ -124,8 +128,29 @@ def rank_sources(
     mixes = shelf.ready(list(shelf.pool.names() if names is None else names))
     if not mixes:
         raise UsageError(f"there are no adapters in {shelf.pool.root} to rank as sources")
-    examples = sample(target.split("train"), limit)
-    return rank(shelf.model, target, examples, [(str(mix), mix) for mix in mixes])
+    sources, examples = {str(mix): mix for mix in mixes}, sample(target.split("train"), limit)
+    distances = _distances(shelf, list(sources), target, limit)
+    return rank(shelf.model, target, examples, list(sources.items()), distances)
+
+
+def _distances(shelf: Shelf, names: Sequence[str], target: Task, limit: int) -> dict[str, float]:
+    """Return the proxy A-distance to the target of each source whose tasks are here."""
+    found, its = {}, _features_of(shelf, [target], limit)
+    for name in names:
+        known = shelf.known(name)
+        trained = known.manifest.training.tasks if known and known.manifest else ()
+        with suppress(AdapterHubError):  # a task or its data is not here: then nothing is told
+            if tasks := [load_task(task) for task in trained]:
+                found[name] = a_distance(_features_of(shelf, tasks, limit), its)
+    return found
+
+
+def _features_of(shelf: Shelf, tasks: Sequence[Task], limit: int) -> Tensor:
+    """Return the bare backbone's mean features of some messages of tasks, (messages, hidden)."""
+    texts = messages_in(tasks, "train", limit)
+    return features(
+        shelf.model, PromptContract(), [Example({"text": text}, "") for text in texts], NO_ADAPTER
+    )
 
 
 def target_of(target: str | Path | Task) -> Task | Path:

@@ -2,7 +2,6 @@
 
     python scripts/transfer.py                                  # resumes where it was stopped
     python scripts/transfer.py --pairs domain --shots 16 --seeds 0 --steps 10 --limit 40
-    python scripts/transfer.py --rank --pairs domain            # afterwards: were the sources ranked rightly?
 
 Everything is judged and chosen on validation rows, and measured here on test rows that nothing else has
 seen. A cell (pair, shots, seed) trains its methods jointly and ends as one line of JSON; finished cells are
@@ -30,13 +29,11 @@ from adapterhub_chat import AdapterHub
 from adapterhub_chat.evaluate import Judged, judge, score
 from adapterhub_chat.jobs import sample
 from adapterhub_chat.metrics import Rows
-from adapterhub_chat.pool import Pool, read_stored
+from adapterhub_chat.pool import Pool
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.splits import Splits
 from adapterhub_chat.task import Task, list_tasks, load_task
-from adapterhub_chat.train import train
-from adapterhub_chat.transfer.methods import METHODS, few_shot_jobs, make_setting
-from adapterhub_chat.transfer.ranking import spearman
+from adapterhub_chat.transfer.methods import METHODS, make_setting
 from adapterhub_chat.transfer.run import AS_IS, Outcome, transfer
 from adapterhub_chat.transfer.select import verdict
 from adapterhub_chat.transferring import transfer_config
@@ -261,57 +258,6 @@ def run(arguments: argparse.Namespace, pairs: Sequence[Pair]) -> list[dict[str, 
     return [cells[one] for one in wanted]
 
 
-def ranking(arguments: argparse.Namespace, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Return, for each target, how its sources were ranked before training and what training gave.
-
-    The sources are the adapters that ship and those that the pairs have left in the pool; what training
-    gives is the value on test items after a warm start from each, with 16 shots.
-    """
-    found = []
-    for target in dict.fromkeys((p.target, p.backbone) for p in pairs):
-        task, hub = (
-            load_task(target[0]),
-            AdapterHub(target[1], arguments.pool / Path(target[1]).name),
-        )
-        names = {hub.load(SHIPPED / n): SHIPPED / n for n in Pool(SHIPPED).names()}
-        names |= {
-            hub.load(n): hub.pool.path(n)
-            for n in hub.pool.names()
-            if not n.startswith(f"{task.name}-")
-        }
-        config = transfer_config(
-            {
-                "max_steps": arguments.steps,
-                "rows_per_step": 1,
-                "eval_every": arguments.steps,
-                "train_examples": 16,
-            }
-        )
-        jobs = []
-        for name, path in names.items():
-            weights = read_stored(path, name).weights
-            setting = make_setting(weights, task, task, 16, config)
-            jobs += [
-                replace(job, name=name)
-                for job in few_shot_jobs(hub.backbone.tokenizer, setting, ["finetune"])
-                if job.name == "finetune"
-            ]
-        items = sample(task.split("test"), arguments.limit)
-        after = {}
-        for name, done in train(hub.model, jobs).items():
-            hub.model.load("tested", done.weights)
-            rows = judge(hub.model, task, items, as_mix("tested")).rows
-            after[name] = score(name, task, Judged(rows), None).value
-        ranked = hub.rank_sources(task, list(names), limit=100)
-        estimates = {
-            "logme": {r.adapter: r.logme for r in ranked},
-            "leep": {r.adapter: r.leep for r in ranked},
-        }
-        agree = {name: spearman(values, after) for name, values in estimates.items()}
-        found.append({"target": target[0], **estimates, "after_training": after, "spearman": agree})
-    return found
-
-
 def must_hold(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool | None]]:
     """Yield what the table is made to show, and whether it does; None: no cell speaks to it."""
     below = [c for c in cells if c["methods"][AUTO]["gain_high"] < 0]
@@ -387,14 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=100, help="test rows to measure on")
     parser.add_argument("--lines", type=Path, default=Path("transfer.jsonl"), help="a line a cell")
     parser.add_argument("--pool", type=Path, default=Path("transfer-pool"))
-    parser.add_argument(
-        "--rank", action="store_true", help="compare rankings of sources with training"
-    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    if given.rank:
-        print(json.dumps(ranking(given, [here[name] for name in given.pairs]), indent=1))
-        return
     cells = run(given, [here[name] for name in given.pairs])
     if given.json:
         holds = [{"what": text, "holds": found} for text, found in must_hold(cells)]

@@ -12,8 +12,20 @@ from hypothesis import strategies as st
 
 from adapterhub_chat.errors import DataError
 from adapterhub_chat.task import Splits, Task
-from adapterhub_chat.transfer.ranking import _evidence, leep, logme, rank, spearman
+from adapterhub_chat.transfer.ranking import _evidence, a_distance, leep, logme, rank, spearman
 from adapterhub_chat.types import Example, as_mix
+
+TASK = """
+metric = "accuracy"
+[data]
+path = "good.csv"
+[columns]
+text = "text"
+answer = "label"
+[labels]
+good = "good"
+bad = "bad"
+"""
 
 
 def normal(wanted, states, alpha, beta):
@@ -54,6 +66,20 @@ def test_leep_is_zero_for_a_source_that_knows_and_the_labels_entropy_for_one_tha
     assert leep(torch.full((20, 2), 0.5), answers) == pytest.approx(-math.log(2))
 
 
+def test_the_distance_is_none_of_one_domain_and_two_of_two():
+    generator = torch.Generator().manual_seed(2)
+    one, same, other = (torch.randn(80, 200, generator=generator) for _ in range(3))
+    other[:, 3] += 8
+    assert a_distance(one, same) < 0.5
+    assert a_distance(one, other) > 1.7
+    nearer = other.clone()
+    nearer[:, 3] -= 6.5
+    assert a_distance(one, same) <= a_distance(one, nearer) <= a_distance(one, other)
+    shifted = one[:40] * 1e-3 + 5, other[:60] * 1e-3 + 5  # neither place nor size matters
+    assert a_distance(*shifted) == pytest.approx(a_distance(one[:40], other[:60]), abs=0.1)
+    assert a_distance(one, one[:0]) == 2  # one kind alone is always told rightly
+
+
 @given(st.permutations(range(6)))
 def test_spearman_is_that_of_the_textbook(order):
     one = {str(i): float(i) for i in range(6)}
@@ -87,6 +113,19 @@ def test_a_good_source_ranks_above_one_that_learnt_shuffled_labels(taught):
     only = taught.rank_sources(toy_task("target"), ["lost"], limit=20)
     assert [one.adapter for one in only] == ["lost"]
     assert json.dumps(only[0].logme) != "NaN"
+    assert only[0].distance is None  # its task is none that has a name here
+
+
+def test_a_source_whose_task_is_here_has_a_distance(taught, tmp_path, monkeypatch):
+    """A manifest names its task; the task's file is looked for by that name."""
+    (tmp_path / "tasks").mkdir()
+    rows = [f"{e.fields['text']},{e.answer}" for e in toy_task("good").split("train")]
+    (tmp_path / "tasks" / "good.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "tasks" / "good.toml").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    found = {one.adapter: one.distance for one in taught.rank_sources(toy_task("target"))}
+    assert found["lost"] is None
+    assert found["good"] < 0.7  # the target's texts are of the same kind
 
 
 def test_what_cannot_be_ranked_is_said(model):

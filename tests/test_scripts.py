@@ -147,6 +147,21 @@ def test_transfer_makes_a_table_and_goes_on_where_it_stopped(
     assert "hostile source is called hurts" in capsys.readouterr().out
 
 
+def test_compare_sources_puts_estimates_beside_what_training_gives(
+    pool, tasks, pico_folder, monkeypatch, capsys
+):
+    script = load_script("compare_sources")
+    script.SHIPPED = pool.parent / "nothing-ships"
+    arguments = ("--targets", tasks[0], "--backbone", pico_folder, "--pool", pool)
+    size = ("--shots", "4", "--steps", "2", "--limit", "6")
+    script.main([*map(str, arguments), *size, "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert set(found["after"]) == set(found["estimates"]["LogME"]) == {"films", "greetings"}
+    assert all(0 <= value <= 1 for value in found["after"].values())
+    script.main([*map(str, arguments), *size])
+    assert "LEEP" in capsys.readouterr().out
+
+
 def test_compare_languages_scores_every_way(tasks, encoder_folder, capsys):
     pair = f"{tasks[0]}:{tasks[0]}"
     size = ("--steps", 4, "--shots", 6, "--limit", 10, "--row-length", 64)

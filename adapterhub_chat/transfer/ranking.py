@@ -2,7 +2,9 @@
 
 LogME (You et al. 2021, arXiv 2102.11005): the evidence, per label, of a Bayesian linear model from features
 under the source adapter to the target's labels. LEEP (Nguyen et al. 2020, arXiv 2002.12462): the likelihood
-of the labels through what the source says. Both are higher for better sources.
+of the labels through what the source says. Both are higher for better sources. The proxy A-distance
+(Ben-David et al. 2006, papers.nips.cc/paper/2983) is lower for nearer ones: how well the bare backbone's
+features tell messages of source and target apart. It looks at no label.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Ranked:
     adapter: str
     logme: float
     leep: float
+    distance: float | None = None
+    """From 0 (one domain) to 2; None where the source's own examples are not here."""
 
 
 def rank(
@@ -39,10 +43,12 @@ def rank(
     target: Task,
     examples: Sequence[Example],
     sources: Sequence[tuple[str, Mix]],
+    distances: Mapping[str, float] | None = None,
 ) -> list[Ranked]:
     """Return the sources, the most promising by LogME first, judged on labelled target examples.
 
-    Raises DataError for a target without labels, or with examples of one label only.
+    `distances`, by the sources' names, are told beside them. Raises DataError for a target without labels,
+    or with examples of one label only.
     """
     labels = list(target.contract.labels)
     found = sorted({e.answer for e in examples})
@@ -57,7 +63,8 @@ def rank(
     for name, mix in sources:
         states = features(model, target.contract, plain, mix, where="last")
         shares = label_scores(model, target.contract, plain, mix)
-        ranked.append(Ranked(name, logme(states, answers), leep(shares, answers)))
+        apart = (distances or {}).get(name)
+        ranked.append(Ranked(name, logme(states, answers), leep(shares, answers), apart))
     return sorted(ranked, key=lambda one: -one.logme)
 
 
@@ -96,6 +103,34 @@ def _evidence(left: Tensor, power: Tensor, wanted: Tensor) -> tuple[float, float
         - (beta * error + alpha * size) / 2
     )
     return evidence / count, alpha, beta
+
+
+def a_distance(one: Tensor, other: Tensor) -> float:
+    """Return 2 (1 - 2 error), at least 0, of a linear classifier that tells features (n, d) from (m, d).
+
+    Each half is told by what the other half has taught: a ridge regression whose penalty is that of the
+    largest evidence, as in `logme`.
+    """
+    vectors = torch.cat([one, other]).double()
+    kinds = torch.arange(len(vectors)) >= len(one)
+    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
+    halves = order[::2], order[1::2]
+    wrong = sum(
+        int((_told(vectors[learnt], kinds[learnt], vectors[asked]) != kinds[asked]).sum())
+        for learnt, asked in (halves, halves[::-1])
+    )
+    return max(0.0, 2 * (1 - 2 * wrong / len(vectors)))
+
+
+def _told(vectors: Tensor, kinds: Tensor, asked: Tensor) -> Tensor:
+    """Return which of two kinds each asked vector is of, (len(asked),) bool, learnt from (n, d)."""
+    middle, share = vectors.mean(0), kinds.double().mean()
+    left, spread, right = torch.linalg.svd(vectors - middle, full_matrices=False)
+    wanted = kinds.double() - share
+    _, alpha, beta = _evidence(left, spread.square(), wanted)
+    weights = right.T @ (spread / (spread.square() + alpha / beta) * (left.T @ wanted))
+    told: Tensor = (asked - middle) @ weights + share > 0.5
+    return told
 
 
 def leep(shares: Tensor, answers: Tensor) -> float:
