@@ -22,7 +22,7 @@ from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.stacks import flat
 from adapterhub_chat.tables import is_table, table_task
 from adapterhub_chat.task import Task, as_task, load_task
-from adapterhub_chat.transfer.methods import make_setting, warn_of_language
+from adapterhub_chat.transfer.methods import STACKS, make_setting, warn_of_language
 from adapterhub_chat.transfer.ranking import Ranked, a_distance, rank
 from adapterhub_chat.transfer.run import Outcome, transfer
 from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract, as_mix
@@ -76,7 +76,7 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
     task = order.source_task or _task_of(stored)
     target, texts = _target(order, task)
     name = check_name(order.name or f"{target.name}-from-{stored.name}")
-    if (found := hurt(stored.manifest)) and order.method in ("stack", "auto") and not order.force:
+    if (found := hurt(stored.manifest)) and order.method in (*STACKS, "auto") and not order.force:
         raise AdapterError(
             f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
         )
@@ -89,7 +89,7 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
     chosen = outcome.candidates[outcome.chosen]
     if chosen.weights is None:
         return Transferred(None, outcome)
-    draft = _manifest(shelf, replace(order, target=target, name=name), stored, outcome)
+    draft = _manifest(shelf, order, name, target, stored, outcome)
     under = _under(shelf, order, stored) if chosen.own is not None else ()
     weights = chosen.own if chosen.own is not None and under else chosen.weights
     manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
@@ -183,18 +183,10 @@ def _task_of(stored: Stored) -> Task:
 
 
 def _manifest(
-    shelf: Shelf,
-    order: TransferOrder,
-    stored: Stored,
-    outcome: Outcome,
+    shelf: Shelf, order: TransferOrder, name: str, target: Task, stored: Stored, outcome: Outcome
 ) -> Manifest:
-    target, backbone, chosen = (
-        order.target,
-        shelf.model.backbone,
-        outcome.candidates[outcome.chosen],
-    )
-    assert isinstance(target, Task)
-    assert order.name
+    """Return what is known of the chosen adapter."""
+    chosen = outcome.candidates[outcome.chosen]
     sha256 = stored.manifest.sha256 if stored.manifest else ""
     weighting = outcome.weighting if outcome.chosen == "maxent" else None
     game = outcome.game if outcome.chosen == "adversarial" else None
@@ -228,5 +220,5 @@ def _manifest(
         note="; ".join(filter(None, notes)),
         seconds=round(outcome.seconds, 1),
     )
-    draft = draft_of(order.name, backbone, [target], training)
+    draft = draft_of(name, shelf.model.backbone, [target], training)
     return draft.model_copy(update={"routing": learn_routing(shelf, [target]), "transfer": report})

@@ -18,7 +18,9 @@ from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder
 from adapterhub_chat.gguf_adapter import write_gguf
 from adapterhub_chat.jobs import make_job
 from adapterhub_chat.task import Splits, Task
+from adapterhub_chat.template import encode_prompts, messages_of
 from adapterhub_chat.train import train
+from adapterhub_chat.transfer.language import cloze
 from adapterhub_chat.types import Example, PromptContract
 from adapterhub_chat.weights import Head, concatenate, initial_weights
 
@@ -306,7 +308,7 @@ def test_a_head_is_refused_where_there_is_no_place_for_it(encoder_hub, hub, make
 # ---- transfer and the Hub ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["finetune", "stack", "maxent", "adversarial"])
+@pytest.mark.parametrize("method", ["finetune", "stack", "language", "maxent", "adversarial"])
 def test_a_transfer_carries_the_head_along(trained, method):
     target = toy_task("target")
     backwards = dict(reversed(target.contract.labels.items()))
@@ -323,6 +325,32 @@ def test_a_transfer_carries_the_head_along(trained, method):
     assert list(done.manifest.contract.labels) == ["good", "bad"]
     if method in ("finetune", "stack"):
         assert candidates[method].value >= as_it_is - 0.1
+
+
+def test_the_cloze_covers_one_frequent_word_and_asks_for_it(encoder_hub):
+    tokenizer = encoder_hub.backbone.tokenizer
+    contract = toy_task().contract
+    prompts = encode_prompts(
+        tokenizer, [messages_of(contract, e) for e in toy_task().split("train")]
+    )
+    examples, words = cloze(tokenizer, prompts, 64, seed=0)
+    again, _ = cloze(tokenizer, prompts, 64, seed=0)
+    assert examples == again
+    whole, cover = set(prompts), tokenizer.mask_token_id
+    cover = tokenizer.unk_token_id if cover is None else cover
+    asked = {example.continuations[0][0] for example in examples}
+    assert asked <= set(range(words))
+    fixed = set.intersection(*map(set, prompts))
+    for example in examples:
+        (at,) = [i for i, token in enumerate(example.prompt) if token == cover]
+        fits = [
+            p
+            for p in whole
+            if p[:at] + p[at + 1 :] == example.prompt[:at] + example.prompt[at + 1 :]
+        ]
+        assert fits
+        assert all(p[at] not in fixed for p in fits)  # the template's words are given away
+    assert cloze(tokenizer, prompts[:1] * 3, 64, seed=0) == ([], 0)  # all of it is template
 
 
 def test_few_labels_are_missed_at_the_door(trained):

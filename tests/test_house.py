@@ -36,8 +36,8 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"decoding": "cache decoder fused prefixes sampling writing requests running engine generate"},
     {
         "learning": "jobs features learner auxiliary train sequence courses evaluate retention moments looks "
-        "imagine route arrow transfer transfer.maxent transfer.select transfer.adversarial transfer.methods "
-        "transfer.run transfer.ranking"
+        "imagine route arrow transfer transfer.language transfer.maxent transfer.select transfer.adversarial "
+        "transfer.methods transfer.run transfer.ranking"
     },
     {
         "keeping": "manifest routing card peft_config header guard folder gguf_adapter atomic lockfile pool "

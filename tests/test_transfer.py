@@ -9,6 +9,7 @@ from conftest import toy_answers, toy_task
 
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import AdapterError, DataError, UsageError
+from adapterhub_chat.evaluate import sequence_losses
 from adapterhub_chat.jobs import Job, make_job
 from adapterhub_chat.learner import Part
 from adapterhub_chat.tables import table_task
@@ -16,7 +17,9 @@ from adapterhub_chat.task import Splits, Task
 from adapterhub_chat.template import Encoded, unwritable
 from adapterhub_chat.train import Run, train
 from adapterhub_chat.transfer.methods import (
+    METHODS,
     few_shot_jobs,
+    language_job,
     likelihoods,
     make_setting,
     maxent_job,
@@ -117,6 +120,31 @@ def test_a_weight_counts_as_so_many_examples(model):
         found.append((loss, learner.gradient(0, run.bank.scratch).clone()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
+
+
+def test_a_language_is_learnt_from_text_alone(model, source):
+    """No label is looked at; the texts get likelier; without shots the stack is source and T as they are."""
+    config = QUICK.model_copy(update={"max_steps": 30})
+    setting = make_setting(source, toy_task(), toy_task("target"), 0, config)
+    hidden = [replace(e, answer="never seen") for e in setting.unlabelled]
+    setting = replace(setting, unlabelled=hidden)
+    job = language_job(model.backbone.tokenizer, setting)
+    learnt = train(model, [job])["language"].weights
+    model.load("learnt", learnt)
+    losses = [sequence_losses(model, job.train, as_mix(name)).sum() for name in (None, "learnt")]
+    assert losses[1] < 0.8 * losses[0]
+    own = transfer(model, setting, "language").candidates["language"]
+    sums = concatenate([setting.source, own.own])
+    for module, (a, b) in own.weights.factors.items():
+        torch.testing.assert_close(b @ a, sums.factors[module][1] @ sums.factors[module][0])
+
+
+@pytest.mark.parametrize("shots", [0, 4])
+def test_auto_learns_a_language_where_it_is_another_one(model, source, shots):
+    foreign = replace(toy_task("target"), language="zh")
+    config = QUICK.model_copy(update={"epochs": 1000.0})
+    found = transfer(model, make_setting(source, toy_task(), foreign, shots, config))
+    assert found.candidates["language"].steps == -(-QUICK.max_steps // (2 if shots else 1))
 
 
 def test_auto_takes_what_helps(model, source):
@@ -230,11 +258,20 @@ def test_all_misfits_come_at_once(source):
 
 
 @pytest.mark.parametrize(
-    ("method", "shots", "words"), [("magic", 4, "allowed are auto"), ("stack", 0, "give shots")]
+    ("method", "shots", "words"),
+    [
+        ("magic", 4, "allowed are auto"),
+        ("stack", 0, "give shots"),
+        ("language", 0, "too few or too short"),
+    ],
 )
 def test_a_method_that_cannot_be_is_refused(model, source, method, shots, words):
+    setting = make_setting(source, toy_task(), toy_task("t"), shots, QUICK)
     with pytest.raises(UsageError, match=words):
-        transfer(model, make_setting(source, toy_task(), toy_task("t"), shots, QUICK), method)
+        transfer(model, replace(setting, unlabelled=[Example({"text": ""}, "")]), method)
+    if method == "language":
+        with pytest.raises(UsageError, match="give unlabelled"):
+            transfer(model, replace(setting, unlabelled=[]), method)
 
 
 def test_examples_with_contracts_of_their_own_are_asked_as_the_targets(source):
@@ -272,7 +309,7 @@ def test_a_transfer_ends_as_an_adapter_with_its_verdict(taught):
     assert taught.predict("target-from-source", ["good good film"])[0].label in ("good", "bad")
 
 
-@pytest.mark.parametrize("method", ["target", "finetune", "stack", "maxent", "adversarial"])
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_can_be_asked_for(taught, method):
     target = toy_task("target")
     done = taught.transfer(
@@ -280,7 +317,7 @@ def test_each_method_can_be_asked_for(taught, method):
     )
     assert done.outcome.chosen == method
     assert taught.pool.manifest("made").transfer.method == method
-    if method == "stack":
+    if method in ("stack", "language"):
         assert taught.pool.load("made").weights.max_rank == 8  # T alone
         assert taught.pool.manifest("made").stack[0].name == "source"
 

@@ -1,8 +1,9 @@
 """The transfer methods: each is a job or two for the one training loop, so that all share its batches.
 
 target: few-shot, the baseline. finetune: the same from the source's weights. stack: T under the frozen
-source, f_T = f_S o T. maxent: the source's examples, weighted by how the target would label them, or,
-where nobody knows, so that their features are the target's on average. adversarial: see adversarial.py.
+source, f_T = f_S o T. language: a stack whose T has learnt the target's text first (language.py). maxent: the
+source's examples, weighted by how the target would label them, or, where nobody knows, so that their features
+are the target's on average. adversarial: see adversarial.py.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Task
 from adapterhub_chat.template import Encoded, encode_examples, encode_labels, unwritable
 from adapterhub_chat.transfer.adversarial import TARGET, Game
+from adapterhub_chat.transfer.language import text_job
 from adapterhub_chat.transfer.maxent import Weighting, balanced, principal, reweighted
 from adapterhub_chat.transfer.select import stratified
 from adapterhub_chat.types import Example, Mix
 from adapterhub_chat.weights import AdapterWeights, Head, concatenate
 
-BASELINE, METHODS = "target", ("target", "finetune", "stack", "maxent", "adversarial")
+BASELINE, LANGUAGE = "target", "language"
+STACKS = ("stack", LANGUAGE)
+METHODS = (BASELINE, "finetune", *STACKS, "maxent", "adversarial")
 SHOT_SHARE = 0.2
 """Share of the target's own examples among the labelled ones of `maxent` and `adversarial`, by repeating."""
 DIRECTIONS = 16
@@ -56,6 +60,8 @@ class Setting:
     """Target examples whose answers nobody looks at."""
     layer: int = -1
     """The block whose hidden states are compared."""
+    foreign: bool = False
+    """The target speaks another language than the source."""
 
 
 def make_setting(
@@ -104,7 +110,8 @@ def make_setting(
         unlabelled = [e for e in pool if id(e) not in taken]
     texts = sample(unlabelled, len(examples), config.seed)
     source = _aligned(source, list(source_task.contract.labels), list(target.contract.labels))
-    return Setting(concatenate([source]), examples, target, chosen, held_out, config, texts)
+    setting = Setting(concatenate([source]), examples, target, chosen, held_out, config, texts)
+    return replace(setting, foreign=source_task.language != target.language)
 
 
 def warn_of_language(tokenizer: Any, setting: Setting) -> None:
@@ -141,6 +148,27 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
         "stack": replace(fresh, name="stack", under=setting.source),
     }
     return [job for name, job in jobs.items() if name in methods or name == BASELINE]
+
+
+def language_job(tokenizer: object, setting: Setting) -> Job:
+    """Return the job of a T that learns the target's text, with half of the steps where there are shots."""
+    return text_job(
+        tokenizer, setting.target.contract, setting.unlabelled, _share(setting), LANGUAGE
+    )
+
+
+def language_stack(tokenizer: object, setting: Setting, learnt: AdapterWeights) -> Job:
+    """Return the job of the T that has learnt the language: the shots, under the frozen source."""
+    (stack,) = (j for j in few_shot_jobs(tokenizer, setting, ["stack"]) if j.name == "stack")
+    return replace(stack, name=LANGUAGE, start=learnt, config=_share(setting))
+
+
+def _share(setting: Setting) -> TrainConfig:
+    """Return the budget of one of `language`'s two turns; without shots there is but one."""
+    steps = setting.config.max_steps
+    return setting.config.model_copy(
+        update={"max_steps": -(-steps // 2) if setting.shots else steps}
+    )
 
 
 def maxent_job(
@@ -230,7 +258,7 @@ def likelihoods(model: AdapterModel, setting: Setting, teacher: Mix) -> Tensor:
 
 def finished(setting: Setting, name: str, trained: Trained) -> AdapterWeights:
     """Return what a method made as a plain adapter: a stack is flattened, ranks side by side."""
-    return concatenate([setting.source, trained.weights]) if name == "stack" else trained.weights
+    return concatenate([setting.source, trained.weights]) if name in STACKS else trained.weights
 
 
 def _shots(tokenizer: object, setting: Setting) -> list[Encoded]:

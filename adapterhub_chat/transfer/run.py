@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from adapterhub_chat.errors import UsageError
@@ -16,14 +16,19 @@ from adapterhub_chat.metrics import METRICS, Rows
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.train import Event, train
 from adapterhub_chat.transfer.adversarial import Game
+from adapterhub_chat.transfer.language import language_of
 from adapterhub_chat.transfer.maxent import Weighting
 from adapterhub_chat.transfer.methods import (
     BASELINE,
+    LANGUAGE,
     METHODS,
+    STACKS,
     Setting,
     adversarial_job,
     few_shot_jobs,
     finished,
+    language_job,
+    language_stack,
     maxent_job,
 )
 from adapterhub_chat.transfer.select import Verdict, best, verdict
@@ -79,11 +84,16 @@ def transfer(
     """
     _check(setting, method)
     started = time.monotonic()
-    wanted = METHODS if method == "auto" else (BASELINE, method)
-    jobs = few_shot_jobs(model.backbone.tokenizer, setting, wanted)
+    wanted = _wanted(setting) if method == "auto" else (BASELINE, method)
+    jobs = _short_jobs(model, setting, wanted)
     made = train(model, jobs, on_event=on_event) if jobs else {}
-    with _on_trial(model, made[BASELINE].weights if made else None) as teacher:
+    with _on_trial(model, made[BASELINE].weights if BASELINE in made else None) as teacher:
         weighting, game, more = _long_jobs(model, setting, wanted, teacher)
+    if LANGUAGE in made:
+        learnt = language_of(made[LANGUAGE].weights, len(setting.target.contract.labels))
+        made[LANGUAGE] = replace(made[LANGUAGE], weights=learnt)
+        if setting.shots:
+            more.append(language_stack(model.backbone.tokenizer, setting, learnt))
     made |= train(model, more, on_event=on_event) if more else {}
     every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source}
     every |= {name: finished(setting, name, done) for name, done in made.items()}
@@ -105,10 +115,28 @@ def _check(setting: Setting, method: str) -> None:
         raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
     if not setting.shots and method in ("target", "finetune", "stack"):
         raise UsageError(f"method {method!r} learns from the target's labels; give shots")
-    if not setting.unlabelled and method == "adversarial":
+    if not setting.unlabelled and method in ("adversarial", LANGUAGE):
         raise UsageError(
-            "method 'adversarial' needs texts of the target without labels; give unlabelled"
+            f"method {method!r} needs texts of the target without labels; give unlabelled"
         )
+
+
+def _wanted(setting: Setting) -> Sequence[str]:
+    """Return the methods that `auto` tries: a language is learnt where it is another one."""
+    return [name for name in METHODS if name != LANGUAGE or setting.foreign]
+
+
+def _short_jobs(model: AdapterModel, setting: Setting, wanted: Sequence[str]) -> list[Job]:
+    """Return the jobs that learn from the target alone: from its shots, and from its text."""
+    tokenizer = model.backbone.tokenizer
+    jobs = few_shot_jobs(tokenizer, setting, wanted)
+    if LANGUAGE in wanted and setting.unlabelled:
+        job = language_job(tokenizer, setting)
+        if job.train:
+            jobs.append(job)
+        elif wanted[-1] == LANGUAGE:
+            raise UsageError("method 'language': the texts are too few or too short to learn from")
+    return jobs
 
 
 def _long_jobs(
@@ -136,7 +164,7 @@ def _candidate(
     if done is None:
         return Candidate(name, value, judged, weights)
     note = done.stopped if done.stopped != "finished" else ""
-    own = done.weights if name == "stack" else None
+    own = done.weights if name in STACKS else None
     return Candidate(name, value, judged, weights, done.steps, own, note)
 
 
