@@ -12,16 +12,17 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from adapterhub_chat import AdapterHub
+from adapterhub_chat.batches import pack
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import AdapterError, ConfigError, DataError, UsageError
+from adapterhub_chat.features import listening, pooled
 from adapterhub_chat.folder import CONFIG, WEIGHTS, read_folder
 from adapterhub_chat.gguf_adapter import write_gguf
-from adapterhub_chat.jobs import make_job
+from adapterhub_chat.jobs import Seen, make_job
 from adapterhub_chat.task import Splits, Task
-from adapterhub_chat.template import encode_prompts, messages_of
 from adapterhub_chat.train import train
-from adapterhub_chat.transfer.language import cloze
-from adapterhub_chat.types import Example, PromptContract
+from adapterhub_chat.transfer.language import text_job
+from adapterhub_chat.types import Example, PromptContract, as_mix
 from adapterhub_chat.weights import Head, concatenate, initial_weights
 
 QUICK = {
@@ -41,6 +42,14 @@ def topics(name="topics", size=60):
     rows = tuple(Example({"text": f"{WORDS[i % 10]} {i}"}, WORDS[i % 10]) for i in range(size))
     parts = {"train": rows[:40], "validation": rows[40:50], "test": rows[50:]}
     return Task(name, contract, "accuracy", lambda: Splits(parts))
+
+
+def pooled_of(model, example, name):
+    """The features (1, H) of one text under an adapter."""
+    batch = pack([[example]], 64)
+    with listening(model, [-1]) as heard, model.mixing([as_mix(name)]):
+        model.answer_logits(batch)
+        return pooled(heard[-1], batch)
 
 
 def random_weights(model, labels=2, seed=1):
@@ -327,30 +336,27 @@ def test_a_transfer_carries_the_head_along(trained, method):
         assert candidates[method].value >= as_it_is - 0.1
 
 
-def test_the_cloze_covers_one_frequent_word_and_asks_for_it(encoder_hub):
-    tokenizer = encoder_hub.backbone.tokenizer
-    contract = toy_task().contract
-    prompts = encode_prompts(
-        tokenizer, [messages_of(contract, e) for e in toy_task().split("train")]
-    )
-    examples, words = cloze(tokenizer, prompts, 64, seed=0)
-    again, _ = cloze(tokenizer, prompts, 64, seed=0)
-    assert examples == again
-    whole, cover = set(prompts), tokenizer.mask_token_id
-    cover = tokenizer.unk_token_id if cover is None else cover
-    asked = {example.continuations[0][0] for example in examples}
-    assert asked <= set(range(words))
-    fixed = set.intersection(*map(set, prompts))
-    for example in examples:
-        (at,) = [i for i, token in enumerate(example.prompt) if token == cover]
-        fits = [
-            p
-            for p in whole
-            if p[:at] + p[at + 1 :] == example.prompt[:at] + example.prompt[at + 1 :]
-        ]
-        assert fits
-        assert all(p[at] not in fixed for p in fits)  # the template's words are given away
-    assert cloze(tokenizer, prompts[:1] * 3, 64, seed=0) == ([], 0)  # all of it is template
+def test_an_encoder_learns_a_language_by_restoring_covered_texts(encoder_hub):
+    model, task = encoder_hub.model, toy_task()
+    cover = model.backbone.tokenizer.mask_token_id
+    config = TrainConfig(**SETTINGS)
+    job = text_job(model, task.contract, task.split("train"), config, "language")
+    again = text_job(model, task.contract, task.split("train"), config, "language")
+    assert job.train == again.train
+    for example in job.train:
+        assert example.weight == 0  # no label is learnt
+        assert 0 < example.prompt.count(cover) < len(example.prompt)
+    learnt = train(model, [job])["language"].weights
+    assert not learnt.head.weight.any()
+    model.load("learnt", learnt)
+    losses = []
+    for name in (None, "learnt"):
+        with torch.inference_mode():
+            vectors = torch.cat([pooled_of(model, example, name) for example in job.train])
+        losses.append(float(job.auxiliary.loss(Seen(job.train, vectors, vectors))))
+    assert losses[1] < 0.8 * losses[0]
+    empty = [Example({"text": ""}, "good")]
+    assert not text_job(model, PromptContract(), empty, config, "none").train
 
 
 def test_few_labels_are_missed_at_the_door(trained):

@@ -128,7 +128,7 @@ def test_a_language_is_learnt_from_text_alone(model, source):
     setting = make_setting(source, toy_task(), toy_task("target"), 0, config)
     hidden = [replace(e, answer="never seen") for e in setting.unlabelled]
     setting = replace(setting, unlabelled=hidden)
-    job = language_job(model.backbone.tokenizer, setting)
+    job = language_job(model, setting)
     learnt = train(model, [job])["language"].weights
     model.load("learnt", learnt)
     losses = [sequence_losses(model, job.train, as_mix(name)).sum() for name in (None, "learnt")]

@@ -1,50 +1,72 @@
 """T learns a language, or a domain's way of speaking, from its text alone: no labels, no source.
 
 Under a source it then is a stack that has seen the target's language (the idea of MAD-X, arXiv 2005.00052).
-A language model learns to continue the texts. An encoder learns the cloze (Taylor 1953,
-doi.org/10.1177/107769905303000401): one of a text's frequent words is covered, and a head, which is thrown
-away afterwards, says from the text's features which one it was.
+A language model learns to continue the texts. An encoder, which continues nothing, learns what a text means
+though some of its tokens are covered: the bare backbone's features of the whole text are to be restored
+(after data2vec, arXiv 2202.03555). So features stay what a source's head expects.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from adapterhub_chat.batches import in_order, pack
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.jobs import Job
-from adapterhub_chat.template import Encoded, classifies, encode_prompts, fit, messages_of
-from adapterhub_chat.types import Example, PromptContract
-from adapterhub_chat.weights import AdapterWeights, Head
+from adapterhub_chat.features import ROWS, listening, pooled
+from adapterhub_chat.jobs import Job, Seen
+from adapterhub_chat.model import AdapterModel
+from adapterhub_chat.template import Encoded, encode_prompts, fit, messages_of
+from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract
 
-WORDS = 256
-"""The most frequent tokens, those that the cloze asks for."""
-COVERED = 4
-"""Tokens of one text that are asked for, one at a time."""
-EVERYWHERE = 0.9
-"""A token in this share of the prompts or more belongs to the template."""
+COVERED, COPIES = 0.3, 2
+"""Share of a text's tokens that an encoder does not see, and how often a text is covered anew."""
+LAST = -1
+"""The block whose states are restored."""
+
+
+class Restoring:
+    """The distance of covered texts' features to those of the whole texts: an auxiliary loss of one job."""
+
+    layer, stopped = LAST, ""
+
+    def __init__(self, whole: Mapping[Encoded, Tensor]) -> None:
+        """Take each covered text's wanted features (H,)."""
+        self._whole = dict(whole)
+        every = torch.stack(list(whole.values()))
+        self._spread = float((every - every.mean(0)).square().sum(1).mean().clamp_min(1e-9))
+
+    def loss(self, seen: Seen) -> Tensor:
+        """Return the mean squared distance; 1 is what the mean of all texts would be worth."""
+        wanted = torch.stack([self._whole[example] for example in seen.examples])
+        apart = seen.pooled - wanted.to(seen.pooled.device)
+        return apart.square().sum(1).mean() / self._spread
 
 
 def text_job(
-    tokenizer: Any,
+    model: AdapterModel,
     contract: PromptContract,
     texts: Sequence[Example],
     config: TrainConfig,
     name: str,
 ) -> Job:
-    """Return the job of learning from texts; of an encoder's, `labels` is how many words are asked for.
-
-    It has no examples where the texts are too few or too short to learn anything from.
-    """
+    """Return the job of learning from texts; it has no examples where they are too short to learn from."""
     plain = [replace(example, contract=None) for example in texts]
-    if classifies(tokenizer):
+    tokenizer: Any = model.backbone.tokenizer
+    if model.backbone.encodes:
         prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in plain])
-        examples, words = cloze(tokenizer, prompts, config.row_length, config.seed)
-        return Job(name, examples, (), config, labels=words)
+        whole = [fit(prompt, ((0,),), config.row_length) for prompt in prompts]
+        covered = _covered(tokenizer, whole, config.seed)
+        wanted = _features(model, list(dict.fromkeys(covered.values())), config.row_length)
+        restored = (
+            Restoring({some: wanted[all_] for some, all_ in covered.items()}) if covered else None
+        )
+        labels = len(contract.labels)
+        return Job(name, list(covered), (), config, auxiliary=restored, labels=labels)
     first = tokenizer.bos_token_id
     before = (int(tokenizer.eos_token_id if first is None else first),)
     rows = tokenizer(["\n".join(e.fields.values()) for e in plain], add_special_tokens=False)
@@ -52,32 +74,32 @@ def text_job(
     return Job(name, learnt, (), config)
 
 
-def cloze(
-    tokenizer: Any, prompts: Sequence[tuple[int, ...]], length: int, seed: int
-) -> tuple[list[Encoded], int]:
-    """Return prompts with one frequent token covered and its number as the answer; and how many there are."""
-    seen = Counter(token for prompt in prompts for token in set(prompt))
-    fixed = {token for token, count in seen.items() if count >= EVERYWHERE * len(prompts)}
-    counts = Counter(token for prompt in prompts for token in prompt)
-    for token in fixed | set(tokenizer.all_special_ids):
-        del counts[token]
-    numbers = {token: n for n, (token, _) in enumerate(counts.most_common(WORDS))}
+def _covered(tokenizer: Any, whole: Sequence[Encoded], seed: int) -> dict[Encoded, Encoded]:
+    """Return texts of which some tokens are covered, each with the whole text; none weighs as an answer."""
     cover = tokenizer.mask_token_id
     cover = int(tokenizer.unk_token_id if cover is None else cover)
+    special = set(tokenizer.all_special_ids)
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for prompt in prompts:
-        places = [i for i, token in enumerate(prompt) if token in numbers]
-        for pick in torch.randperm(len(places), generator=generator)[:COVERED].tolist():
-            at = places[pick]
-            covered = (*prompt[:at], cover, *prompt[at + 1 :])
-            found.append(fit(covered, ((numbers[prompt[at]],),), length))
-    return (found, len(numbers)) if len(numbers) > 1 else ([], 0)
+    found = {}
+    for text in whole:
+        places = [i for i, token in enumerate(text.prompt) if token not in special]
+        for _ in range(COPIES):
+            count = round(COVERED * len(places))
+            hidden = {places[i] for i in torch.randperm(len(places), generator=generator)[:count]}
+            prompt = tuple(cover if i in hidden else t for i, t in enumerate(text.prompt))
+            if hidden:
+                found[replace(text, prompt=prompt, weight=0.0)] = text
+    return found
 
 
-def language_of(learnt: AdapterWeights, labels: int) -> AdapterWeights:
-    """Return what learnt a language as T: on an encoder with a head that adds nothing to `labels` labels."""
-    if learnt.head is None:
-        return learnt
-    width = learnt.head.shape[1]
-    return replace(learnt, head=Head(torch.zeros(labels, width), torch.zeros(labels)))
+def _features(model: AdapterModel, texts: Sequence[Encoded], length: int) -> dict[Encoded, Tensor]:
+    """Return the bare backbone's features (H,), float32 on the CPU, of each text."""
+    found: dict[Encoded, Tensor] = {}
+    for rows, indices in in_order(texts, num_rows=ROWS, length=length):
+        batch = pack(rows, length)
+        mixes = [NO_ADAPTER] * batch.num_rows
+        with torch.inference_mode(), model.mixing(mixes), listening(model, [LAST]) as heard:
+            model.answer_logits(batch)
+            vectors = pooled(heard[LAST], batch).cpu()
+        found |= {texts[i]: vector.clone() for i, vector in zip(indices, vectors, strict=True)}
+    return found

@@ -150,11 +150,9 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
     return [job for name, job in jobs.items() if name in methods or name == BASELINE]
 
 
-def language_job(tokenizer: object, setting: Setting) -> Job:
+def language_job(model: AdapterModel, setting: Setting) -> Job:
     """Return the job of a T that learns the target's text, with half of the steps where there are shots."""
-    return text_job(
-        tokenizer, setting.target.contract, setting.unlabelled, _share(setting), LANGUAGE
-    )
+    return text_job(model, setting.target.contract, setting.unlabelled, _share(setting), LANGUAGE)
 
 
 def language_stack(tokenizer: object, setting: Setting, learnt: AdapterWeights) -> Job:

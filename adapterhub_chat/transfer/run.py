@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from uuid import uuid4
 
 from adapterhub_chat.errors import UsageError
@@ -16,7 +16,6 @@ from adapterhub_chat.metrics import METRICS, Rows
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.train import Event, train
 from adapterhub_chat.transfer.adversarial import Game
-from adapterhub_chat.transfer.language import language_of
 from adapterhub_chat.transfer.maxent import Weighting
 from adapterhub_chat.transfer.methods import (
     BASELINE,
@@ -89,11 +88,9 @@ def transfer(
     made = train(model, jobs, on_event=on_event) if jobs else {}
     with _on_trial(model, made[BASELINE].weights if BASELINE in made else None) as teacher:
         weighting, game, more = _long_jobs(model, setting, wanted, teacher)
-    if LANGUAGE in made:
-        learnt = language_of(made[LANGUAGE].weights, len(setting.target.contract.labels))
-        made[LANGUAGE] = replace(made[LANGUAGE], weights=learnt)
-        if setting.shots:
-            more.append(language_stack(model.backbone.tokenizer, setting, learnt))
+    if LANGUAGE in made and setting.shots:
+        learnt = made[LANGUAGE].weights
+        more.append(language_stack(model.backbone.tokenizer, setting, learnt))
     made |= train(model, more, on_event=on_event) if more else {}
     every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source}
     every |= {name: finished(setting, name, done) for name, done in made.items()}
@@ -131,7 +128,7 @@ def _short_jobs(model: AdapterModel, setting: Setting, wanted: Sequence[str]) ->
     tokenizer = model.backbone.tokenizer
     jobs = few_shot_jobs(tokenizer, setting, wanted)
     if LANGUAGE in wanted and setting.unlabelled:
-        job = language_job(tokenizer, setting)
+        job = language_job(model, setting)
         if job.train:
             jobs.append(job)
         elif wanted[-1] == LANGUAGE:
