@@ -53,6 +53,10 @@ def transfer(
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with plots.")] = None,
+    also: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Another number of shots, for the report alone; repeat it."),
+    ] = None,
     rank: Annotated[
         bool, typer.Option("--rank", help="Train nothing: rank the pool's adapters as sources.")
     ] = False,
@@ -73,7 +77,7 @@ def transfer(
             target,
             method,
             name=name,
-            shots=shots,
+            shots=[shots, *(also or [])],
             source_task=source_task,
             max_steps=max_steps,
             seed=seed,
@@ -158,5 +162,9 @@ def _as_json(done: Transferred) -> dict[str, object]:
             }
             for c in done.outcome.candidates.values()
         ],
+        "by_shots": {
+            shots: {c.method: c.value for c in outcome.candidates.values()}
+            for shots, outcome in done.by_shots.items()
+        },
         "manifest": done.manifest.shown() if done.manifest else None,
     }

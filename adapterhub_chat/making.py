@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.export import MOST_DRIFT, Exported, export
 from adapterhub_chat.inputs import listed
 from adapterhub_chat.manifest import Manifest
@@ -39,7 +40,7 @@ class Making:
         method: str = "auto",
         *,
         name: str | None = None,
-        shots: int = 16,
+        shots: int | Sequence[int] = 16,
         source_task: str | Path | Task | None = None,
         unlabelled: Sequence[str | Mapping[str, str]] | None = None,
         force: bool = False,
@@ -51,10 +52,12 @@ class Making:
         `target` is a task, or a table (.csv, ...) with the columns of the source's task and `label`, which
         may be empty.
 
-        `method` is target (few-shot, the baseline), finetune, stack, maxent, adversarial, or auto: the one
-        with the best lower bound of those that help, else the baseline. `shots` labelled target examples are
-        learnt from; `unlabelled` are texts of the target (None: its other training inputs). A stack is kept
-        as one, on the source by its content. A source that was judged to hurt is refused unless `force`.
+        `method` is target (few-shot, the baseline), finetune, stack, language, maxent, adversarial, or auto:
+        the one with the best lower bound of those that help, else the baseline. `shots` labelled target
+        examples are learnt from; of several numbers the first makes the adapter, the others are judged for a
+        report and not kept. `unlabelled` are texts of the target (None: its other training inputs). A stack
+        is kept as one, on the source by its content. A source that was judged to hurt is refused unless
+        `force`.
         The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
         manifest and card. `settings` are fields of TrainConfig, one budget for all methods. `source_task`
         None: the task that the source was trained on.
@@ -63,7 +66,12 @@ class Making:
         teacher = None if source_task is None else as_task(source_task)
         texts = None if unlabelled is None else listed(unlabelled, "unlabelled")
         goal = target_of(target)
-        order = TransferOrder(source, goal, method, name, shots, teacher, texts, force, config)
+        counts = [shots] if isinstance(shots, int) else list(shots)
+        if not counts or min(counts) < 0:
+            raise UsageError(f"shots={shots}: one number that is at least 0, or several")
+        order = TransferOrder(
+            source, goal, method, name, counts[0], teacher, texts, force, counts[1:], config
+        )
         return make_transfer(self._shelf, order, listeners)
 
     def rank_sources(
@@ -71,8 +79,9 @@ class Making:
     ) -> list[Ranked]:
         """Return adapters of the pool by how promising they are as sources, without training.
 
-        Judged by LogME and LEEP on up to `limit` labelled training examples of the target. `names` None: all
-        of the pool. Raises DataError for a target without labels.
+        Judged by LogME and LEEP on up to `limit` labelled training examples of the target, and by the proxy
+        A-distance to each source whose tasks are here. `names` None: all of the pool. Raises DataError for a
+        target without labels.
         """
         return rank_sources(self._shelf, as_task(target), names, limit)
 

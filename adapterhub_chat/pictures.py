@@ -66,13 +66,19 @@ def draw_confusion(confusion: Mapping[str, Mapping[str, int]], path: Path) -> bo
     return _saved(figure, path)
 
 
-def draw_transfer(scores: Mapping[str, Interval], outcome: Outcome, folder: Path) -> list[str]:
+def draw_transfer(
+    scores: Mapping[str, Interval],
+    outcome: Outcome,
+    folder: Path,
+    by_shots: Mapping[int, Mapping[str, Interval]],
+) -> list[str]:
     """Draw a transfer's scores, weights and game as PNGs where there are any; return their names."""
     if not importlib.util.find_spec("matplotlib"):
         return []
     drawn = []
     for name, draw in (
         ("scores.png", partial(_scores, scores)),
+        ("shots.png", partial(_by_shots, by_shots) if len(by_shots) > 1 else None),
         ("weights.png", outcome.weighting and partial(_weights, outcome.weighting)),
         ("discriminator.png", outcome.game and partial(_course, outcome.game)),
     ):
@@ -92,6 +98,21 @@ def _scores(scores: Mapping[str, Interval], axes: Any) -> None:
     axes.set_yticks(range(len(scores)), list(scores))
     axes.invert_yaxis()
     axes.set_xlabel("on validation examples, 95 % interval")
+
+
+def _by_shots(by_shots: Mapping[int, Mapping[str, Interval]], axes: Any) -> None:
+    places = {shots: place for place, shots in enumerate(by_shots)}
+    names = dict.fromkeys(name for scores in by_shots.values() for name in scores)
+    for nudge, name in enumerate(names):
+        found = [(places[n] + nudge / 40, *s[name]) for n, s in by_shots.items() if name in s]
+        place, value, low, high = zip(*found, strict=True)
+        below = [v - b for v, b in zip(value, low, strict=True)]
+        above = [a - v for v, a in zip(value, high, strict=True)]
+        axes.errorbar(place, value, yerr=[below, above], marker="o", capsize=3, label=name)
+    axes.set_xticks(list(places.values()), [str(shots) for shots in places])
+    axes.set_xlabel("labelled target examples")
+    axes.set_ylabel("on validation examples, 95 % interval")
+    axes.legend(fontsize="x-small")
 
 
 def _weights(weighting: Weighting, axes: Any) -> None:

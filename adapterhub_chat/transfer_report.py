@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from adapterhub_chat.errors import PoolError
 from adapterhub_chat.metrics import METRICS, bootstrap_interval
 from adapterhub_chat.pictures import draw_transfer
+from adapterhub_chat.transfer.run import Outcome
 from adapterhub_chat.transferring import Transferred
 
 FILE = "report.md"
+
+Scores = dict[str, tuple[float, float, float]]
+"""Value, and its 95 % interval, by candidate."""
 
 
 def write_report(done: Transferred, folder: Path) -> Path:
@@ -17,23 +22,43 @@ def write_report(done: Transferred, folder: Path) -> Path:
 
     Raises PoolError when the folder cannot be written to. Pictures need the extra `pictures`.
     """
-    outcome, metric = done.outcome, METRICS[done.outcome.metric]
-    scores = {
-        name: (metric.aggregate(rows), *bootstrap_interval(rows, metric.statistic))
-        for name, rows in outcome.rows.items()
-    }
+    scores = _scores(done.outcome)
+    by_shots = {shots: _scores(one) for shots, one in done.by_shots.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = draw_transfer(scores, outcome, folder)
-        (folder / FILE).write_text(_text(done, scores, pictures), encoding="utf-8")
+        pictures = draw_transfer(scores, done.outcome, folder, by_shots)
+        text = _text(done, scores, pictures) + _table(by_shots)
+        (folder / FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise PoolError(f"the report cannot be written to {folder}: {error.strerror}") from error
     return folder / FILE
 
 
-def _text(
-    done: Transferred, scores: dict[str, tuple[float, float, float]], pictures: list[str]
-) -> str:
+def _scores(outcome: Outcome) -> Scores:
+    metric = METRICS[outcome.metric]
+    return {
+        name: (metric.aggregate(rows), *bootstrap_interval(rows, metric.statistic))
+        for name, rows in outcome.rows.items()
+    }
+
+
+def _table(by_shots: Mapping[int, Scores]) -> str:
+    """Return each candidate's value by the number of shots; nothing where there is one number."""
+    if len(by_shots) < 2:
+        return ""
+    lines = [
+        "\n## By labelled examples\n",
+        "| candidate | " + " | ".join(f"{shots} shots" for shots in by_shots) + " |",
+        "|---" * (1 + len(by_shots)) + "|",
+    ]
+    for name in dict.fromkeys(name for scores in by_shots.values() for name in scores):
+        cells = (scores.get(name) for scores in by_shots.values())
+        told = ("" if c is None else f"{c[0]:.3f} ({c[1]:.3f} to {c[2]:.3f})" for c in cells)
+        lines.append(f"| {name} | " + " | ".join(told) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _text(done: Transferred, scores: Scores, pictures: list[str]) -> str:
     outcome = done.outcome
     chosen = outcome.candidates[outcome.chosen]
     kept = f"`{done.manifest.name}` is in the pool" if done.manifest else "no adapter was made"

@@ -24,7 +24,7 @@ from adapterhub_chat.tables import is_table, table_task
 from adapterhub_chat.task import Task, as_task, load_task
 from adapterhub_chat.transfer.methods import STACKS, make_setting, warn_of_language
 from adapterhub_chat.transfer.ranking import Ranked, a_distance, rank
-from adapterhub_chat.transfer.run import Outcome, transfer
+from adapterhub_chat.transfer.run import Outcome, check_method, transfer
 from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract, as_mix
 from adapterhub_chat.workshop import Listeners, judge_task
 
@@ -58,6 +58,8 @@ class TransferOrder:
     """Texts of the target, or its fields; None: the target's own training inputs."""
     force: bool = False
     """Stack on a source that hurts all the same."""
+    also: Sequence[int] = ()
+    """Other numbers of shots that are tried and judged, and not kept."""
     config: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -68,6 +70,8 @@ class Transferred:
     manifest: Manifest | None
     """Of the new adapter; None when nothing is better than the bare backbone."""
     outcome: Outcome
+    by_shots: Mapping[int, Outcome] = field(default_factory=dict)
+    """What each number of shots that was asked for comes to, in ascending order."""
 
 
 def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> Transferred:
@@ -81,21 +85,30 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
             f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
         )
     shelf.pool.check_writable()
-    setting = make_setting(
-        flat(shelf.pool, stored), task, target, order.shots, order.config, unlabelled=texts
-    )
-    warn_of_language(shelf.model.backbone.tokenizer, setting)
-    outcome = transfer(shelf.model, setting, order.method, on_event=listeners.on_event)
+    settings = {
+        shots: make_setting(
+            flat(shelf.pool, stored), task, target, shots, order.config, unlabelled=texts
+        )
+        for shots in sorted({order.shots, *order.also})
+    }
+    for setting in settings.values():
+        check_method(setting, order.method)
+    warn_of_language(shelf.model.backbone.tokenizer, settings[order.shots])
+    outcomes = {
+        shots: transfer(shelf.model, setting, order.method, on_event=listeners.on_event)
+        for shots, setting in settings.items()
+    }
+    outcome = outcomes[order.shots]
     chosen = outcome.candidates[outcome.chosen]
     if chosen.weights is None:
-        return Transferred(None, outcome)
+        return Transferred(None, outcome, outcomes)
     draft = _manifest(shelf, order, name, target, stored, outcome)
     under = _under(shelf, order, stored) if chosen.own is not None else ()
     weights = chosen.own if chosen.own is not None and under else chosen.weights
     manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
     scores = judge_task(shelf.model, target, [(name, as_mix(name))], 0, listeners)
     shelf.describe(name, manifest := manifest.with_scores(scores))
-    return Transferred(manifest, outcome)
+    return Transferred(manifest, outcome, outcomes)
 
 
 def flatten(shelf: Shelf, name: str, flat_name: str | None) -> Manifest:

@@ -370,6 +370,23 @@ def test_a_table_is_a_target(taught, tmp_path):
     assert {"scores.png", "discriminator.png"} <= {p.name for p in folder.iterdir()}
 
 
+def test_other_numbers_of_shots_are_in_the_report_alone(taught, tmp_path):
+    how = {"source_task": toy_task(), "name": "made", **FEW}
+    with pytest.raises(UsageError, match="give shots"):  # before anything is trained
+        taught.transfer("source", toy_task("target"), "finetune", shots=[4, 0, 2], **how)
+    for wrong in ([], -1, [4, -2]):
+        with pytest.raises(UsageError, match="at least 0"):
+            taught.transfer("source", toy_task("target"), shots=wrong, **how)
+    done = taught.transfer("source", toy_task("target"), "maxent", shots=[4, 2, 0, 4], **how)
+    assert list(done.by_shots) == [0, 2, 4]
+    assert done.by_shots[4] is done.outcome
+    assert taught.pool.names() == ["made", "source"]
+    text = write_report(done, tmp_path / "report").read_text()
+    assert "| candidate | 0 shots | 2 shots | 4 shots |" in text
+    assert re.search(r"\| target \|  \| 0\.\d+ \(", text)  # there is none without shots
+    assert (tmp_path / "report" / "shots.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_a_table_lacks_is_said(tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("review,stars\nfine,5\n")

@@ -81,7 +81,7 @@ def transfer(
     The baseline is the few-shot target adapter, or the backbone where the target has no labelled training
     examples. `auto` takes the candidate with the best lower bound of those that help, else the baseline.
     """
-    _check(setting, method)
+    check_method(setting, method)
     started = time.monotonic()
     wanted = _wanted(setting) if method == "auto" else (BASELINE, method)
     jobs = _short_jobs(model, setting, wanted)
@@ -107,7 +107,8 @@ def transfer(
     return Outcome(baseline, candidates, chosen, seconds, metric, weighting, game, rows)
 
 
-def _check(setting: Setting, method: str) -> None:
+def check_method(setting: Setting, method: str) -> None:
+    """Raise UsageError for a method that there is not, or that the setting lacks something for."""
     if method not in (*METHODS, "auto"):
         raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
     if not setting.shots and method in ("target", "finetune", "stack"):
