@@ -6,7 +6,12 @@ from adapterhub_chat.assets import data_path
 from adapterhub_chat.task import Task, split_examples
 from adapterhub_chat.types import Example, PromptContract
 
-CONTRACT = PromptContract(system="你是网店客服，请礼貌地回答顾客。", max_new_tokens=64)
+CONTRACT = PromptContract(
+    system="你是网店客服，请礼貌地回答顾客。",
+    max_new_tokens=64,
+    temperature=0.7,  # a third of the answers say 亲 (dear): greedily it is said again and again
+    top_p=0.9,
+)
 
 
 def examples() -> Iterator[Example]:
