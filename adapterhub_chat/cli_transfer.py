@@ -67,6 +67,8 @@ def transfer(
     """Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid."""
     if source is None and not rank:
         raise UsageError("--source: name an adapter of the pool, or --rank them all as sources")
+    if also and not (report or as_json):
+        raise UsageError("--also is for a report alone: give --report FOLDER, or --json")
     hub = where.open(Say(quiet=as_json))
     if rank or source is None:
         _print_ranking(hub.rank_sources(target, [source] if source else None), target, as_json)

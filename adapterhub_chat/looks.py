@@ -2,8 +2,7 @@
 
 A vector is the mean over the message's tokens of the states that enter a block a quarter of the way up,
 each token scaled to one size, followed by shares of scripts and signs (the first B numbers), and by its
-words.
-Legend: N messages, W width.
+words. Legend: N messages, W width.
 """
 
 from __future__ import annotations

@@ -85,10 +85,9 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
             f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
         )
     shelf.pool.check_writable()
+    source = flat(shelf.pool, stored)
     settings = {
-        shots: make_setting(
-            flat(shelf.pool, stored), task, target, shots, order.config, unlabelled=texts
-        )
+        shots: make_setting(source, task, target, shots, order.config, unlabelled=texts)
         for shots in sorted({order.shots, *order.also})
     }
     for setting in settings.values():

@@ -146,6 +146,12 @@ VERBS = (
 )
 
 
+def test_other_numbers_of_shots_want_a_report(run):
+    refused = run("transfer", "--source", "a", "--target", "b", "--also", "4")
+    assert refused.code != 0
+    assert "give --report FOLDER" in refused.err
+
+
 def test_help_names_every_verb(run):
     shown = run("--help", backbone=False)
     assert shown.code == 0
