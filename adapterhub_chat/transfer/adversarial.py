@@ -21,8 +21,11 @@ from adapterhub_chat.losses import domain_loss, reversal_weight, reverse_gradien
 SOURCE, TARGET = 0, 1
 WIDTH, MEMORY, TURNS = 64, 256, 4
 """Of the discriminator: its hidden layer, how many states it remembers, its own steps in one step of T."""
+STRENGTH = 0.1
+"""Weight of the reversed gradient at the end. An adapter's few steps move its states by the learning rate,
+however small the gradient is: with DANN's 1 they leave the source's head behind (docs/transfer.md)."""
 SERIOUS = 0.5
-"""Weight of the reversed gradient from which on a collapse counts: before that, nobody works against it."""
+"""Share of STRENGTH from which on a collapse counts: before that, nobody works against it."""
 ONE_CLASS = 0.1
 """Entropy of the labels that the target gets, as a share of the largest, under which it is one label."""
 
@@ -71,7 +74,7 @@ class Game:
         self._watch(seen, domains)
         self._memory.extend(zip(seen.pooled.detach(), domains.tolist(), strict=True))
         self._learn()
-        weight = reversal_weight(self.step / self.steps)
+        weight = STRENGTH * reversal_weight(self.step / self.steps)
         self.step += 1
         guess = self.discriminator(reverse_gradient(seen.pooled, weight))
         return domain_loss(guess, domains.to(guess.device))
