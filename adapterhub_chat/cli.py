@@ -346,8 +346,10 @@ def bench(
         raise UsageError(f"bench {kind!r}: allowed are {', '.join(BENCHES)}")
     if peers and kind != "mixed":
         raise UsageError("--peers: only bench mixed measures other engines; leave it out")
-    if dtype and kind != "train":
-        raise UsageError("--dtype: only bench train computes in another dtype; leave it out")
+    if dtype and kind not in ("train", "swap"):
+        raise UsageError(
+            "--dtype: only bench train and bench swap take another dtype; leave it out"
+        )
     given = {"repeats": repeats, "peers": peers, "dtype": dtype}
     result = BENCHES[kind](**{name: value for name, value in given.items() if value})
     if as_json:

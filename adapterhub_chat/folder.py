@@ -7,7 +7,6 @@ has passed the guard, wherever it comes from.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +21,12 @@ from safetensors.torch import save
 
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.guard import MAX_CONFIG, MAX_WEIGHTS, Checked, Layers, check
-from adapterhub_chat.header import HEAD_PLACES, PREFIX, Factor
+from adapterhub_chat.header import HEAD_PLACES, PREFIX, Place
 from adapterhub_chat.header import WEIGHTS as WEIGHTS
 from adapterhub_chat.peft_config import CONFIG as CONFIG
 from adapterhub_chat.peft_config import plain_config
 from adapterhub_chat.strict import opened, read_bytes
-from adapterhub_chat.weights import HEAD, AdapterWeights, Head
+from adapterhub_chat.weights import HEAD, AdapterWeights, Factors, Head, Packed
 
 DTYPES = {
     "F16": torch.float16,
@@ -174,15 +173,23 @@ def _buffer(data: torch.Tensor) -> memoryview:
 
 def _weights(data: torch.Tensor, checked: Checked) -> AdapterWeights:
     """Return the factors of a checked file, as views of its bytes where these lie on their boundary."""
-    tensors: dict[Factor, torch.Tensor] = {}
-    for run in checked.layout.runs:
-        start, end, dtype = checked.start + run.start, checked.start + run.end, DTYPES[run.kind]
-        numbers = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()
-        shapes = [checked.layout.places[factor].shape for factor in run.factors]
-        parts = numbers.view(dtype).split([math.prod(shape) for shape in shapes])
-        views = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-        tensors.update(zip(run.factors, views, strict=True))
-    factors = {m: (tensors[m, "A"], tensors[m, "B"]) for m in checked.layout.pairs}
+    layout, start = checked.layout, checked.start
+    dtype = DTYPES[layout.runs[0].kind]
+    factors: Factors
+    if len(layout.runs) == 1 and start % dtype.itemsize == 0:
+        factors = Packed(data[start:].view(dtype), layout.shapes, layout.starts)
+    else:
+        factors = {
+            m: (_tensor(data, start, a), _tensor(data, start, b))
+            for m, (a, b) in layout.pairs.items()
+        }
     alphas = {m: float(alpha) for m, alpha in checked.alphas.items()}
-    head = Head(*(tensors[place].float() for place in HEAD_PLACES)) if checked.layout.head else None
+    parts = [_tensor(data, start, layout.places[p]).float() for p in HEAD_PLACES if layout.head]
+    head = Head(*parts) if parts else None
     return AdapterWeights(factors, alphas, checked.config["use_rslora"], head, checked=True)
+
+
+def _tensor(data: torch.Tensor, start: int, place: Place) -> torch.Tensor:
+    first, dtype = start + place.start, DTYPES[place.kind]
+    part = data[first : start + place.end]
+    return (part if first % dtype.itemsize == 0 else part.clone()).view(dtype).view(place.shape)

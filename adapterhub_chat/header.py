@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -56,12 +56,11 @@ class Place(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Factors of one type of number that lie one behind the other."""
+    """One type of number as far as it goes, in bytes behind the header."""
 
     kind: str
     start: int
     end: int
-    factors: Sequence[Factor]
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,18 @@ class Layout:
     misfits: Sequence[str]
     runs: Sequence[Run]
     """None where there are misfits."""
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The shapes of each module's A and B."""
+        return {module: (a.shape, b.shape) for module, (a, b) in self.pairs.items()}
+
+    @cached_property
+    def starts(self) -> dict[str, tuple[int, int]]:
+        """Where each module's A and B begin, counted in numbers: there is one type of them."""
+        (run,) = self.runs
+        size = KINDS[run.kind][0]
+        return {module: (a.start // size, b.start // size) for module, (a, b) in self.pairs.items()}
 
     @property
     def head(self) -> bool:
@@ -182,8 +193,8 @@ def _pairs(places: Mapping[Factor, Place]) -> dict[str, tuple[Place, Place]]:
 def _runs(places: Mapping[Factor, Place]) -> list[Run]:
     runs = []
     for kind, items in groupby(places.items(), key=lambda item: item[1].kind):
-        run = list(items)
-        runs.append(Run(kind, run[0][1].start, run[-1][1].end, [factor for factor, _ in run]))
+        run = [place for _, place in items]
+        runs.append(Run(kind, run[0].start, run[-1].end))
     return runs
 
 

@@ -138,10 +138,10 @@ inline float dot(const bf16 *a, const bf16 *b, int64_t n) {
 }
 
 // Put an adapter's factors into a slot: each part is (from, to, rows, columns, turned), from and to as addresses.
-// A (rank, in) is copied; B (out, rank) is turned to (rank, out) and scaled, rounded once.
+// A (rank, in) is copied; B (out, rank) is turned to (rank, out) and scaled, rounded once. By one thread: another
+// one hashes the adapter's file meanwhile, takes longer, and must not have to share its core.
 template <typename T>
 void fill(const int64_t *parts, const float *scales, int64_t count) {
-#pragma omp parallel for schedule(dynamic, 8)
     for (int64_t n = 0; n < count; n++) {
         const int64_t *part = parts + 5 * n, rows = part[2], columns = part[3];
         const T *from = reinterpret_cast<const T *>(part[0]);

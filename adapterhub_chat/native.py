@@ -126,12 +126,9 @@ def _processor() -> str:
 
 def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
     """Put an adapter into a slot of a bank, as `Bank.write` does, in one call where that can be."""
-    factors = [tensor for pair in weights.factors.values() for tensor in pair]
-    plain = all(
-        t.dtype == bank.dtype and t.is_contiguous() and t.device.type == "cpu" for t in factors
-    )
-    usable = plain and not bank.trainable and bank.device.type == "cpu" and bank.dtype in SUFFIX
-    if not usable or not compiled(folder):
+    usable = not bank.trainable and bank.device.type == "cpu" and bank.dtype in SUFFIX
+    found = weights.addresses(bank.dtype) if usable else None
+    if found is None or not compiled(folder):
         bank.write(slot, weights)
         return
     if weights.num_parameters < bank.flat.shape[1]:
@@ -139,10 +136,9 @@ def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
     size = bank.flat.element_size()
     start = bank.flat.data_ptr() + slot * bank.flat.stride(0) * size
     parts, scales = [], []
-    for module, (a, b) in weights.factors.items():
+    for (module, (a, b)), (at_a, at_b) in zip(weights.shapes.items(), found, strict=True):
         to_a, to_b = bank.starts[module]
-        parts += [a.data_ptr(), start + to_a * size, *a.shape, 0]
-        parts += [b.data_ptr(), start + to_b * size, *b.shape, 1]
+        parts += [at_a, start + to_a * size, *a, 0, at_b, start + to_b * size, *b, 1]
         scales += [1.0, weights.scale(module)]
     call = getattr(library(folder), f"fill_{SUFFIX[bank.dtype]}")
     call(_array(parts, ctypes.c_int64), _array(scales, ctypes.c_float), _int(len(scales)))

@@ -218,8 +218,7 @@ class Slots:
 
     def _like(self, weights: AdapterWeights) -> AdapterWeights:
         """Return modules, shapes and alphas without numbers, one object for all that agree in them."""
-        shapes = tuple((m, a.shape, b.shape, a.dtype) for m, (a, b) in weights.factors.items())
-        key = shapes, tuple(weights.alphas.items()), weights.rslora, weights.labels
+        key = (*weights.shapes.items(), *weights.alphas.items()), weights.rslora, weights.labels
         if (found := self._likes.get(key)) is None:
             found = self._likes.setdefault(key, weights.shapes_only())
         return found

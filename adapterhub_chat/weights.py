@@ -14,6 +14,40 @@ from adapterhub_chat.errors import AdapterError
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A (r, in), B (out, r))."""
+Shape = tuple[int, ...]
+
+
+class Packed(Mapping[str, tuple[Tensor, Tensor]]):
+    """Factors that lie in one vector, as in a file: hundreds of views, each made when it is asked for."""
+
+    def __init__(
+        self,
+        numbers: Tensor,
+        shapes: Mapping[str, tuple[Shape, Shape]],
+        starts: Mapping[str, tuple[int, int]],
+    ) -> None:
+        """Look at `numbers`, on the CPU, in which each module's A and B begin at `starts`."""
+        self.numbers, self.shapes, self.starts = numbers, shapes, starts
+
+    def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
+        """Return a module's A and B, views of the numbers."""
+        a, b = (
+            self.numbers[start : start + math.prod(shape)].view(shape)
+            for start, shape in zip(self.starts[module], self.shapes[module], strict=True)
+        )
+        return a, b
+
+    def __contains__(self, module: object) -> bool:
+        """Return whether there are factors for a module, without a look at them."""
+        return module in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the modules."""
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        """Return the number of modules."""
+        return len(self.shapes)
 
 
 HEAD = "classifier"
@@ -49,8 +83,17 @@ class AdapterWeights:
     """All numbers are known to be finite: the guard has seen each of them."""
     _finite: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[Shape, Shape]]:
+        """The shapes of A and B by module."""
+        if isinstance(self.factors, Packed):
+            return self.factors.shapes
+        return {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in self.factors.items()}
+
     def rank(self, module: str) -> int:
         """Return r of one module."""
+        if isinstance(self.factors, Packed):
+            return self.factors.shapes[module][0][0]
         return int(self.factors[module][0].shape[0])
 
     def scale(self, module: str) -> float:
@@ -61,12 +104,14 @@ class AdapterWeights:
     @property
     def max_rank(self) -> int:
         """The largest rank, which decides the rank bucket."""
-        return max(self.rank(m) for m in self.factors)
+        return max(map(self.rank, self.factors))
 
     @property
     def num_parameters(self) -> int:
         """How many numbers the adapter has."""
-        return sum(tensor.numel() for tensor in self.tensors())
+        labels, width = self.head.shape if self.head else (0, 0)
+        each = (math.prod(a) + math.prod(b) for a, b in self.shapes.values())
+        return sum(each) + labels * (width + 1)
 
     @property
     def labels(self) -> int:
@@ -79,6 +124,24 @@ class AdapterWeights:
             numbers = (tensor.detach() for tensor in self.tensors())
             self._finite.append(self.checked or all(map(_is_finite, numbers)))
         return self._finite[0]
+
+    def addresses(self, dtype: torch.dtype) -> list[tuple[int, int]] | None:
+        """Return where A and B of each module begin in the memory of the CPU, their rows without gaps.
+
+        None where some factor is not of `dtype`, or lies otherwise or elsewhere.
+        """
+        if isinstance(self.factors, Packed):
+            numbers, size = self.factors.numbers, dtype.itemsize
+            first = numbers.data_ptr()
+            found = [(first + a * size, first + b * size) for a, b in self.factors.starts.values()]
+            return found if numbers.dtype == dtype else None
+        pairs = list(self.factors.values())
+        plain = all(
+            t.dtype == dtype and t.is_contiguous() and t.device.type == "cpu"
+            for p in pairs
+            for t in p
+        )
+        return [(a.data_ptr(), b.data_ptr()) for a, b in pairs] if plain else None
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all its numbers: A and B of each module, and the head's."""
@@ -184,17 +247,17 @@ def misfits(
     """
     found = _head_misfits(weights.head, width)
     finite = weights.finite()
-    for module, (a, b) in weights.factors.items():
+    for module, ((rank, width_in), (width_out, its_rank)) in weights.shapes.items():
         if module not in shapes:
             found.append(f"the backbone has no linear layer {module!r}")
-        elif (a.shape[1], b.shape[0]) != shapes[module]:
+        elif (width_in, width_out) != shapes[module]:
             found.append(
-                f"{module}: the adapter maps {a.shape[1]} -> {b.shape[0]}, "
+                f"{module}: the adapter maps {width_in} -> {width_out}, "
                 f"the backbone {shapes[module][0]} -> {shapes[module][1]}"
             )
-        elif a.shape[0] != b.shape[1]:
-            found.append(f"{module}: A has rank {a.shape[0]}, B has rank {b.shape[1]}")
-        elif not (finite or (a.isfinite().all() and b.isfinite().all())):
+        elif rank != its_rank:
+            found.append(f"{module}: A has rank {rank}, B has rank {its_rank}")
+        elif not (finite or all(map(_is_finite, weights.factors[module]))):
             found.append(f"{module}: some numbers are not finite")
     return found
 

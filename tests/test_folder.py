@@ -24,7 +24,7 @@ from adapterhub_chat.folder import (
     write_weights,
 )
 from adapterhub_chat.types import as_mix
-from adapterhub_chat.weights import AdapterWeights
+from adapterhub_chat.weights import AdapterWeights, Packed
 
 IDS = torch.tensor([[5, 9, 60, 31, 7, 120], [8, 8, 99, 3, 200, 41]])
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -489,6 +489,30 @@ def test_numbers_that_do_not_lie_on_their_boundary_are_read_as_well(spaces, fold
     for module, pair in before.factors.items():
         assert all(map(torch.equal, pair, after.factors[module]))
     assert after.finite()
+
+
+def test_factors_of_one_kind_are_views_of_the_file(folder):
+    """They are what safetensors reads, and names and shapes are known before any of them is made."""
+    weights, *_ = read_folder(folder)
+    factors, expected = weights.factors, load_file(folder / WEIGHTS)
+    assert isinstance(factors, Packed)
+    assert len(factors) == len(list(factors)) == len(expected) // 2
+    addresses = weights.addresses(torch.float32)
+    assert weights.addresses(torch.bfloat16) is None
+    for (module, pair), places in zip(factors.items(), addresses, strict=True):
+        for letter, factor, place in zip("AB", pair, places, strict=True):
+            assert torch.equal(factor, expected[key(module, letter)])
+            assert factor.data_ptr() == place
+        assert weights.shapes[module] == tuple(tuple(factor.shape) for factor in pair)
+    assert FIRST in factors
+    assert "nobody" not in factors
+    plain = weights.with_factors(dict(factors))
+    assert not isinstance(plain.factors, Packed)
+    for what in ("shapes", "num_parameters", "max_rank"):
+        assert getattr(plain, what) == getattr(weights, what)
+    assert plain.addresses(torch.float32) == addresses
+    turned = {m: (a, b.T.contiguous().T) for m, (a, b) in factors.items()}
+    assert weights.with_factors(turned).addresses(torch.float32) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from adapterhub_chat import swap_bench
+from adapterhub_chat.errors import AdapterHubError
 from adapterhub_chat.pool import Pool
 
 
@@ -51,6 +52,18 @@ def test_adapters_differ_and_their_probes_are_answered(settings):
     assert len({m.sha256 for m in manifests}) == len(pool.answered()) == 3
     assert all(m.probe.shift > 0 for m in manifests)
     assert told["parameters"] == pool.load("a0").weights.num_parameters
+
+
+def test_the_bytes_are_those_of_the_dtype(pico_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {"backbone": str(pico_folder), "rank": 4, "adapters": 1, "switches": 1}
+    sizes = {}
+    for dtype in ("bf16", "fp32"):
+        (row, *_) = swap_bench.bench_swap(**settings, dtype=dtype)["rows"]
+        sizes[dtype] = row["bytes"] / row["parameters"]
+    assert sizes == {"bf16": 2, "fp32": 4}
+    with pytest.raises(AdapterHubError, match="int3"):
+        swap_bench.bench_swap(**settings, dtype="int3")
 
 
 def test_both_ways_load_what_they_are_told(settings):
