@@ -2,7 +2,8 @@
 
 A process of its own fills a pool with random adapters on all linear layers, probes and all. Then, in turn,
 here: `hub.load` of one after another, all of which stay loaded. peft: `load_adapter` of some of the same
-folders. At last here: `with hub.use(name)` among the loaded ones.
+folders. Every other file is in the system's cache when it is loaded, the others have to come off the disk
+(where the system can be told to forget a file). At last here: `with hub.use(name)` among the loaded ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import torch
 from adapterhub_chat.api import AdapterHub
 from adapterhub_chat.backbone import load_backbone, pick_dtype
 from adapterhub_chat.bench import Worker, machine, median, serve
+from adapterhub_chat.folder import WEIGHTS
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.mixed_bench import random_adapter
 from adapterhub_chat.model import AdapterModel
@@ -34,6 +37,9 @@ from adapterhub_chat.types import PromptContract
 ENDS = 10
 """How many of the first and of the last loads are compared."""
 
+PLACES = {"here": ("cached", "disk"), "peft": ("peft, cached", "peft, disk")}
+"""What a way's loads are called: with the file in the system's cache, and from the disk."""
+
 Work = Callable[[str], Mapping[str, Any]]
 
 
@@ -43,15 +49,16 @@ def bench_swap(
     rank: int = 16,
     adapters: int = 200,
     switches: int = 500,
-    peft_every: int = 10,
+    peft_every: int = 20,
     repeats: int = 1,
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Return the milliseconds of a switch and of a load, and the last loads' over the first ones'.
 
-    `peft_every`: `peft` loads every so many of the adapters, as a load of its takes long. Each repeat
-    starts with nothing loaded. `dtype` is that of backbone and adapters, None the fastest one here: in fp32
-    an adapter has twice the bytes to read and to hash.
+    There are at least two `adapters`; `peft` loads two of so many as `peft_every` says, for a load of its is
+    slow. Each repeat starts with nothing loaded. `cold_ms` is a load of what is in no slot, with its file in
+    the system's cache, `disk_ms` one that has to read the disk, which takes `disk_read_ms` by itself. `dtype`
+    is that of backbone and adapters, None the fastest one here: in fp32 there are twice the bytes to hash.
     """
     pick_dtype(dtype, torch.device("cpu"))  # says what is allowed, before any process starts
     settings = {"backbone": backbone, "rank": rank, "adapters": adapters, "switches": switches}
@@ -61,20 +68,15 @@ def bench_swap(
         saver = Worker(__name__, "save", given)
         saver.close()
         runs = [_run(given, peft_every) for _ in range(repeats)]
-    here, peft = ([s for run in runs for s in run[kind]] for kind in ("here", "peft"))
-    ends = [_ends(run["here"]) for run in runs]
-    rows = [
-        {
-            "kind": "cold",
-            "parameters": saver.ready["parameters"],
-            "bytes": saver.ready["parameters"] * saver.ready["itemsize"],
-            **_milliseconds(here),
-            "first_ms": 1000 * statistics.median(first for first, _ in ends),
-            "last_ms": 1000 * statistics.median(last for _, last in ends),
-        },
-        {"kind": "resident", **_milliseconds([s for run in runs for s in run["resident"]])},
-    ]
-    rows += [{"kind": "peft", **_milliseconds(peft)}] if peft else []
+    found = {kind: [s for run in runs for s in run[kind]] for kind in runs[0]}
+    ends = [_ends(run["cached"]) for run in runs]
+    size = {name: saver.ready[name] for name in ("parameters", "itemsize")}
+    more = {
+        "first_ms": 1000 * statistics.median(first for first, _ in ends),
+        "last_ms": 1000 * statistics.median(last for _, last in ends),
+    }
+    rows = [{"kind": kind, **_milliseconds(times)} for kind, times in found.items() if times]
+    rows[0] |= {**size, **more}
     by = {row["kind"]: row["ms"] for row in rows}
     return {
         "bench": "swap",
@@ -83,8 +85,11 @@ def bench_swap(
         "rows": rows,
         "ratios": {
             "resident_ms": by["resident"],
-            "cold_ms": by["cold"],
-            "cold_peft_ms": by.get("peft"),
+            "cold_ms": by["cached"],
+            "cold_peft_ms": by.get("peft, cached"),
+            "disk_ms": by["disk"],
+            "disk_peft_ms": by.get("peft, disk"),
+            "disk_read_ms": by["disk, read only"],
             "cold_last_over_first": statistics.median(last / first for first, last in ends),
         },
     }
@@ -92,17 +97,38 @@ def bench_swap(
 
 def _run(settings: Mapping[str, Any], peft_every: int) -> dict[str, list[float]]:
     """Return the seconds of every load and switch, in processes that have loaded nothing yet."""
-    kinds = ["here"] + ["peft"] * (importlib.util.find_spec("peft") is not None)
-    workers = [Worker(__name__, kind, settings) for kind in kinds]
-    found: dict[str, list[float]] = {"here": [], "peft": []}
-    for n in range(settings["adapters"]):
-        for worker in workers:
-            if worker.kind == "here" or n % peft_every == 0:
-                found[worker.kind].append(worker.measure(f"a{n}")["seconds"])
-    found["resident"] = workers[0].measure("switch")["seconds"]
-    for worker in workers:
+    workers = {"here": Worker(__name__, "here", settings)}
+    if importlib.util.find_spec("peft") is not None:
+        workers["peft"] = Worker(__name__, "peft", settings)
+    rows = ("cached", "disk", "disk, read only", "peft, cached", "peft, disk")
+    found: dict[str, list[float]] = {row: [] for row in rows}
+    for n in range(0, settings["adapters"] - 1, 2):
+        kinds = [kind for kind in workers if kind == "here" or n % peft_every == 0]
+        near, far = (Path(settings["pool"]) / f"a{m}" / WEIGHTS for m in (n, n + 1))
+        near.read_bytes()  # a while before it is loaded: it shall be in memory, not in the processor
+        forget(far)
+        found["disk, read only"].append(_timed(far.read_bytes))
+        for kind in kinds:
+            forget(far)
+            found[PLACES[kind][1]].append(workers[kind].measure(f"a{n + 1}")["seconds"])
+        for kind in kinds:
+            found[PLACES[kind][0]].append(workers[kind].measure(f"a{n}")["seconds"])
+    found["resident"] = workers["here"].measure("switch")["seconds"]
+    for worker in workers.values():
         worker.close()
     return found
+
+
+def forget(file: Path) -> None:
+    """Have the system drop a file from its cache, where it can be told to."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
 
 
 def _ends(seconds: Sequence[float]) -> tuple[float, float]:

@@ -18,20 +18,26 @@ def settings(pico_folder, tmp_path):
 def test_the_table_has_every_number(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found = swap_bench.bench_swap(
-        backbone=str(pico_folder), rank=4, adapters=6, switches=9, peft_every=3, repeats=2
+        backbone=str(pico_folder), rank=4, adapters=6, switches=9, peft_every=2, repeats=2
     )
     assert found["bench"] == "swap"
     rows = {row["kind"]: row for row in found["rows"]}
     assert {kind: row["times"] for kind, row in rows.items()} == {
-        "cold": 12,
+        "cached": 6,
+        "disk": 6,
+        "disk, read only": 6,
+        "peft, cached": 6,
+        "peft, disk": 6,
         "resident": 18,
-        "peft": 4,
     }
-    assert rows["cold"]["parameters"] > 0
+    assert rows["cached"]["parameters"] > 0
     assert set(found["ratios"]) == {
         "resident_ms",
         "cold_ms",
         "cold_peft_ms",
+        "disk_ms",
+        "disk_peft_ms",
+        "disk_read_ms",
         "cold_last_over_first",
     }
     assert all(ratio > 0 for ratio in found["ratios"].values())
@@ -42,7 +48,7 @@ def test_the_table_has_every_number(pico_folder, monkeypatch):
 def test_without_peft_its_number_is_null(pico_folder, monkeypatch):
     monkeypatch.setattr(swap_bench.importlib.util, "find_spec", lambda _name: None)
     found = swap_bench.bench_swap(backbone=str(pico_folder), rank=4, adapters=2, switches=1)
-    assert found["ratios"]["cold_peft_ms"] is None
+    assert found["ratios"]["cold_peft_ms"] is found["ratios"]["disk_peft_ms"] is None
 
 
 def test_adapters_differ_and_their_probes_are_answered(settings):
@@ -56,11 +62,11 @@ def test_adapters_differ_and_their_probes_are_answered(settings):
 
 def test_the_bytes_are_those_of_the_dtype(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = {"backbone": str(pico_folder), "rank": 4, "adapters": 1, "switches": 1}
+    settings = {"backbone": str(pico_folder), "rank": 4, "adapters": 2, "switches": 1}
     sizes = {}
     for dtype in ("bf16", "fp32"):
         (row, *_) = swap_bench.bench_swap(**settings, dtype=dtype)["rows"]
-        sizes[dtype] = row["bytes"] / row["parameters"]
+        sizes[dtype] = row["itemsize"]
     assert sizes == {"bf16": 2, "fp32": 4}
     with pytest.raises(AdapterHubError, match="int3"):
         swap_bench.bench_swap(**settings, dtype="int3")
