@@ -16,7 +16,7 @@ from adapterhub_chat.task import Splits, Task
 from adapterhub_chat.template import Encoded, encode_prompts, messages_of
 from adapterhub_chat.train import train
 from adapterhub_chat.transfer.adversarial import SOURCE, TARGET, Game, entropy_share
-from adapterhub_chat.transfer.methods import adversarial_job, make_setting
+from adapterhub_chat.transfer.methods import TEXT_SHARE, adversarial_job, make_setting
 from adapterhub_chat.transfer.run import transfer
 from adapterhub_chat.types import Example, Mix, as_mix
 
@@ -148,7 +148,9 @@ def test_domains_become_harder_to_tell_apart_and_the_task_is_kept(model, source)
     setting = make_setting(source, toy_task(), far_task(), 4, config)
     job, game = adversarial_job(model, setting)
     assert {e.domain for e in job.train} == {SOURCE, TARGET}
-    assert all(e.weight == 0 for e in job.train[-len(setting.unlabelled) :])
+    texts = [e for e in job.train if not e.weight]
+    assert len(texts) == round(TEXT_SHARE * len(setting.source_examples)) < len(setting.unlabelled)
+    assert all(e.domain == TARGET for e in texts)
     before = distance(model, setting, source)
     done = train(model, [replace(job, validation=())])[
         "adversarial"

@@ -37,6 +37,9 @@ STACKS = ("stack", LANGUAGE)
 METHODS = (BASELINE, "finetune", *STACKS, "maxent", "adversarial")
 SHOT_SHARE = 0.2
 """Share of the target's own examples among the labelled ones of `maxent` and `adversarial`, by repeating."""
+TEXT_SHARE = 0.3
+"""Texts of the target without labels beside one example of the source in `adversarial`. Its discriminator
+remembers, and they take the place of examples that teach."""
 DIRECTIONS = 16
 """Of the features that entropy balancing matches."""
 FOREIGN, LOOKED_AT = 0.3, 50
@@ -200,7 +203,9 @@ def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
     tokenizer, contract = model.backbone.tokenizer, setting.target.contract
     labels = [ids[0] for ids in encode_labels(tokenizer, contract)] if contract.labels else []
     token = labels[0] if labels else int(tokenizer.eos_token_id)
-    plain = [replace(example, contract=None) for example in setting.unlabelled]
+    number = max(1, round(TEXT_SHARE * len(setting.source_examples)))
+    texts = sample(setting.unlabelled, number, setting.config.seed)
+    plain = [replace(example, contract=None) for example in texts]
     length = setting.config.row_length
     asked = questions(tokenizer, contract, plain, token=token, max_length=length)
     known = [replace(example, domain=TARGET) for example in _shots(tokenizer, setting)]
