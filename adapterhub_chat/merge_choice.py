@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.manifest import Tried
@@ -13,6 +14,7 @@ from adapterhub_chat.pool import Stored
 from adapterhub_chat.retention import excess, lessons, mean_and_lowest, retentions, yardsticks
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
+from adapterhub_chat.train import Event
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.weight_search import search
 from adapterhub_chat.workshop import Listeners
@@ -85,18 +87,26 @@ def learn(
     order: MergeOrder,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
+    listeners: Listeners,
 ) -> tuple[float, ...]:
-    """Return the weights under which the merged adapter's validation loss is lowest, mean over tasks."""
+    """Return the weights under which the merged adapter's validation loss is lowest, mean over tasks.
+
+    Every set that is tried is an event, with its loss above the sources' own.
+    """
     items = lessons(shelf.model, own, order.options.limit)
     if not items:
         raise UsageError("the sources' tasks have no validation items to learn weights on")
 
-    def objective(weights: Sequence[float]) -> float:
-        if not any(weights):
-            return float("inf")
-        merged = merged_by(replace(order, weights=tuple(weights)), sources)
-        with shelf.on_trial(order.name, merged.weights) as trial:
-            return excess(shelf.model, items, as_mix(trial))
+    budget, tries = order.options.budget, count(1)
 
-    found = search(objective, len(sources), order.options.budget, order.options.seed)
+    def objective(weights: Sequence[float]) -> float:
+        loss = float("inf")
+        if any(weights):
+            merged = merged_by(replace(order, weights=tuple(weights)), sources)
+            with shelf.on_trial(order.name, merged.weights) as trial:
+                loss = excess(shelf.model, items, as_mix(trial))
+        listeners.on_event(Event(order.name, "step", next(tries), budget, {"loss": loss}))
+        return loss
+
+    found = search(objective, len(sources), budget, order.options.seed)
     return tuple(round(weight, 4) for weight in found)

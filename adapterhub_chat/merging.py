@@ -56,7 +56,7 @@ def merge_adapters(
     if order.method == AUTO:
         order, tried = choose(shelf, order, sources, own, moments, listeners)
     if order.weights == LEARN:
-        order = replace(order, weights=learn(shelf, order, sources, own))
+        order = replace(order, weights=learn(shelf, order, sources, own, listeners))
     merged = merged_by(order, sources, moments)
     _check_identity(shelf, order, sources, moments)
     kept = shelf.keep(merged.weights, _draft(shelf, order, sources, merged, tried))

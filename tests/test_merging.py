@@ -31,6 +31,7 @@ from adapterhub_chat.merge_methods import METHODS
 from adapterhub_chat.metrics import METRICS, answer_rows, label_rows, likelihood_rows
 from adapterhub_chat.retention import kept_share
 from adapterhub_chat.types import as_mix
+from adapterhub_chat.workshop import Listeners
 
 TASKS = {"films": toy_task, "answers": toy_answers, "talk": toy_talk}
 PROMPTS = ["Hello film", "bad bad plot"]
@@ -194,8 +195,12 @@ def test_it_says_when_the_mix_is_better(hub):
 
 
 def test_weights_are_learnt_on_validation_items(hub):
-    made = merged_by(hub, "films", "talk", weights="learn", budget=6)
+    heard = []
+    told = Listeners(on_event=heard.append)
+    made = merged_by(hub, "films", "talk", weights="learn", budget=6, listeners=told)
     assert set(made.merge.weights) == {"films", "talk"}
+    assert [(event.step, event.total) for event in heard] == [(n, 6) for n in range(1, 7)]
+    assert len({event.values["loss"] for event in heard}) > 1
     again = merged_by(hub, "films", "talk", weights="learn", budget=6, name="again")
     assert again.merge.weights == made.merge.weights
     assert again.sha256 == made.sha256
