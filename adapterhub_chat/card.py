@@ -196,7 +196,7 @@ def _merge(manifest: Manifest) -> str:
     lines = [
         "## Merge\n",
         f"Made of {weights} by {_text(report.method)}, rank {report.rank}, which holds "
-        f"{report.energy:.1%} of the merged update.\n",
+        f"{report.energy:.1%} of what no limit on the rank would give.\n",
     ]
     if report.retention:
         lines += [

@@ -139,7 +139,8 @@ class MergeReport(BaseModel):
     density: FiniteFloat | None = None
     seed: int = 0
     energy: FiniteFloat = Field(
-        description="Share of the merged update's squared norm that its rank holds."
+        description="Share that its rank holds of the update without a limit on it: of its squared norm, or, "
+        "where a method looks at inputs, of its outputs'."
     )
     retention: tuple[Retention, ...] = Field(
         default=(), description="Merged beside each source, on test items."

@@ -340,8 +340,8 @@ def test_an_encoder_learns_a_language_by_restoring_covered_texts(encoder_hub):
     model, task = encoder_hub.model, toy_task()
     cover = model.backbone.tokenizer.mask_token_id
     config = TrainConfig(**SETTINGS)
-    job = text_job(model, task.contract, task.split("train"), config, "language")
-    again = text_job(model, task.contract, task.split("train"), config, "language")
+    job = text_job(model, task.contract, task.split("train"), config)
+    again = text_job(model, task.contract, task.split("train"), config)
     assert job.train == again.train
     for example in job.train:
         assert example.weight == 0  # no label is learnt
@@ -356,7 +356,7 @@ def test_an_encoder_learns_a_language_by_restoring_covered_texts(encoder_hub):
         losses.append(float(job.auxiliary.loss(Seen(job.train, vectors, vectors))))
     assert losses[1] < 0.8 * losses[0]
     empty = [Example({"text": ""}, "good")]
-    assert not text_job(model, PromptContract(), empty, config, "none").train
+    assert not text_job(model, PromptContract(), empty, config).train
 
 
 def test_few_labels_are_missed_at_the_door(trained):

@@ -23,6 +23,8 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.template import Encoded, encode_prompts, fit, messages_of
 from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract
 
+LANGUAGE = "language"
+"""What the method is called, and its job."""
 COVERED, COPIES = 0.3, 2
 """Share of a text's tokens that an encoder does not see, and how often a text is covered anew."""
 LAST = -1
@@ -52,7 +54,6 @@ def text_job(
     contract: PromptContract,
     texts: Sequence[Example],
     config: TrainConfig,
-    name: str,
 ) -> Job:
     """Return the job of learning from texts; it has no examples where they are too short to learn from."""
     plain = [replace(example, contract=None) for example in texts]
@@ -66,12 +67,12 @@ def text_job(
             Restoring({some: wanted[all_] for some, all_ in covered.items()}) if covered else None
         )
         labels = len(contract.labels)
-        return Job(name, list(covered), (), config, auxiliary=restored, labels=labels)
+        return Job(LANGUAGE, list(covered), (), config, auxiliary=restored, labels=labels)
     first = tokenizer.bos_token_id
     before = (int(tokenizer.eos_token_id if first is None else first),)
     rows = tokenizer(["\n".join(e.fields.values()) for e in plain], add_special_tokens=False)
     learnt = [fit(before, (tuple(ids),), config.row_length) for ids in rows.input_ids if ids]
-    return Job(name, learnt, (), config)
+    return Job(LANGUAGE, learnt, (), config)
 
 
 def _covered(tokenizer: Any, whole: Sequence[Encoded], seed: int) -> dict[Encoded, Encoded]:

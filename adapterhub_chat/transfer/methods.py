@@ -26,13 +26,13 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.task import Task
 from adapterhub_chat.template import Encoded, encode_examples, encode_labels, unwritable
 from adapterhub_chat.transfer.adversarial import TARGET, Game
-from adapterhub_chat.transfer.language import text_job
+from adapterhub_chat.transfer.language import LANGUAGE, text_job
 from adapterhub_chat.transfer.maxent import Weighting, balanced, principal, reweighted
 from adapterhub_chat.transfer.select import stratified
 from adapterhub_chat.types import Example, Mix
 from adapterhub_chat.weights import AdapterWeights, Head, concatenate
 
-BASELINE, LANGUAGE = "target", "language"
+BASELINE = "target"
 STACKS = ("stack", LANGUAGE)
 METHODS = (BASELINE, "finetune", *STACKS, "maxent", "adversarial")
 SHOT_SHARE = 0.2
@@ -155,7 +155,7 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
 
 def language_job(model: AdapterModel, setting: Setting) -> Job:
     """Return the job of a T that learns the target's text, with half of the steps where there are shots."""
-    return text_job(model, setting.target.contract, setting.unlabelled, _share(setting), LANGUAGE)
+    return text_job(model, setting.target.contract, setting.unlabelled, _share(setting))
 
 
 def language_stack(tokenizer: object, setting: Setting, learnt: AdapterWeights) -> Job:

@@ -16,10 +16,10 @@ from adapterhub_chat.metrics import METRICS, Rows
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.train import Event, train
 from adapterhub_chat.transfer.adversarial import Game
+from adapterhub_chat.transfer.language import LANGUAGE
 from adapterhub_chat.transfer.maxent import Weighting
 from adapterhub_chat.transfer.methods import (
     BASELINE,
-    LANGUAGE,
     METHODS,
     STACKS,
     Setting,
@@ -85,6 +85,8 @@ def transfer(
     started = time.monotonic()
     wanted = _wanted(setting) if method == "auto" else (BASELINE, method)
     jobs = _short_jobs(model, setting, wanted)
+    if method == LANGUAGE and not any(job.name == LANGUAGE for job in jobs):
+        raise UsageError("method 'language': the texts are too few or too short to learn from")
     made = train(model, jobs, on_event=on_event) if jobs else {}
     with _on_trial(model, made[BASELINE].weights if BASELINE in made else None) as teacher:
         weighting, game, more = _long_jobs(model, setting, wanted, teacher)
@@ -130,10 +132,7 @@ def _short_jobs(model: AdapterModel, setting: Setting, wanted: Sequence[str]) ->
     jobs = few_shot_jobs(tokenizer, setting, wanted)
     if LANGUAGE in wanted and setting.unlabelled:
         job = language_job(model, setting)
-        if job.train:
-            jobs.append(job)
-        elif wanted[-1] == LANGUAGE:
-            raise UsageError("method 'language': the texts are too few or too short to learn from")
+        jobs += [job] if job.train else []
     return jobs
 
 
