@@ -55,10 +55,11 @@ def bench_swap(
 ) -> dict[str, Any]:
     """Return the milliseconds of a switch and of a load, and the last loads' over the first ones'.
 
-    There are at least two `adapters`; `peft` loads two of so many as `peft_every` says, for a load of its is
-    slow. Each repeat starts with nothing loaded. `cold_ms` is a load of what is in no slot, with its file in
-    the system's cache, `disk_ms` one that has to read the disk, which takes `disk_read_ms` by itself. `dtype`
-    is that of backbone and adapters, None the fastest one here: in fp32 there are twice the bytes to hash.
+    There are at least two `adapters`; `peft`, whose loads are slow, loads two of so many as
+    `peft_every` says. Each repeat starts with nothing loaded. `cold_ms` is a load, off the disk, of
+    what is in no slot, and `cold_read_ms` the disk's part of it; the file of a `cached_ms` is in the
+    system's cache. `dtype` is that of backbone and adapters, None the fastest one here: in fp32 there
+    are twice the bytes to hash.
     """
     pick_dtype(dtype, torch.device("cpu"))  # says what is allowed, before any process starts
     settings = {"backbone": backbone, "rank": rank, "adapters": adapters, "switches": switches}
@@ -85,12 +86,12 @@ def bench_swap(
         "rows": rows,
         "ratios": {
             "resident_ms": by["resident"],
-            "cold_ms": by["cached"],
-            "cold_peft_ms": by.get("peft, cached"),
-            "disk_ms": by["disk"],
-            "disk_peft_ms": by.get("peft, disk"),
-            "disk_read_ms": by["disk, read only"],
-            "cold_last_over_first": statistics.median(last / first for first, last in ends),
+            "cold_ms": by["disk"],
+            "cold_read_ms": by["disk, read only"],
+            "cold_peft_ms": by.get("peft, disk"),
+            "cached_ms": by["cached"],
+            "cached_peft_ms": by.get("peft, cached"),
+            "cached_last_over_first": statistics.median(last / first for first, last in ends),
         },
     }
 
