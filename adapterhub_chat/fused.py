@@ -85,13 +85,15 @@ class _Fused:
 def _packed(weight: Tensor) -> tuple[Tensor, Any]:
     """Return a weight in the order that oneDNN's products like best, and the product that takes it.
 
-    In bf16 on a CPU a plain product orders its weight anew each time: for 16 rows that is half its time.
+    In bf16 on a CPU a plain product orders its weight anew each time: for 16 rows that is half its time. On
+    processors with AVX2 alone oneDNN refuses bf16, and the plain product does it.
     """
-    ops = getattr(torch.ops, "mkldnn", None)
+    ops: Any = getattr(torch.ops, "mkldnn", None)
     if (
         weight.device.type != "cpu"
         or weight.dtype != torch.bfloat16
         or not hasattr(ops, "_linear_pointwise")
+        or not ops._is_mkldnn_bf16_supported()
     ):
         return weight, functional.linear
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
