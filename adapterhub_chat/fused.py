@@ -85,19 +85,24 @@ class _Fused:
 def _packed(weight: Tensor) -> tuple[Tensor, Any]:
     """Return a weight in the order that oneDNN's products like best, and the product that takes it.
 
-    In bf16 on a CPU a plain product orders its weight anew each time: for 16 rows that is half its time. On
-    processors with AVX2 alone oneDNN refuses bf16, and the plain product does it.
+    On a CPU a plain product of few rows orders its weight anew each time: in bf16 half of what 16 rows take,
+    in fp32 a third (docs/performance.md). Where oneDNN is missing or refuses the dtype, the plain product
+    does it.
     """
-    ops: Any = getattr(torch.ops, "mkldnn", None)
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.bfloat16
-        or not hasattr(ops, "_linear_pointwise")
-        or not ops._is_mkldnn_bf16_supported()
-    ):
+    if weight.device.type != "cpu" or not _orders(weight.dtype):
         return weight, functional.linear
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
     return ordered, _onednn
+
+
+def _orders(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN takes a weight of this dtype here; with AVX2 alone it refuses bf16."""
+    ops: Any = getattr(torch.ops, "mkldnn", None)
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and bool(ops._is_mkldnn_bf16_supported())
+    )
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from adapterhub_chat.backbone import load_backbone, pick_dtype
 from adapterhub_chat.decoder import ModuleDecoder
 from adapterhub_chat.engine import Engine
 from adapterhub_chat.errors import NoRoomError, QueueFullError, UnknownNameError, UsageError
-from adapterhub_chat.fused import FusedDecoder
+from adapterhub_chat.fused import FusedDecoder, _packed
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import shared_length
 from adapterhub_chat.requests import Request
@@ -180,6 +180,16 @@ def test_bf16_is_decoded_on_every_processor(pico_folder, tmp_path):
         Request((5, 6, 7), sampling=Sampling(max_new_tokens=3))
     )
     assert len(found.result().ids) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 200])
+def test_an_ordered_weight_gives_the_plain_product(rows):
+    torch.manual_seed(rows)
+    weight, bias, x = torch.randn(96, 40), torch.randn(96), torch.randn(rows, 40)
+    ordered, product = _packed(weight)
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(product(x, ordered, bias).double(), exact, atol=1e-4, rtol=1e-4)
+    assert ordered.is_mkldnn == torch.backends.mkldnn.is_available()  # else it is the slow one
 
 
 @pytest.mark.slow
