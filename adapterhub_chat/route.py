@@ -173,17 +173,21 @@ class Panel:
 
     def fits(self, vectors: Tensor) -> Tensor:
         """Return how well each vector (N, W) fits to the adapter that it fits best, (N,)."""
-        return torch.stack([judge(vectors) for judge in self.judges.values()]).amax(0)
+        return self._fits(vectors).amax(1)
 
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
         likely = self._apart(vectors).tolist()
-        fits = torch.stack([judge(vectors) for judge in self.judges.values()], 1).tolist()
+        fits = self._fits(vectors).tolist()
         rows = (
             dict(zip(self.judges, zip(*own, strict=True), strict=True))
             for own in zip(likely, fits, strict=True)
         )
         return [choose(row, top=top, previous=previous) for row in rows]
+
+    def _fits(self, vectors: Tensor) -> Tensor:
+        """Return the fit of each vector (N, W) to each adapter, (N, J)."""
+        return torch.stack([judge(vectors) for judge in self.judges.values()], 1)
 
 
 def choose(

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,14 +77,14 @@ def bench_swap(
         "first_ms": 1000 * statistics.median(first for first, _ in ends),
         "last_ms": 1000 * statistics.median(last for _, last in ends),
     }
-    rows = [{"kind": kind, **_milliseconds(times)} for kind, times in found.items() if times]
-    rows[0] |= {**size, **more}
-    by = {row["kind"]: row["ms"] for row in rows}
+    by_kind = {kind: {"kind": kind, **_milliseconds(times)} for kind, times in found.items()}
+    by_kind["cached"] |= {**size, **more}
+    by = {kind: row["ms"] for kind, row in by_kind.items()}
     return {
         "bench": "swap",
         "machine": machine(),
         "settings": {**settings, "peft_every": peft_every, "repeats": repeats},
-        "rows": rows,
+        "rows": list(by_kind.values()),
         "ratios": {
             "resident_ms": by["resident"],
             "cold_ms": by["disk"],
@@ -101,8 +102,7 @@ def _run(settings: Mapping[str, Any], peft_every: int) -> dict[str, list[float]]
     workers = {"here": Worker(__name__, "here", settings)}
     if importlib.util.find_spec("peft") is not None:
         workers["peft"] = Worker(__name__, "peft", settings)
-    rows = ("cached", "disk", "disk, read only", "peft, cached", "peft, disk")
-    found: dict[str, list[float]] = {row: [] for row in rows}
+    found: dict[str, list[float]] = defaultdict(list, cached=[])
     for n in range(0, settings["adapters"] - 1, 2):
         kinds = [kind for kind in workers if kind == "here" or n % peft_every == 0]
         near, far = (Path(settings["pool"]) / f"a{m}" / WEIGHTS for m in (n, n + 1))
