@@ -118,11 +118,12 @@ def _transfer(manifest: Manifest) -> str:
     report = manifest.transfer
     if report is None:
         return ""
+    on = "by a proxy (see below)" if report.proxy else "on the target's validation examples"
     lines = [
         "## Transfer\n",
         f"From `{_code(report.source)}` by {_text(report.method)}, with {report.shots} labelled target "
         f"examples. It **{report.verdict}** beside {_text(report.baseline)}: {report.gain:+.3f} "
-        f"[{report.low:+.3f}, {report.high:+.3f}], judged on the target's validation examples.\n",
+        f"[{report.low:+.3f}, {report.high:+.3f}], judged {on}.\n",
         "| candidate | value | verdict |",
         "|---|---|---|",
     ]
@@ -138,8 +139,7 @@ def _transfer(manifest: Manifest) -> str:
             f"\nAt the end a discriminator told the domains apart with accuracy {report.discriminator:.2f} "
             "(0.5: not at all)."
         )
-    if report.note:
-        lines.append(f"\n{_text(report.note)}.")
+    lines += [f"\n{_text(said)}." for said in (report.proxy, report.note) if said]
     if manifest.stack:
         under = ", ".join(
             f"`{_code(u.name)}` (sha256 `{_code(u.sha256[:12])}`)" for u in manifest.stack

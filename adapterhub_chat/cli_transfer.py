@@ -97,6 +97,8 @@ def transfer(
     ]
     title = f"{target} from {source}, {shots} shots, beside {done.outcome.baseline}"
     print_table(title, ("candidate", "value", "verdict", "gain (95 % interval)"), rows)
+    if done.outcome.proxy:
+        typer.echo(f"{done.outcome.proxy[0].upper()}{done.outcome.proxy[1:]}.")
     if done.manifest is None:
         typer.echo("Nothing is better than the backbone alone; no adapter was made.")
     else:
@@ -149,6 +151,7 @@ def _as_json(done: Transferred) -> dict[str, object]:
     return {
         "chosen": done.outcome.chosen,
         "baseline": done.outcome.baseline,
+        "proxy": done.outcome.proxy,
         "seconds": done.outcome.seconds,
         "effective": weighting.effective if weighting else None,
         "discriminator": game.recent if game else None,

@@ -86,6 +86,10 @@ class TransferReport(BaseModel):
     discriminator: FiniteFloat | None = Field(
         default=None, description="Its accuracy at the end of an adversarial transfer; 0.5 is best."
     )
+    proxy: str = Field(
+        default="",
+        description="What the verdict rests on where no example of the target has a label.",
+    )
     note: str = Field(default="", description="What did not come out as it should.")
     seconds: FiniteFloat = 0.0
 

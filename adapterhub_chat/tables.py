@@ -7,10 +7,10 @@ from pathlib import Path
 
 from adapterhub_chat.errors import DataError
 from adapterhub_chat.prompt import placeholders
-from adapterhub_chat.splits import split_examples
+from adapterhub_chat.splits import Splits, split_examples
 from adapterhub_chat.task import Task
 from adapterhub_chat.task_file import TABLES, Row, read_rows
-from adapterhub_chat.types import Example
+from adapterhub_chat.types import SPLITS, Example
 
 ANSWERS = ("label", "answer")
 """Names that the column of the answers may have."""
@@ -26,8 +26,8 @@ def is_table(path: str | Path) -> bool:
 def table_task(path: Path, like: Task) -> tuple[Task, list[Example]]:
     """Return the task of a table's labelled rows, asked as `like` is, and its rows without a label.
 
-    Its columns are called as the fields of `like`'s prompt are, and `label` (or `answer`). Raises DataError
-    for a file that cannot be read or lacks a column.
+    Its columns are called as the fields of `like`'s prompt are, and `label` (or `answer`). Where no row has
+    a label the task has no examples. Raises DataError for a file that cannot be read or lacks a column.
     """
     rows = read_rows(path)
     fields = placeholders(like.contract.template)
@@ -38,19 +38,25 @@ def table_task(path: Path, like: Task) -> tuple[Task, list[Example]]:
         raise DataError(f"{path} has no column {wanted}; it has {', '.join(rows[0])}")
     examples = [_example(row, [*fields], answer) for row in rows]
     known = [e for e in examples if e.answer]
-    if not known:
-        raise DataError(f"no row of {path} has a {answer}: some are needed to judge by")
-    load = partial(
-        split_examples,
-        known,
-        like.contract,
-        validation=VALIDATION,
-        test=TEST,
-        source=str(path),
+    load = (
+        _none
+        if not known
+        else partial(
+            split_examples,
+            known,
+            like.contract,
+            validation=VALIDATION,
+            test=TEST,
+            source=str(path),
+        )
     )
     about = f"The rows of {path.name}, asked as {like.name}."
     task = Task(path.stem, like.contract, like.metric, load, about=about, sources=(path.name,))
     return task, [e for e in examples if not e.answer]
+
+
+def _none() -> Splits:
+    return Splits(dict.fromkeys(SPLITS, ()))
 
 
 def _example(row: Row, fields: list[str], answer: str) -> Example:

@@ -58,6 +58,15 @@ def _table(by_shots: Mapping[int, Scores]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _judged_on(outcome: Outcome) -> str:
+    if outcome.proxy:
+        return f"Judged by {outcome.metric}; **{outcome.proxy}**."
+    return (
+        f"Judged by {outcome.metric} on {len(outcome.rows[outcome.baseline])} labelled validation examples "
+        "of the target, which also chose: expect a little less on new ones."
+    )
+
+
 def _text(done: Transferred, scores: Scores, pictures: list[str]) -> str:
     outcome = done.outcome
     chosen = outcome.candidates[outcome.chosen]
@@ -67,8 +76,7 @@ def _text(done: Transferred, scores: Scores, pictures: list[str]) -> str:
         f"Chosen: **{outcome.chosen}**, which **{chosen.verdict.word}** beside {outcome.baseline} "
         f"({chosen.verdict.gain:+.3f}, 95 % interval {chosen.verdict.low:+.3f} to "
         f"{chosen.verdict.high:+.3f}); {kept}. {outcome.seconds:.0f} seconds.\n",
-        f"Judged by {outcome.metric} on {len(outcome.rows[outcome.baseline])} labelled validation examples "
-        "of the target, which also chose: expect a little less on new ones.\n",
+        f"{_judged_on(outcome)}\n",
         "| candidate | value | 95 % interval | verdict | gain | remark |",
         "|---|---|---|---|---|---|",
     ]

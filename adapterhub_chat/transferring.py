@@ -105,8 +105,9 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
     under = _under(shelf, order, stored) if chosen.own is not None else ()
     weights = chosen.own if chosen.own is not None and under else chosen.weights
     manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
-    scores = judge_task(shelf.model, target, [(name, as_mix(name))], 0, listeners)
-    shelf.describe(name, manifest := manifest.with_scores(scores))
+    if target.split("test"):
+        scores = judge_task(shelf.model, target, [(name, as_mix(name))], 0, listeners)
+        shelf.describe(name, manifest := manifest.with_scores(scores))
     return Transferred(manifest, outcome, outcomes)
 
 
@@ -229,6 +230,7 @@ def _manifest(
         effective=weighting.effective if weighting else None,
         lam=weighting.lam if weighting else None,
         discriminator=game.recent if game else None,
+        proxy=outcome.proxy,
         note="; ".join(filter(None, notes)),
         seconds=round(outcome.seconds, 1),
     )

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapterhub_chat.errors import DataError
 from adapterhub_chat.transfer.maxent import (
     balanced,
+    drawn,
     effective_size,
     kl_to_uniform,
     lam_for,
@@ -194,3 +195,18 @@ def test_shots_have_every_label():
     assert len(effective_chosen := set(chosen)) == 6
     assert effective_chosen <= set(range(53))
     assert effective_size(torch.ones(4)) == 4
+
+
+@given(st.lists(st.floats(0.0, 5.0), min_size=1, max_size=30), st.integers(1, 60))
+def test_examples_are_drawn_as_often_as_their_weights_say(weights, count):
+    assume(sum(weights) > 0.01)
+    found = drawn(torch.tensor(weights), count)
+    assert len(found) == count
+    for index, weight in enumerate(weights):
+        wanted = count * weight / sum(weights)
+        assert abs(found.count(index) - wanted) < 1.001
+
+
+def test_weights_that_are_no_numbers_are_not_drawn_from():
+    with pytest.raises(DataError, match="1 of 2 numbers"):
+        drawn(torch.tensor([1.0, float("nan")]), 3)

@@ -24,6 +24,7 @@ from adapterhub_chat.transfer.methods import (
     make_setting,
     maxent_job,
     shots_of,
+    stood_in,
     warn_of_language,
 )
 from adapterhub_chat.transfer.run import transfer
@@ -394,11 +395,46 @@ def test_what_a_table_lacks_is_said(tmp_path):
         DataError, match=r"no column text, label \(or answer\); it has review, stars"
     ):
         table_task(bad, toy_task())
-    bad.write_text("text,label\nfine,\n")
-    with pytest.raises(DataError, match=r"no row of .* has a label"):
-        table_task(bad, toy_task())
     with pytest.raises(DataError, match="no file"):
         table_task(tmp_path / "none.csv", toy_task())
+
+
+def test_without_any_label_the_verdict_rests_on_a_proxy_and_says_so(taught, tmp_path):
+    table = write_table(tmp_path / "tweets.csv", labelled=0, bare=20)
+    how = {"source_task": toy_task(), **FEW}
+    with pytest.raises(DataError, match="0 training examples, 4 shots"):
+        taught.transfer("source", table, shots=4, **how)
+    unjudged = parts_of(toy_task(), validation=())
+    with pytest.raises(DataError, match="nothing says whether a transfer helps"):
+        taught.transfer("source", table, shots=0, **{**how, "source_task": unjudged})
+    assert taught.pool.names() == ["source"]
+    done = taught.transfer("source", table, "maxent", shots=0, **how)
+    report = done.manifest.transfer
+    assert re.search(r"no example of tweets has a label, .* proxy: \d+ validation", report.proxy)
+    assert done.outcome.baseline == "backbone"
+    assert done.manifest.scores == ()  # nobody knows
+    card = (taught.pool.root / "tweets-from-source" / "README.md").read_text()
+    assert "judged by a proxy" in card
+    assert "rest on a proxy" in card
+    assert f"**{report.proxy}**" in write_report(done, tmp_path / "report").read_text()
+
+
+def test_the_proxy_is_of_source_examples_that_look_like_the_target(model, source):
+    """A target that speaks of good alone, without a label: what stands in for it does, too."""
+    kind = [e for e in toy_task().split("train") if e.answer == "good"]
+    bare = parts_of(toy_task("target"), train=(), validation=(), test=())
+    config = QUICK.model_copy(update={"eval_examples": 40})
+    setting = make_setting(source, toy_task(), bare, 0, config, unlabelled=kind)
+    seen = stood_in(model, setting)
+
+    def good(examples):
+        return sum(e.answer == "good" for e in examples) / len(examples)
+
+    assert good(seen.validation) > good(setting.stand_ins) + 0.1
+    assert set(map(str, seen.validation)) <= set(map(str, setting.stand_ins))
+    assert str(len(seen.validation)) in seen.proxy
+    labelled = make_setting(source, toy_task(), toy_task("target"), 0, config)
+    assert not labelled.stand_ins
 
 
 def test_texts_of_the_target_may_be_given(taught):

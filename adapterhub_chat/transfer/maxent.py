@@ -151,6 +151,18 @@ def balanced(
     return Balance(replace(weighting, note=note if residual > NEAR else ""), residual)
 
 
+def drawn(weights: Tensor, count: int) -> list[int]:
+    """Return `count` indices, each about as often as its weight (n,) says, in ascending order.
+
+    Systematic resampling: the cumulated weights at even steps, which varies less than independent draws
+    (Douc, Cappe, Moulines 2005, arXiv cs/0507025).
+    """
+    _check(weights)
+    shares = (weights.double() / weights.double().sum()).cumsum(0)
+    places = (torch.arange(count).double() + 0.5) / count
+    return torch.searchsorted(shares, places).clamp(max=len(weights) - 1).tolist()
+
+
 def principal(source: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Return both features (n, d), (m, d) along the source's `most` widest directions, (n, k), (m, k).
 

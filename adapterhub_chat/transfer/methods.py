@@ -27,9 +27,9 @@ from adapterhub_chat.task import Task
 from adapterhub_chat.template import Encoded, encode_examples, encode_labels, unwritable
 from adapterhub_chat.transfer.adversarial import TARGET, Game
 from adapterhub_chat.transfer.language import LANGUAGE, text_job
-from adapterhub_chat.transfer.maxent import Weighting, balanced, principal, reweighted
+from adapterhub_chat.transfer.maxent import Weighting, balanced, drawn, principal, reweighted
 from adapterhub_chat.transfer.select import stratified
-from adapterhub_chat.types import Example, Mix
+from adapterhub_chat.types import SPLITS, Example, Mix
 from adapterhub_chat.weights import AdapterWeights, Head, concatenate
 
 BASELINE = "target"
@@ -58,6 +58,7 @@ class Setting:
     shots: Sequence[Example]
     """The target's labelled training examples that may be used."""
     validation: Sequence[Example]
+    """Labelled examples of the target to judge by; see `proxy` where it has none."""
     config: TrainConfig
     unlabelled: Sequence[Example] = ()
     """Target examples whose answers nobody looks at."""
@@ -65,6 +66,10 @@ class Setting:
     """The block whose hidden states are compared."""
     foreign: bool = False
     """The target speaks another language than the source."""
+    stand_ins: Sequence[Example] = ()
+    """Where the target has no label at all: held-out examples of the source, to be judged by in its place."""
+    proxy: str = ""
+    """What the verdicts rest on then."""
 
 
 def make_setting(
@@ -91,7 +96,8 @@ def make_setting(
     pool = target.split("train")
     if shots and len(pool) < shots:
         found.append(f"the target has {len(pool)} training examples, {shots} shots are asked for")
-    if not target.split("validation"):
+    bare = bool(unlabelled) and not any(target.split(split) for split in SPLITS)
+    if not target.split("validation") and not (bare and source_task.split("validation")):
         found.append("the target has no validation examples: nothing says whether a transfer helps")
     chosen = shots_of(target, shots, config.seed) if shots and len(pool) >= shots else []
     if chosen and wanted and len({e.answer for e in chosen}) < 2:
@@ -102,7 +108,7 @@ def make_setting(
         raise DataError(join_misfits("the transfer", found))
     examples = sample(source_task.split("train"), config.train_examples, config.seed)
     held_out = sample(target.split("validation"), config.eval_examples)
-    if wanted and len({e.answer for e in held_out}) < 2:
+    if held_out and wanted and len({e.answer for e in held_out}) < 2:
         warnings.warn(
             f"all {len(held_out)} validation examples of {target.name} have the label "
             f"{held_out[0].answer!r}: whoever always says so looks perfect",
@@ -114,12 +120,34 @@ def make_setting(
     texts = sample(unlabelled, len(examples), config.seed)
     source = _aligned(source, list(source_task.contract.labels), list(target.contract.labels))
     setting = Setting(concatenate([source]), examples, target, chosen, held_out, config, texts)
-    return replace(setting, foreign=source_task.language != target.language)
+    stand_ins = sample(source_task.split("validation"), config.eval_examples) if bare else []
+    foreign = source_task.language != target.language
+    return replace(setting, foreign=foreign, stand_ins=stand_ins)
+
+
+def stood_in(model: AdapterModel, setting: Setting) -> Setting:
+    """Return the setting of a target without labels judged by proxy: as importance weighting would.
+
+    The source's held-out examples are drawn by entropy-balancing weights, as many as these are worth, so
+    that their mean features are the target's (importance-weighted validation, Sugiyama et al. 2007,
+    jmlr.org/papers/v8/sugiyama07a.html).
+    """
+    weighting = balanced(*_features(model, setting, setting.stand_ins)).weighting
+    count = max(1, round(weighting.effective * len(setting.stand_ins)))
+    own = [replace(setting.stand_ins[i], contract=None) for i in drawn(weighting.weights, count)]
+    proxy = (
+        f"no example of {setting.target.name} has a label, so the verdicts rest on a proxy: {count} "
+        "validation examples of the source, drawn so that they look like the target's texts. How the "
+        "target would be labelled they cannot tell"
+    )
+    proxy += f"; {weighting.note}" if weighting.note else ""
+    return replace(setting, validation=own, proxy=proxy)
 
 
 def warn_of_language(tokenizer: Any, setting: Setting) -> None:
     """Warn where much of the target's text is bytes or unknown tokens to the backbone's tokenizer."""
-    texts = [" ".join(e.fields.values()) for e in setting.validation[:LOOKED_AT]]
+    seen = (setting.validation or setting.unlabelled)[:LOOKED_AT]
+    texts = [" ".join(e.fields.values()) for e in seen]
     if (share := unwritable(tokenizer, texts)) >= FOREIGN:
         warnings.warn(
             f"{share:.0%} of the tokens of {setting.target.name} ({setting.target.language}) are bytes or "
@@ -182,7 +210,7 @@ def maxent_job(
     """
     tokenizer = model.backbone.tokenizer
     if setting.unlabelled and not setting.shots:
-        weighting = balanced(*_features(model, setting)).weighting
+        weighting = balanced(*_features(model, setting, setting.source_examples)).weighting
     else:
         weighting = reweighted(likelihoods(model, setting, teacher), share=share)
     source = [
@@ -231,8 +259,10 @@ def _from_source(setting: Setting, name: str) -> Job:
     return Job(name, (), (), config, start=source, labels=labels)
 
 
-def _features(model: AdapterModel, setting: Setting) -> tuple[Tensor, Tensor]:
-    """Return the bare backbone's features of source and target, along few directions."""
+def _features(
+    model: AdapterModel, setting: Setting, own: Sequence[Example]
+) -> tuple[Tensor, Tensor]:
+    """Return the bare backbone's features of the source's `own` and the target's, along few directions."""
     source, target = (
         features(
             model,
@@ -241,7 +271,7 @@ def _features(model: AdapterModel, setting: Setting) -> tuple[Tensor, Tensor]:
             Mix(),
             layer=setting.layer,
         )
-        for examples in (setting.source_examples, setting.unlabelled)
+        for examples in (own, setting.unlabelled)
     )
     return principal(source, target, DIRECTIONS)
 

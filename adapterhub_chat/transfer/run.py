@@ -29,6 +29,7 @@ from adapterhub_chat.transfer.methods import (
     language_job,
     language_stack,
     maxent_job,
+    stood_in,
 )
 from adapterhub_chat.transfer.select import Verdict, best, verdict
 from adapterhub_chat.types import BACKBONE, Mix, as_mix
@@ -41,7 +42,7 @@ AS_IS = "source"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to serve the target, measured on its validation examples."""
+    """One way to serve the target, measured on its validation examples, or what stands for them."""
 
     method: str
     value: float
@@ -66,6 +67,8 @@ class Outcome:
     metric: str
     weighting: Weighting | None = None
     game: Game | None = None
+    proxy: str = ""
+    """What the verdicts rest on where the target has no labels."""
     rows: dict[str, Rows] = field(default_factory=dict)
 
 
@@ -80,9 +83,12 @@ def transfer(
 
     The baseline is the few-shot target adapter, or the backbone where the target has no labelled training
     examples. `auto` takes the candidate with the best lower bound of those that help, else the baseline.
+    Without any labelled example of the target all this rests on a proxy, which is told.
     """
     check_method(setting, method)
     started = time.monotonic()
+    if setting.stand_ins:
+        setting = stood_in(model, setting)
     wanted = _wanted(setting) if method == "auto" else (BASELINE, method)
     jobs = _short_jobs(model, setting, wanted)
     if method == LANGUAGE and not any(job.name == LANGUAGE for job in jobs):
@@ -106,7 +112,9 @@ def transfer(
     }
     chosen = best(verdicts, baseline) if method == "auto" else method
     seconds = time.monotonic() - started
-    return Outcome(baseline, candidates, chosen, seconds, metric, weighting, game, rows)
+    return Outcome(
+        baseline, candidates, chosen, seconds, metric, weighting, game, setting.proxy, rows
+    )
 
 
 def check_method(setting: Setting, method: str) -> None:
