@@ -59,7 +59,8 @@ class Making:
         is kept as one, on the source by its content. A source that was judged to hurt is refused unless
         `force`.
         The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
-        manifest and card. `settings` are fields of TrainConfig, one budget for all methods. `source_task`
+        manifest and card; where no example of the target has a label, it rests on a proxy, and both say so
+        (`outcome.proxy`). `settings` are fields of TrainConfig, one budget for all methods. `source_task`
         None: the task that the source was trained on.
         """
         config = transfer_config(settings)
