@@ -94,9 +94,12 @@ def make_setting(
             f"the source's labels are {_listed(own)}, the target's {_listed(wanted)}: they must be the same"
         )
     pool = target.split("train")
-    if shots and len(pool) < shots:
-        found.append(f"the target has {len(pool)} training examples, {shots} shots are asked for")
     bare = bool(unlabelled) and not any(target.split(split) for split in SPLITS)
+    if shots and len(pool) < shots:
+        cure = "; with 0 shots its texts alone are learnt from" if bare else ""
+        found.append(
+            f"the target has {len(pool)} training examples, {shots} shots are asked for{cure}"
+        )
     if not target.split("validation") and not (bare and source_task.split("validation")):
         found.append("the target has no validation examples: nothing says whether a transfer helps")
     chosen = shots_of(target, shots, config.seed) if shots and len(pool) >= shots else []
