@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from adapterhub_chat.errors import DataError
@@ -38,25 +37,16 @@ def table_task(path: Path, like: Task) -> tuple[Task, list[Example]]:
         raise DataError(f"{path} has no column {wanted}; it has {', '.join(rows[0])}")
     examples = [_example(row, [*fields], answer) for row in rows]
     known = [e for e in examples if e.answer]
-    load = (
-        _none
-        if not known
-        else partial(
-            split_examples,
-            known,
-            like.contract,
-            validation=VALIDATION,
-            test=TEST,
-            source=str(path),
-        )
-    )
+
+    def load() -> Splits:
+        if not known:
+            return Splits(dict.fromkeys(SPLITS, ()))
+        shares = {"validation": VALIDATION, "test": TEST}
+        return split_examples(known, like.contract, **shares, source=str(path))
+
     about = f"The rows of {path.name}, asked as {like.name}."
     task = Task(path.stem, like.contract, like.metric, load, about=about, sources=(path.name,))
     return task, [e for e in examples if not e.answer]
-
-
-def _none() -> Splits:
-    return Splits(dict.fromkeys(SPLITS, ()))
 
 
 def _example(row: Row, fields: list[str], answer: str) -> Example:
