@@ -101,7 +101,10 @@ def make_setting(
             f"the target has {len(pool)} training examples, {shots} shots are asked for{cure}"
         )
     if not target.split("validation") and not (bare and source_task.split("validation")):
-        found.append("the target has no validation examples: nothing says whether a transfer helps")
+        found.append(
+            "the target has no validation examples: nothing says whether a transfer helps; hold some of its "
+            "labelled examples back"
+        )
     chosen = shots_of(target, shots, config.seed) if shots and len(pool) >= shots else []
     if chosen and wanted and len({e.answer for e in chosen}) < 2:
         found.append(f"all {shots} shots of the target have the label {chosen[0].answer!r}")
