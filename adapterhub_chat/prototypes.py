@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.imagine import imagined
 from adapterhub_chat.jobs import sample
-from adapterhub_chat.looks import looks, width, wordless
+from adapterhub_chat.looks import glances, looks, read, width, wordless
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.prompt import placeholders
-from adapterhub_chat.route import BACKGROUND_RANK, FEWEST, Cloud, cloud_of, learn
+from adapterhub_chat.route import (
+    BACKGROUND_RANK,
+    FEWEST,
+    GLANCE_RANK,
+    Cloud,
+    Judge,
+    Judges,
+    cloud_of,
+    learn,
+)
 from adapterhub_chat.routing import Routing, routing_of
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
@@ -26,10 +35,14 @@ def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
         return None
     backbone = shelf.model.backbone
     same = not manifest.fingerprint.differences(backbone.fingerprint)
-    sizes = manifest.routing.width, manifest.routing.background_width
-    return (
-        manifest.routing if same and sizes == (width(shelf.model), wordless(shelf.model)) else None
-    )
+    fits = manifest.routing.sizes == {(width(shelf.model), wordless(shelf.model))}
+    return manifest.routing if same and fits else None
+
+
+def judges_of(routing: Routing) -> Judges:
+    """Return who judges by a manifest's routing."""
+    glance = routing.glance
+    return Judges(Judge(routing.prototype()), None if glance is None else Judge(glance.prototype()))
 
 
 def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
@@ -39,11 +52,16 @@ def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
     if len(held_out) < FEWEST:
         cut = len(own) * 3 // 4
         own, held_out = own[:cut], own[cut:]
-    encodes = shelf.model.backbone.encodes  # it makes nothing up, so there is no background
-    if min(len(own), len(held_out)) < FEWEST or encodes or not shelf.model.early_block:
+    model = shelf.model
+    encodes = model.backbone.encodes  # it makes nothing up, so there is no background
+    if min(len(own), len(held_out)) < FEWEST or encodes or not model.early_block:
         return None
-    background = _background(shelf)
-    return routing_of(learn(looks(shelf.model, own), looks(shelf.model, held_out), background))
+    sketched, seen = _backgrounds(shelf)
+    texts, held = read(model, own), read(model, held_out)
+    return routing_of(
+        learn(looks(model, texts), looks(model, held), seen),
+        learn(glances(model, texts), glances(model, held), sketched, GLANCE_RANK),
+    )
 
 
 def message_of(task: Task, example: Example) -> str:
@@ -59,14 +77,18 @@ def messages_in(tasks: Sequence[Task], split: Split, limit: int) -> list[str]:
     return [message_of(task, e) for task in tasks for e in sample(task.split(split), share)]
 
 
-def _background(shelf: Shelf) -> Cloud:
-    """Return the cloud of what the backbone makes up: as a member of the pool has it, else made up now."""
+def _backgrounds(shelf: Shelf) -> tuple[Cloud, Cloud]:
+    """Return the clouds of what the backbone makes up, glances and looks: a pool member's, or made up now."""
     for name in shelf.pool.names():
         try:
             routing = usable_routing(shelf, shelf.pool.manifest(name))
         except AdapterError:
             continue
-        if routing is not None:
-            return routing.prototype().background
-    texts = imagined(shelf.model, IMAGINED)
-    return cloud_of(looks(shelf.model, texts)[:, : wordless(shelf.model)], 1, BACKGROUND_RANK)
+        if routing is not None and routing.glance is not None:
+            return routing.glance.prototype().background, routing.prototype().background
+    model, narrow = shelf.model, wordless(shelf.model)
+    texts = read(model, imagined(model, IMAGINED))
+    return (
+        cloud_of(glances(model, texts)[:, :narrow], 1, GLANCE_RANK),
+        cloud_of(looks(model, texts)[:, :narrow], 1, BACKGROUND_RANK),
+    )

@@ -13,15 +13,18 @@ rate, whatever the clouds look like. Which of several adapters is another questi
 its own messages vary, and a wide one takes its neighbour's. There the centres are compared under one
 covariance, the mean of all clouds' (Fisher's discriminant, doi.org/10.1111/j.1469-1809.1936.tb02137.x). No
 prototype depends on another, so adding one changes nothing in the others. Only there do the words count that
-the vectors end with: the background, which is of the B numbers before them, has words of anything. Legend:
-N messages, W width, K centres, R rank, Q quantiles, J judges.
+the vectors end with: the background, which is of the B numbers before them, has words of anything.
+
+All this is done twice, as in a cascade of classifiers (doi.org/10.1109/CVPR.2001.990517): with vectors that
+cost nothing, and for those messages alone that are not plain by them, with vectors that cost a part of a
+forward. Legend: N messages, W width, K centres, R rank, Q quantiles, J judges.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +35,8 @@ CENTRES, RANK, BACKGROUND_RANK, QUANTILES = 2, 64, 64, 33
 """Size of what is kept of an adapter's messages, and of the background."""
 ROUNDS = 15
 """Of k-means."""
+GLANCE_RANK = 16
+"""Of the clouds of glances, own and background."""
 FEWEST = 5
 """Messages that a prototype needs to be learnt from, and as many held out."""
 WIDENED, SLIGHTLY = (0.8, 0.02), (0.9, 0.1)
@@ -48,6 +53,8 @@ TEMPER = 4.0
 """Differences of log p under the common covariance, over this, make shares as sure as they are right."""
 STAY = 4.0
 """How much likelier than any other the adapter of the turn before is, before the message is read."""
+PLAIN, TYPICAL = 0.99, 0.2
+"""Share and fit from which an adapter is chosen at a glance."""
 SLIGHT = 0.1
 """A share of a mix below this is left out."""
 
@@ -125,13 +132,13 @@ def cloud_of(vectors: Tensor, centres: int, rank: int) -> Cloud:
     )
 
 
-def learn(own: Tensor, held_out: Tensor, background: Cloud) -> Prototype:
+def learn(own: Tensor, held_out: Tensor, background: Cloud, rank: int = RANK) -> Prototype:
     """Return the prototype of an adapter from vectors of its messages: to learn from, and to rank among.
 
     `own` and `held_out` are (N, W), FEWEST or more; a message must not be in both. The background may end
     before W: how well a message fits is told by that many numbers.
     """
-    cloud = cloud_of(own, CENTRES, RANK)
+    cloud = cloud_of(own, CENTRES, rank)
     blank = torch.zeros(2, dtype=own.dtype)
     judge = Judge(Prototype(cloud, background, blank, blank))
     places = torch.linspace(0, 1, QUANTILES, dtype=own.dtype)
@@ -171,23 +178,60 @@ class Panel:
         self.judges = dict(judges)
         self._apart = _Apart([judge.prototype for judge in self.judges.values()])
 
-    def fits(self, vectors: Tensor) -> Tensor:
-        """Return how well each vector (N, W) fits to the adapter that it fits best, (N,)."""
-        return self._fits(vectors).amax(1)
-
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
         likely = self._apart(vectors).tolist()
-        fits = self._fits(vectors).tolist()
+        fits = torch.stack([judge(vectors) for judge in self.judges.values()], 1).tolist()
         rows = (
             dict(zip(self.judges, zip(*own, strict=True), strict=True))
             for own in zip(likely, fits, strict=True)
         )
         return [choose(row, top=top, previous=previous) for row in rows]
 
-    def _fits(self, vectors: Tensor) -> Tensor:
-        """Return the fit of each vector (N, W) to each adapter, (N, J)."""
-        return torch.stack([judge(vectors) for judge in self.judges.values()], 1)
+
+@dataclass(frozen=True)
+class Judges:
+    """Who judges an adapter's messages, by a look and at a glance; None where no glance has been learnt."""
+
+    look: Judge
+    glance: Judge | None = None
+
+
+class Cascade:
+    """The panel that looks at messages, behind one that spares it those that are plain at a glance."""
+
+    def __init__(self, judges: Mapping[str, Judges]) -> None:
+        """Take the judges by adapter name. Where one has no glance, all messages are looked at."""
+        glances = {name: own.glance for name, own in judges.items() if own.glance}
+        self.look = Panel({name: own.look for name, own in judges.items()})
+        self.glance = Panel(glances) if len(glances) == len(judges) else None
+
+    def routes(
+        self,
+        glances: Tensor,
+        look: Callable[[Sequence[int]], Tensor],
+        *,
+        top: int = 1,
+        previous: str | None = None,
+    ) -> list[Route]:
+        """Return whom the message of each glance (N, W) is for; see `choose`.
+
+        `look` returns the closer vectors of the messages of some places, and is called at most once.
+        """
+        found: list[Route | None] = [None] * len(glances)
+        if self.glance is not None:
+            found = [_plain(route) for route in self.glance.routes(glances, previous=previous)]
+        rest = [place for place, route in enumerate(found) if route is None]
+        looked = iter(self.look.routes(look(rest), top=top, previous=previous) if rest else ())
+        return [next(looked) if route is None else route for route in found]
+
+
+def _plain(route: Route) -> Route | None:
+    """Return a route by a glance, if that is enough."""
+    own = route.scores.get(route.adapter)
+    if own is None or own["share"] < PLAIN or own["fit"] < TYPICAL:
+        return None
+    return replace(route, reason=f"at a glance, {route.reason}")
 
 
 def choose(
@@ -245,7 +289,7 @@ def _shares(judged: Mapping[str, tuple[float, float]], previous: str | None) -> 
 
 
 class _Apart:
-    """log p of every cloud's centres under the covariance that all have in common, up to a constant."""
+    """log p of every cloud's centres under one covariance for all, up to a constant of the message."""
 
     def __init__(self, prototypes: Sequence[Prototype]) -> None:
         width = prototypes[0].own.width if prototypes else 0
@@ -255,22 +299,19 @@ class _Apart:
                 part = cloud.factors.T @ cloud.factors + cloud.rest.diag()
                 common[: cloud.width, : cloud.width] += part * (weight / len(prototypes))
         common.diagonal().add_(FLOOR * common.diagonal().mean() + 1e-9)
-        self._lower = torch.linalg.cholesky(common)
-        self._clouds = [(self._even(p.own.centres), p.own.shares.log()) for p in prototypes]
+        lower = torch.linalg.cholesky(common)
+        self._clouds = [self._line(lower, prototype.own) for prototype in prototypes]
+
+    @staticmethod
+    def _line(lower: Tensor, cloud: Cloud) -> tuple[Tensor, Tensor]:
+        """Return slopes (W, K) and heights (K,) of log p, less what is the same for all clouds."""
+        slopes = torch.cholesky_solve(cloud.centres.T, lower)
+        return slopes, cloud.shares.log() - (cloud.centres.T * slopes).sum(0) / 2
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Return log p of each vector (N, W) under each cloud, (N, J)."""
-        even = self._even(vectors)[:, None]
-        parts = [
-            torch.logsumexp(shares - (even - centres).square().sum(-1) / 2, 1)
-            for centres, shares in self._clouds
-        ]
+        parts = [torch.logsumexp(vectors @ slopes + heights, 1) for slopes, heights in self._clouds]
         return torch.stack(parts, 1)
-
-    def _even(self, vectors: Tensor) -> Tensor:
-        """Return vectors (N, W) in axes in which the common covariance is one."""
-        even: Tensor = torch.linalg.solve_triangular(self._lower, vectors.T, upper=False).T
-        return even
 
 
 class _Density:

@@ -15,10 +15,10 @@ from adapterhub_chat.arrow import alignment, arrows
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
 from adapterhub_chat.folder import WEIGHTS
 from adapterhub_chat.inputs import text
-from adapterhub_chat.looks import looks
+from adapterhub_chat.looks import glances, looks, read
 from adapterhub_chat.manifest import FILE, Manifest
-from adapterhub_chat.prototypes import learn_routing, usable_routing
-from adapterhub_chat.route import Judge, Panel, Route, abstention
+from adapterhub_chat.prototypes import judges_of, learn_routing, usable_routing
+from adapterhub_chat.route import Cascade, Judges, Route, abstention
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Mix
@@ -41,8 +41,8 @@ class Router:
         self._shelf = shelf
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
-        self._judges: dict[str, tuple[Manifest | None, Judge | None]] = {}
-        self._panel: tuple[Mapping[str, Judge], Panel] | None = None
+        self._judges: dict[str, tuple[Manifest | None, Judges | None]] = {}
+        self._cascade: tuple[Mapping[str, Judges], Cascade] | None = None
         self._arrows: dict[str, tuple[tuple[int, ...], Tensor]] = {}
 
     def route(
@@ -62,8 +62,13 @@ class Router:
         if not judges:
             return [self._by_arrows(given, names) for given in texts]
         told = [i for i, given in enumerate(texts) if given.strip()]
-        vectors = looks(self._shelf.model, [texts[i] for i in told])
-        found = self._seated(judges).routes(vectors, top=top, previous=previous)
+        model, own = self._shelf.model, read(self._shelf.model, [texts[i] for i in told])
+        found = self._seated(judges).routes(
+            glances(model, own),
+            lambda places: looks(model, [own[place] for place in places]),
+            top=top,
+            previous=previous,
+        )
         routes = dict(zip(told, found, strict=True))
         return [routes.get(i, abstention("the message is empty")) for i in range(len(texts))]
 
@@ -75,26 +80,25 @@ class Router:
         """Return the adapters of the pool, and what else is loaded."""
         return list(dict.fromkeys([*self._shelf.pool.names(), *self._shelf.model.names]))
 
-    def _ready(self, names: Iterable[str]) -> dict[str, Judge]:
+    def _ready(self, names: Iterable[str]) -> dict[str, Judges]:
         """Return the judges of those adapters that say what their messages look like, on this backbone."""
         with self._lock:
             found = {name: self._judge(name) for name in names}
         return {name: judge for name, judge in found.items() if judge is not None}
 
-    def _seated(self, judges: Mapping[str, Judge]) -> Panel:
-        """Return the judges' panel: the one of the last message where they are the same."""
-        kept = self._panel
+    def _seated(self, judges: Mapping[str, Judges]) -> Cascade:
+        """Return the judges' cascade: the one of the last message where they are the same."""
+        kept = self._cascade
         if kept is None or kept[0] != judges:
-            kept = self._panel = (judges, Panel(judges))
+            kept = self._cascade = (judges, Cascade(judges))
         return kept[1]
 
-    def _judge(self, name: str) -> Judge | None:
-        """Return an adapter's judge, made anew only where its manifest is another."""
+    def _judge(self, name: str) -> Judges | None:
+        """Return an adapter's judges, made anew only where its manifest is another."""
         manifest = self._manifest(name)
         if name not in self._judges or self._judges[name][0] is not manifest:
             routing = usable_routing(self._shelf, manifest)
-            judge = None if routing is None else Judge(routing.prototype())
-            self._judges[name] = manifest, judge
+            self._judges[name] = manifest, None if routing is None else judges_of(routing)
         return self._judges[name][1]
 
     def _manifest(self, name: str) -> Manifest | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,15 +21,11 @@ HALF = 2
 Size = Annotated[int, Field(ge=1, le=4096)]
 
 
-class Routing(BaseModel):
-    """A prototype: it holds for the backbone of the manifest's fingerprint, whatever its precision."""
+class Stored(BaseModel):
+    """A prototype's sizes and numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    features: Literal["early-mean-1", "early-mean-2"] = Field(
-        default="early-mean-2",
-        description="How a message becomes a vector; the first, without words, is used no more.",
-    )
     width: Size = Field(description="Numbers of a vector.")
     background_width: Size | None = Field(
         default=None, description="How many of them the background has; None: all."
@@ -48,7 +44,7 @@ class Routing(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _is_whole(self) -> Routing:
+    def _is_whole(self) -> Stored:
         if self._behind > self.width:
             raise ValueError(f"background_width is {self._behind}, width only {self.width}")
         sizes, found = self._sizes(), len(self.numbers)
@@ -81,21 +77,42 @@ class Routing(BaseModel):
         return Prototype(own, background, parts[8], parts[9], self.count)
 
 
-def routing_of(prototype: Prototype) -> Routing:
-    """Return what a manifest keeps of a prototype."""
+class Routing(Stored):
+    """Prototypes: they hold for the backbone of the manifest's fingerprint, whatever its precision."""
+
+    features: Literal["early-mean-1", "early-mean-2"] = Field(
+        default="early-mean-2",
+        description="How a message becomes a vector; the first, without words, is used no more.",
+    )
+    glance: Stored | None = Field(
+        default=None, description="The same of tokens before any block, for plain messages."
+    )
+
+    @property
+    def sizes(self) -> set[tuple[int, int | None]]:
+        """Widths of the vectors and their backgrounds."""
+        return {(own.width, own.background_width) for own in (self, self.glance) if own}
+
+
+def routing_of(prototype: Prototype, glance: Prototype | None = None) -> Routing:
+    """Return what a manifest keeps of prototypes."""
+    return Routing(**_kept(prototype), glance=None if glance is None else Stored(**_kept(glance)))
+
+
+def _kept(prototype: Prototype) -> dict[str, Any]:
     own, background = prototype.own, prototype.background
     clouds = (part for c in (own, background) for part in (c.centres, c.shares, c.factors, c.rest))
     flat = torch.cat([t.flatten() for t in (*clouds, prototype.ratios, prototype.densities)])
-    return Routing(
-        width=own.width,
-        background_width=background.width,
-        centres=len(own.centres),
-        rank=len(own.factors),
-        background_rank=len(background.factors),
-        quantiles=len(prototype.ratios),
-        count=prototype.count,
-        numbers=base64.b64encode(flat.half().numpy().tobytes()).decode("ascii"),
-    )
+    return {
+        "width": own.width,
+        "background_width": background.width,
+        "centres": len(own.centres),
+        "rank": len(own.factors),
+        "background_rank": len(background.factors),
+        "quantiles": len(prototype.ratios),
+        "count": prototype.count,
+        "numbers": base64.b64encode(flat.half().numpy().tobytes()).decode("ascii"),
+    }
 
 
 def _cloud(parts: Sequence[Tensor]) -> Cloud:

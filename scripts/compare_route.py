@@ -28,10 +28,10 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,13 @@ from adapterhub_chat.assets import data_path
 from adapterhub_chat.errors import AssetError
 from adapterhub_chat.evaluate import judge
 from adapterhub_chat.jobs import sample
-from adapterhub_chat.looks import looks
+from adapterhub_chat.looks import glances, looks, read
 from adapterhub_chat.metrics import METRICS, Rows, label_rows
 from adapterhub_chat.pictures import draw_confusion
 from adapterhub_chat.prompt import primary_field
-from adapterhub_chat.prototypes import learn_routing, message_of
-from adapterhub_chat.route import Judge, Panel
+from adapterhub_chat.prototypes import judges_of, learn_routing, message_of
+from adapterhub_chat.route import Cascade, Judges, Route
+from adapterhub_chat.routing import Routing
 from adapterhub_chat.task import Task, load_task
 from adapterhub_chat.types import SPLITS, Example, PromptContract
 
@@ -58,7 +59,7 @@ SHIPPED = ("qa", "generation", "sentiment")
 TASKS = (
     *SHIPPED, "customer-service", "education", "entertainment", "customer-service-zh", "education-zh",
 )  # fmt: skip
-REPEATS = 15
+REPEATS = 60
 WIDTH = 160
 """Of the tables, where they are not printed to a terminal."""
 
@@ -73,24 +74,59 @@ def compare(backbone: str, pool: Path, names: Sequence[str], limit: int) -> dict
         routings[name] = learn_routing(hub._shelf, [task])
         seconds[name] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
-    judges = {n: Judge(r.prototype()) for n, r in routings.items() if r is not None}
+    judges = {n: judges_of(r) for n, r in routings.items() if r is not None}
     add = (time.perf_counter() - started) / len(judges)
     tests = {name: sample(task.split("test"), limit) for name, task in tasks.items()}
     texts = {n: [message_of(tasks[n], e) for e in examples] for n, examples in tests.items()}
-    vectors = {name: looks(hub.model, own) for name, own in texts.items()}
+    vectors = {name: Seen.of(hub, own) for name, own in texts.items()}
     owners = owners_of(tasks)
     shipped = [name for name in SHIPPED if name in names and name in hub.pool.names()]
     return {
         "backbone": backbone,
         "limit": limit,
-        **accuracy(Panel(judges), texts, vectors, owners),
+        **accuracy(Cascade(judges), texts, vectors, owners),
         "out_of_scope": out_of_scope(hub, judges, vectors, owners, limit),
         "end_to_end": [end_to_end(hub, tasks[n], tests[n]) for n in shipped],
         "cost": [cost(hub, name, texts[name][:REPEATS]) for name in shipped],
         "add_seconds": round(add, 4),
         "learn_seconds": seconds,
-        "manifest_bytes": {n: len(r.numbers) for n, r in routings.items() if r is not None},
+        "manifest_bytes": {n: len(dumped(r)) for n, r in routings.items() if r is not None},
     }
+
+
+def dumped(routing: Routing) -> str:
+    """Return what a manifest has of it."""
+    return routing.model_dump_json()
+
+
+@dataclass
+class Seen:
+    """Messages as vectors, worked out once for all routers that are asked."""
+
+    glances: torch.Tensor
+    looks: torch.Tensor
+    looked: int = 0
+    """Of how many the last router needed the look."""
+
+    @classmethod
+    def of(cls, hub: AdapterHub, texts: Sequence[str]) -> Seen:
+        """Return them for texts as users type them."""
+        messages = read(hub.model, texts)
+        return cls(glances(hub.model, messages), looks(hub.model, messages))
+
+    def routes(self, cascade: Cascade) -> list[Route]:
+        """Return whom each message is for."""
+        self.looked = 0
+        return cascade.routes(self.glances, self._look)
+
+    def fits(self, cascade: Cascade) -> torch.Tensor:
+        """Return how well each message fits to the adapter that it fits best, (N,)."""
+        found = self.routes(cascade)
+        return torch.tensor([max(s["fit"] for s in route.scores.values()) for route in found])
+
+    def _look(self, places: Sequence[int]) -> torch.Tensor:
+        self.looked = len(places)
+        return self.looks[list(places)]
 
 
 def owners_of(tasks: Mapping[str, Task]) -> dict[str, set[str]]:
@@ -103,17 +139,19 @@ def owners_of(tasks: Mapping[str, Task]) -> dict[str, set[str]]:
 
 
 def accuracy(
-    panel: Panel,
+    cascade: Cascade,
     texts: Mapping[str, Sequence[str]],
-    vectors: Mapping[str, torch.Tensor],
+    vectors: Mapping[str, Seen],
     owners: Mapping[str, set[str]],
 ) -> dict[str, Any]:
     """Return the accuracy of the best adapter, abstentions aside, and of what comes out with them."""
     confusion = {name: dict.fromkeys(texts, 0) for name in texts}
-    right = strict = routed = abstained = 0
+    right = strict = routed = abstained = looked = 0
     bins = [[0, 0.0, 0] for _ in range(10)]
     for name, own in texts.items():
-        for text, found in zip(own, panel.routes(vectors[name]), strict=True):
+        routes = vectors[name].routes(cascade)
+        looked += vectors[name].looked
+        for text, found in zip(own, routes, strict=True):
             best = max(found.scores, key=lambda n: found.scores[n]["share"])
             hit = best in owners[text]
             confusion[name][best] += 1
@@ -131,6 +169,7 @@ def accuracy(
         "strict": strict / total,
         "routed_right": routed / total,
         "abstained": abstained / total,
+        "looked_at": looked / total,
         "calibration_error": error,
         "confusion": confusion,
     }
@@ -141,22 +180,23 @@ def accuracy(
 
 def out_of_scope(
     hub: AdapterHub,
-    judges: Mapping[str, Judge],
-    vectors: Mapping[str, torch.Tensor],
+    judges: Mapping[str, Judges],
+    vectors: Mapping[str, Seen],
     owners: Mapping[str, set[str]],
     limit: int,
 ) -> dict[str, Any]:
     """Return the AUROC of the fit, by kind of what is out of scope and over all kinds."""
-    panel = Panel(judges)
-    inside = torch.cat([panel.fits(own) for own in vectors.values()])
-    kinds = {kind: looks(hub.model, draw(own, limit)) for kind, own in strangers()}
-    fits = {kind: panel.fits(own) for kind, own in kinds.items()}
+    cascade = Cascade(judges)
+    inside = torch.cat([own.fits(cascade) for own in vectors.values()])
+    kinds = {kind: Seen.of(hub, draw(own, limit)) for kind, own in strangers()}
+    fits = {kind: own.fits(cascade) for kind, own in kinds.items()}
     held = {}
     for group in families(judges, owners):
-        rest = Panel({n: j for n, j in judges.items() if n not in group})
-        if rest.judges:
-            own = torch.cat([rest.fits(vectors[n]) for n in rest.judges])
-            held["+".join(group)] = auroc(own, torch.cat([rest.fits(vectors[n]) for n in group]))
+        others = {n: j for n, j in judges.items() if n not in group}
+        if others:
+            rest = Cascade(others)
+            own, strange = (torch.cat([vectors[n].fits(rest) for n in g]) for g in (others, group))
+            held["+".join(group)] = auroc(own, strange)
     values = {kind: auroc(inside, fit) for kind, fit in fits.items()}
     return {
         "auroc": auroc(inside, torch.cat([*fits.values()])),
@@ -210,9 +250,9 @@ def strangers() -> Iterator[tuple[str, list[str]]]:
     tickets = Path(__file__).parent.parent / "tasks" / "support-tickets.csv"
     with tickets.open(encoding="utf-8", newline="") as file:
         yield "support tickets", [row["message"] for row in csv.DictReader(file)]
-    for kind, read in (("Chinese talk", chinese_talk), ("anime quotes", quotes)):
+    for kind, talk in (("Chinese talk", chinese_talk), ("anime quotes", quotes)):
         try:
-            yield kind, read()
+            yield kind, talk()
         except AssetError as error:
             print(f"{kind} is left out: {error}", file=sys.stderr)
 
@@ -283,7 +323,7 @@ def judged(
 
 
 def cost(hub: AdapterHub, name: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Return the median time of routing a message, and of answering it by the adapter it is for."""
+    """Return the mean time of routing a message (few need a look), and of answering it by its adapter."""
     spent: dict[str, list[float]] = {"route": [], "answer": []}
     works: dict[str, Callable[[str], Any]] = {
         "route": hub.route,
@@ -294,10 +334,11 @@ def cost(hub: AdapterHub, name: str, texts: Sequence[str]) -> dict[str, Any]:
             started = time.perf_counter()
             work(text)
             spent[what].append(1000 * (time.perf_counter() - started))
-    route, answer = (median(times[1:]) for times in spent.values())
+    route, answer = (fmean(times[1:]) for times in spent.values())
     return {
         "adapter": name,
         "route_ms": round(route, 2),
+        "route_median_ms": round(median(spent["route"][1:]), 2),
         "answer_ms": round(answer, 1),
         "share": route / answer,
     }
@@ -312,7 +353,8 @@ def tables_of(found: Mapping[str, Any]) -> Iterator[Table]:
     title = (
         f"Routing: accuracy {found['accuracy']:.3f} (own task alone {found['strict']:.3f}), right and not "
         f"abstained {found['routed_right']:.3f}, abstained {found['abstained']:.3f}, calibration error "
-        f"{found['calibration_error']:.3f}, {found['messages']} messages"
+        f"{found['calibration_error']:.3f}, {found['messages']} messages, of which a glance was not enough "
+        f"for {found['looked_at']:.0%}"
     )
     rows = [
         (name, *(str(n or "") for n in row.values())) for name, row in found["confusion"].items()
@@ -340,11 +382,17 @@ def tables_of(found: Mapping[str, Any]) -> Iterator[Table]:
     heads = ("task", "metric", "named", "auto", "kept", "routed to it", "abstained")
     yield table("End to end, the shipped adapters", heads, rows)
     rows = [
-        (r["adapter"], f"{r['route_ms']:.1f}", f"{r['answer_ms']:.0f}", f"{r['share']:.1%}")
+        (
+            r["adapter"],
+            f"{r['route_ms']:.1f}",
+            f"{r['route_median_ms']:.1f}",
+            f"{r['answer_ms']:.0f}",
+            f"{r['share']:.1%}",
+        )
         for r in found["cost"]
     ]
     title = f"Cost; an adapter is added in {1000 * found['add_seconds']:.0f} ms"
-    yield table(title, ("adapter", "routing, ms", "answering, ms", "share"), rows)
+    yield table(title, ("adapter", "routing, ms", "(median)", "answering, ms", "share"), rows)
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

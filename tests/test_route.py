@@ -16,11 +16,24 @@ from adapterhub_chat.arrow import arrows
 from adapterhub_chat.chat import ChatSession
 from adapterhub_chat.errors import AdapterError, ConfigError, UsageError
 from adapterhub_chat.imagine import imagined
-from adapterhub_chat.looks import WIDEST, looks
+from adapterhub_chat.looks import WIDEST, glances, looks, read
 from adapterhub_chat.looks import _folded as folded
 from adapterhub_chat.manifest import MAX_BYTES, dump_manifest, read_manifest
 from adapterhub_chat.prototypes import message_of
-from adapterhub_chat.route import FAR, LEAST, Judge, Panel, choose, cloud_of, learn
+from adapterhub_chat.route import (
+    FAR,
+    GLANCE_RANK,
+    LEAST,
+    PLAIN,
+    TYPICAL,
+    Cascade,
+    Judge,
+    Judges,
+    Panel,
+    choose,
+    cloud_of,
+    learn,
+)
 from adapterhub_chat.route import _joint as joint
 from adapterhub_chat.routing import Routing, routing_of
 from adapterhub_chat.spelling import LENGTH, NUM_LETTERS, NUM_WORDS, letters, words
@@ -334,13 +347,28 @@ def test_early_states_are_transformers_own_and_of_the_bare_backbone(model, make_
     assert not torch.equal(full[1], wanted)
 
 
-def test_a_vector_depends_on_its_message_alone(model):
+@pytest.mark.parametrize("vectors", [glances, looks])
+def test_a_vector_depends_on_its_message_alone(model, vectors):
     texts = ["Hello film", "", "好看吗?", "x " * 5000, "Which song?"]
-    together = looks(model, texts)
+    together = vectors(model, read(model, texts))
     assert together.shape[1] == 32 + NUM_LETTERS + NUM_WORDS
     assert together.isfinite().all()
     for text, row in zip(texts, together, strict=True):
-        torch.testing.assert_close(looks(model, [text])[0], row, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            vectors(model, read(model, [text]))[0], row, rtol=1e-4, atol=1e-5
+        )
+    assert vectors(model, []).shape == (0, together.shape[1])
+
+
+def test_a_glance_is_the_mean_of_tokens_less_for_the_frequent(model):
+    (message,) = read(model, ["the film the cast"])
+    found = glances(model, [message])[0]
+    table = model.backbone.model.get_input_embeddings().weight.detach().double()
+    own = [table[i] / table[i].square().mean().sqrt() for i in message.ids[1:]]
+    weights = [1 / (1 + 3000 / (i + 30)) for i in message.ids[1:]]
+    wanted = sum(w * t for w, t in zip(weights, own, strict=True)) / sum(weights)
+    torch.testing.assert_close(found[:32], wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[32:], message.told)
 
 
 def test_letters_tell_scripts_apart():
@@ -498,8 +526,98 @@ def test_one_adapter_more_changes_nothing_in_the_others(prototype):
     assert {r.adapter for r in both} == {"a"}
 
 
+# ---- at a glance -----------------------------------------------------------------------------------
+
+
+def seated(*shifts, glance=True):
+    """Judges of adapters whose messages lie at shifts, `glance` and look alike."""
+    background = cloud_of(normal(200, seed=11, width=12) * 2, 1, 8)
+    made = {}
+    for i, shift in enumerate(shifts):
+        own, held = normal(90, shift, 20 + i), normal(90, shift, 40 + i)
+        look = Judge(learn(own, held, background))
+        made[f"a{i}"] = Judges(
+            look, Judge(learn(own, held, background, GLANCE_RANK)) if glance else None
+        )
+    return made
+
+
+def test_only_what_is_not_plain_at_a_glance_is_looked_at():
+    cascade = Cascade(seated(0.0, 1.5))
+    points = torch.cat([normal(20, 0.0, 5), normal(20, 0.75, 6), normal(20, 30.0, 7)])
+    asked = []
+
+    def look(places):
+        asked.append(list(places))
+        return points[list(places)]
+
+    found = cascade.routes(points, look)
+    assert len(asked) == 1
+    glanced = cascade.glance.routes(points)
+    plain = [
+        i
+        for i, route in enumerate(glanced)
+        if not route.abstained
+        and route.scores[route.adapter]["share"] >= PLAIN
+        and route.scores[route.adapter]["fit"] >= TYPICAL
+    ]
+    assert 5 < len(plain) < 40
+    assert asked[0] == [i for i in range(60) if i not in plain]
+    looked = cascade.look.routes(points)
+    for i, route in enumerate(found):
+        assert route.adapter == (glanced if i in plain else looked)[i].adapter
+        assert route.reason.startswith("at a glance, ") == (i in plain)
+    assert all(route.abstained for route in found[40:])  # what is far is never plain
+
+
+def test_where_nothing_is_open_nothing_is_looked_at():
+    cascade = Cascade(seated(0.0, 6.0))
+    points = torch.cat([normal(9, 0.0, 5), normal(9, 6.0, 6)])
+    plain = [r.reason.startswith("at a glance") for r in cascade.routes(points, points.__getitem__)]
+    rows = points[plain]
+    assert len(rows) > 5
+    assert len(cascade.routes(rows, lambda places: pytest.fail(f"looked at {places}"))) == len(rows)
+
+
+def test_one_adapter_without_a_glance_has_all_looked_at():
+    judges = {**seated(0.0), "b": seated(6.0, glance=False)["a0"]}
+    points = normal(9, 0.0, 5)
+    found = Cascade(judges).routes(points, lambda places: points[list(places)])
+    assert found == Cascade(judges).look.routes(points)
+    assert not any(route.reason.startswith("at a glance") for route in found)
+
+
+def test_a_mix_is_as_wide_at_a_look_as_it_may_be():
+    points = normal(40, 0.4, 5)
+    found = Cascade(seated(0.0, 0.8)).routes(points, lambda places: points[list(places)], top=2)
+    assert {len(route.mix.weights) for route in found if not route.abstained} == {1, 2}
+
+
+def test_a_message_that_is_plain_runs_no_block(trained, monkeypatch):
+    plain = [t for t in held_out("shouts") if "glance" in trained.route(t).reason]
+    assert plain
+    wanted = [trained.route(text) for text in plain]
+
+    def fail(*given):
+        raise AssertionError("the backbone ran")
+
+    monkeypatch.setattr("adapterhub_chat.router.looks", fail)
+    assert [trained.route(text) for text in plain] == wanted
+
+
+def test_a_prototype_without_a_glance_is_still_used(copied):
+    manifest = copied.pool.manifest("questions")
+    old = manifest.routing.model_copy(update={"glance": None})
+    copied.pool.describe("questions", manifest.model_copy(update={"routing": old}))
+    assert copied.route(questions(1)).adapter == "questions"
+    assert not any("glance" in r.reason for r in copied.routes(held_out("shouts")))
+
+
 def test_what_is_stored_is_what_was_learnt(prototype):
-    again = routing_of(prototype).prototype()
+    glance = learn(normal(90, 1.0, 7), normal(90, 1.0, 8), prototype.background, GLANCE_RANK)
+    stored = routing_of(prototype, glance)
+    assert torch.equal(stored.glance.prototype().own.factors, glance.own.factors)
+    again = stored.prototype()
     for cloud, other in ((again.own, prototype.own), (again.background, prototype.background)):
         for name in ("centres", "shares", "factors", "rest"):
             assert torch.equal(getattr(cloud, name), getattr(other, name)), name
@@ -511,7 +629,10 @@ def test_the_widest_prototype_fits_into_a_manifest(trained, tmp_path):
     vectors = normal(300, width=WIDEST + NUM_LETTERS + NUM_WORDS)
     background = cloud_of(vectors[:, :-NUM_WORDS] + 1, 1, 64)
     widest = learn(vectors[:200], vectors[200:], background)
-    own = trained.pool.manifest("questions").model_copy(update={"routing": routing_of(widest)})
+    narrow = cloud_of(vectors[:, :-NUM_WORDS] + 1, 1, GLANCE_RANK)
+    glance = learn(vectors[:200], vectors[200:], narrow, GLANCE_RANK)
+    routing = routing_of(widest, glance)
+    own = trained.pool.manifest("questions").model_copy(update={"routing": routing})
     text = dump_manifest(own)
     assert len(text) < MAX_BYTES
     (tmp_path / "adapterhub.json").write_text(text)
@@ -520,6 +641,11 @@ def test_the_widest_prototype_fits_into_a_manifest(trained, tmp_path):
 
 def changed(routing, **parts):
     return {**routing.model_dump(), **parts}
+
+
+def glanced(routing, **parts):
+    """What a manifest has of the same prototype as a glance."""
+    return {**routing.model_dump(exclude={"features", "glance"}), **parts}
 
 
 def with_number(routing, place, value):
@@ -540,6 +666,11 @@ def with_number(routing, place, value):
         (lambda r: changed(r, background_width=r.width + 1), "width only"),
         (lambda r: changed(r, features="late-mean-1"), "early-mean-1"),
         (lambda r: changed(r, more=1), "not permitted"),
+        (lambda r: changed(r, glance=r.model_dump()), "not permitted"),
+        (
+            lambda r: changed(r, glance=glanced(r, width=r.width + 1)),
+            "(?s)glance.*as the sizes say",
+        ),
         (lambda r: with_number(r, 0, float("nan")), "not all are finite"),
         (lambda r: with_number(r, 5, float("inf")), "not all are finite"),
         (lambda r: with_number(r, -1, -60000.0), "do not ascend"),
