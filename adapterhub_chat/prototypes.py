@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adapterhub_chat.clouds import Cloud, cloud_of
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.imagine import imagined
 from adapterhub_chat.jobs import sample
@@ -14,10 +15,8 @@ from adapterhub_chat.route import (
     BACKGROUND_RANK,
     FEWEST,
     GLANCE_RANK,
-    Cloud,
     Judge,
     Judges,
-    cloud_of,
     learn,
 )
 from adapterhub_chat.routing import Routing, routing_of

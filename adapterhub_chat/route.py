@@ -17,7 +17,7 @@ the vectors end with: the background, which is of the B numbers before them, has
 
 All this is done twice, as in a cascade of classifiers (doi.org/10.1109/CVPR.2001.990517): with vectors that
 cost nothing, and for those messages alone that are not plain by them, with vectors that cost a part of a
-forward. Legend: N messages, W width, K centres, R rank, Q quantiles, J judges.
+forward. Legend: N messages, W width, Q quantiles, J judges.
 """
 
 from __future__ import annotations
@@ -29,59 +29,31 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from adapterhub_chat.clouds import Apart, Cloud, Densities, cloud_of, rounded
 from adapterhub_chat.types import BACKBONE, NO_ADAPTER, Mix
 
 CENTRES, RANK, BACKGROUND_RANK, QUANTILES = 2, 64, 64, 33
 """Size of what is kept of an adapter's messages, and of the background."""
-ROUNDS = 15
-"""Of k-means."""
 GLANCE_RANK = 16
 """Of the clouds of glances, own and background."""
 FEWEST = 5
 """Messages that a prototype needs to be learnt from, and as many held out."""
 WIDENED, SLIGHTLY = (0.8, 0.02), (0.9, 0.1)
 """Weights of own and background covariance: in the ratio, and in the density."""
-FLOOR = 0.003
-"""Variance that every direction has at least, as a share of the mean."""
 LEAST = 0.02
 """Fit below which an adapter is not close; where none is, the router abstains."""
 FAR = -0.2
 """Fit below which an adapter is out although another is close: no message of its own was nearly so unlike."""
-COMMON = (0.9, 0.1)
-"""Weights of own and background covariances in the one that all clouds are compared under."""
 TEMPER = 4.0
 """Differences of log p under the common covariance, over this, make shares as sure as they are right."""
 STAY = 4.0
 """How much likelier than any other the adapter of the turn before is, before the message is read."""
-PLAIN, TYPICAL = 0.99, 0.2
+PLAIN, TYPICAL = 0.99, 0.3
 """Share and fit from which an adapter is chosen at a glance."""
+BATCH = 16
+"""Messages that a panel judges at once."""
 SLIGHT = 0.1
 """A share of a mix below this is left out."""
-
-
-@dataclass(frozen=True)
-class Cloud:
-    """Messages as Gaussians with one covariance, factors^T factors + diag(rest), rounded to float16."""
-
-    centres: Tensor
-    """(K, W)"""
-    shares: Tensor
-    """(K,): how many of the messages are around each; above 0, sum 1."""
-    factors: Tensor
-    """(R, W)"""
-    rest: Tensor
-    """(W,): variances, >= 0."""
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return self.rest.shape[0]
-
-    def narrowed(self, width: int) -> Cloud:
-        """Return the cloud of the first numbers of the same messages."""
-        return Cloud(
-            self.centres[:, :width], self.shares, self.factors[:, :width], self.rest[:width]
-        )
 
 
 @dataclass(frozen=True)
@@ -114,24 +86,6 @@ class Route:
     """Adapter -> its `share` among those that are close (of all, where none is), and its `fit`."""
 
 
-def cloud_of(vectors: Tensor, centres: int, rank: int) -> Cloud:
-    """Return the cloud of vectors (N, W): k-means' centres, the largest directions around them."""
-    labels = _k_means(vectors, min(centres, len(vectors)))
-    counts = torch.bincount(labels)
-    present = counts.nonzero().flatten()
-    middles = torch.stack([vectors[labels == k].mean(0) for k in present.tolist()])
-    around = vectors - middles[torch.searchsorted(present, labels)]
-    around = around / math.sqrt(max(1, len(vectors) - 1))
-    _, sizes, directions = torch.linalg.svd(around, full_matrices=False)
-    largest = torch.zeros(rank, vectors.shape[1], dtype=vectors.dtype)
-    largest[: len(sizes)] = (sizes[:, None] * directions)[:rank]
-    factors = _rounded(largest)
-    rest = (around.pow(2).sum(0) - factors.pow(2).sum(0)).clamp_min(0)
-    return Cloud(
-        _rounded(middles), _rounded(counts[present] / len(vectors)), factors, _rounded(rest)
-    )
-
-
 def learn(own: Tensor, held_out: Tensor, background: Cloud, rank: int = RANK) -> Prototype:
     """Return the prototype of an adapter from vectors of its messages: to learn from, and to rank among.
 
@@ -142,7 +96,7 @@ def learn(own: Tensor, held_out: Tensor, background: Cloud, rank: int = RANK) ->
     blank = torch.zeros(2, dtype=own.dtype)
     judge = Judge(Prototype(cloud, background, blank, blank))
     places = torch.linspace(0, 1, QUANTILES, dtype=own.dtype)
-    ratios, densities = (_rounded(t.quantile(places)) for t in judge.raw(held_out))
+    ratios, densities = (rounded(t.quantile(places)) for t in judge.raw(held_out))
     return Prototype(cloud, background, ratios, densities, len(own))
 
 
@@ -152,20 +106,26 @@ class Judge:
     def __init__(self, prototype: Prototype) -> None:
         """Prepare the three densities; a few milliseconds."""
         background = prototype.background
-        self.prototype, self._width = prototype, background.width
-        own = prototype.own.narrowed(self._width)
-        self._own = _Density(own, own, background, WIDENED)
-        self._typical = _Density(own, own, background, SLIGHTLY)
-        self._background = _Density(background, background, background, (1.0, 0.0))
+        own = prototype.own.narrowed(background.width)
+        self.prototype = prototype
+        self.densities = Densities.joined(
+            [
+                Densities.of(own, own, background, WIDENED),
+                Densities.of(own, own, background, SLIGHTLY),
+                Densities.of(background, background, background, (1.0, 0.0)),
+            ]
+        )
 
     def raw(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return ratio and density of each vector (N, W), (N,) each."""
-        vectors = vectors[:, : self._width]
-        return self._own(vectors) - self._background(vectors), self._typical(vectors)
+        return _raw(self.densities(vectors))
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Return the fit of each vector (N, W), (N,); below all of the adapter's own it is negative."""
-        ratios, densities = self.raw(vectors)
+        return self.fit(*self.raw(vectors))
+
+    def fit(self, ratios: Tensor, densities: Tensor) -> Tensor:
+        """Return the fits that such numbers mean, (N,)."""
         own = self.prototype
         return _joint(_rank(ratios, own.ratios), _rank(densities, own.densities))
 
@@ -176,17 +136,35 @@ class Panel:
     def __init__(self, judges: Mapping[str, Judge]) -> None:
         """Take the judges by adapter name; a few milliseconds each."""
         self.judges = dict(judges)
-        self._apart = _Apart([judge.prototype for judge in self.judges.values()])
+        self._apart = Apart(
+            [(j.prototype.own, j.prototype.background) for j in self.judges.values()]
+        )
+        alike: dict[tuple[torch.Size, ...], list[Judge]] = {}
+        for judge in self.judges.values():
+            alike.setdefault(judge.densities.shapes, []).append(judge)
+        self._together = [
+            (own, Densities.joined([judge.densities for judge in own])) for own in alike.values()
+        ]
 
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
         likely = self._apart(vectors).tolist()
-        fits = torch.stack([judge(vectors) for judge in self.judges.values()], 1).tolist()
+        fits = torch.cat([self._fits(some) for some in vectors.split(BATCH)]).tolist()
         rows = (
             dict(zip(self.judges, zip(*own, strict=True), strict=True))
             for own in zip(likely, fits, strict=True)
         )
         return [choose(row, top=top, previous=previous) for row in rows]
+
+    def _fits(self, vectors: Tensor) -> Tensor:
+        """Return the fit of each vector (N, W) to each adapter, (N, J)."""
+        found: dict[Judge, Tensor] = {}
+        for judges, densities in self._together:
+            parts = densities(vectors).chunk(len(judges), 1)
+            found |= {
+                judge: judge.fit(*_raw(own)) for judge, own in zip(judges, parts, strict=True)
+            }
+        return torch.stack([found[judge] for judge in self.judges.values()], 1)
 
 
 @dataclass(frozen=True)
@@ -288,53 +266,10 @@ def _shares(judged: Mapping[str, tuple[float, float]], previous: str | None) -> 
     return dict(zip(judged, shares, strict=True))
 
 
-class _Apart:
-    """log p of every cloud's centres under one covariance for all, up to a constant of the message."""
-
-    def __init__(self, prototypes: Sequence[Prototype]) -> None:
-        width = prototypes[0].own.width if prototypes else 0
-        common = torch.zeros(width, width, dtype=torch.float64)
-        for prototype in prototypes:
-            for weight, cloud in zip(COMMON, (prototype.own, prototype.background), strict=True):
-                part = cloud.factors.T @ cloud.factors + cloud.rest.diag()
-                common[: cloud.width, : cloud.width] += part * (weight / len(prototypes))
-        common.diagonal().add_(FLOOR * common.diagonal().mean() + 1e-9)
-        lower = torch.linalg.cholesky(common)
-        self._clouds = [self._line(lower, prototype.own) for prototype in prototypes]
-
-    @staticmethod
-    def _line(lower: Tensor, cloud: Cloud) -> tuple[Tensor, Tensor]:
-        """Return slopes (W, K) and heights (K,) of log p, less what is the same for all clouds."""
-        slopes = torch.cholesky_solve(cloud.centres.T, lower)
-        return slopes, cloud.shares.log() - (cloud.centres.T * slopes).sum(0) / 2
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """Return log p of each vector (N, W) under each cloud, (N, J)."""
-        parts = [torch.logsumexp(vectors @ slopes + heights, 1) for slopes, heights in self._clouds]
-        return torch.stack(parts, 1)
-
-
-class _Density:
-    """log p of a cloud's centres under a weighted sum of two covariances, by Woodbury's identity."""
-
-    def __init__(self, cloud: Cloud, first: Cloud, second: Cloud, weights: Sequence[float]) -> None:
-        parts = [(w, c) for w, c in zip(weights, (first, second), strict=True) if w]
-        factors = torch.cat([math.sqrt(w) * c.factors for w, c in parts])
-        variances = sum((w * c.rest for w, c in parts), torch.zeros_like(cloud.rest))
-        mean = (variances + factors.pow(2).sum(0)).mean()
-        variances = variances + FLOOR * mean + 1e-9
-        self._root = variances.rsqrt()
-        scaled = factors * self._root
-        lower = torch.linalg.cholesky(torch.eye(len(scaled)).to(scaled) + scaled @ scaled.T)
-        self._inside = torch.linalg.solve_triangular(lower, scaled, upper=False).T
-        self._centres = cloud.centres * self._root
-        size = variances.log().sum() / 2 + lower.diagonal().log().sum()
-        self._offsets = cloud.shares.log() - size
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        apart = (vectors * self._root)[:, None] - self._centres
-        distance = apart.pow(2).sum(-1) - (apart @ self._inside).pow(2).sum(-1)
-        return torch.logsumexp(self._offsets - distance / 2, 1)
+def _raw(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ratio and density, (N,) each, of a judge's three log p, (N, 3)."""
+    own, typical, background = logs.unbind(1)
+    return own - background, typical
 
 
 def _rank(values: Tensor, quantiles: Tensor) -> Tensor:
@@ -351,24 +286,3 @@ def _joint(one: Tensor, other: Tensor) -> Tensor:
     """Return the p-value of two p-values' product; where one says `below all`, the lower."""
     lower, product = torch.minimum(one, other), one.clamp_min(0) * other.clamp_min(0)
     return torch.where(lower > 0, product * (1 - product.clamp_min(1e-300).log()), lower)
-
-
-def _k_means(vectors: Tensor, centres: int) -> Tensor:
-    """Return the nearest of some centres of each vector (N, W), in units of each number's deviation: (N,)."""
-    scaled = vectors / (vectors.std(0) + 1e-3)
-    generator = torch.Generator().manual_seed(0)
-    middles = scaled[torch.randperm(len(scaled), generator=generator)[:centres]]
-    labels = torch.cdist(scaled, middles).argmin(1)
-    for _ in range(ROUNDS):
-        groups = [scaled[labels == k] for k in range(centres)]
-        middles = torch.stack(
-            [g.mean(0) if len(g) else m for g, m in zip(groups, middles, strict=True)]
-        )
-        labels = torch.cdist(scaled, middles).argmin(1)
-    return labels
-
-
-def _rounded(numbers: Tensor) -> Tensor:
-    """Return numbers as they come back from float16, in float64."""
-    largest = torch.finfo(torch.float16).max
-    return numbers.clamp(-largest, largest).half().double()

@@ -11,7 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from adapterhub_chat.route import Cloud, Prototype
+from adapterhub_chat.clouds import Cloud
+from adapterhub_chat.route import Prototype
 
 MAX_TEXT = 800_000
 """Longest text of numbers: a manifest has at most 1 MB."""

