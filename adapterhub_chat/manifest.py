@@ -209,8 +209,10 @@ class Manifest(BaseModel):
         return (asset and asset.upstream) or self.backbone
 
     def shown(self) -> dict[str, Any]:
-        """Return what a person or a program is shown: all but the long row of a prototype's numbers."""
-        return self.model_dump(mode="json", exclude={"routing": {"numbers"}})
+        """Return what a person or a program is shown: all but the long rows of prototypes' numbers."""
+        return self.model_dump(
+            mode="json", exclude={"routing": {"numbers": True, "glance": {"numbers": True}}}
+        )
 
     def score(self, task: str) -> Score | None:
         """Return the score on a task, if it was measured."""

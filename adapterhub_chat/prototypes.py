@@ -29,13 +29,20 @@ LEARNT, HELD_OUT, IMAGINED = 1400, 250, 480
 
 
 def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
-    """Return a manifest's routing, None where there is none or it was learnt on another backbone."""
+    """Return a manifest's routing, None where there is none or it was learnt on another backbone.
+
+    A glance of other sizes is left out: the messages are then looked at.
+    """
     if manifest is None or manifest.routing is None:
         return None
     backbone = shelf.model.backbone
     same = not manifest.fingerprint.differences(backbone.fingerprint)
-    fits = manifest.routing.sizes == {(width(shelf.model), wordless(shelf.model))}
-    return manifest.routing if same and fits else None
+    sizes = width(shelf.model), wordless(shelf.model)
+    routing, glance = manifest.routing, manifest.routing.glance
+    if not same or (routing.width, routing.background_width) != sizes:
+        return None
+    fits = glance is None or (glance.width, glance.background_width) == sizes
+    return routing if fits else routing.model_copy(update={"glance": None})
 
 
 def judges_of(routing: Routing) -> Judges:

@@ -179,10 +179,14 @@ class Cascade:
     """The panel that looks at messages, behind one that spares it those that are plain at a glance."""
 
     def __init__(self, judges: Mapping[str, Judges]) -> None:
-        """Take the judges by adapter name. Where one has no glance, all messages are looked at."""
+        """Take the judges by adapter name.
+
+        All messages are looked at where one has no glance, and where there is one alone: a message is plain
+        beside others, and whether it is anybody's is what a glance tells worst.
+        """
         glances = {name: own.glance for name, own in judges.items() if own.glance}
         self.look = Panel({name: own.look for name, own in judges.items()})
-        self.glance = Panel(glances) if len(glances) == len(judges) else None
+        self.glance = Panel(glances) if 1 < len(glances) == len(judges) else None
 
     def routes(
         self,

@@ -78,6 +78,14 @@ class Stored(BaseModel):
         return Prototype(own, background, parts[8], parts[9], self.count)
 
 
+class Glance(Stored):
+    """The prototype of what messages are at a glance."""
+
+    features: Literal["token-mean-1"] = Field(
+        default="token-mean-1", description="How a message becomes a vector without any block."
+    )
+
+
 class Routing(Stored):
     """Prototypes: they hold for the backbone of the manifest's fingerprint, whatever its precision."""
 
@@ -85,19 +93,14 @@ class Routing(Stored):
         default="early-mean-2",
         description="How a message becomes a vector; the first, without words, is used no more.",
     )
-    glance: Stored | None = Field(
-        default=None, description="The same of tokens before any block, for plain messages."
+    glance: Glance | None = Field(
+        default=None, description="The same for plain messages; None: all are looked at."
     )
-
-    @property
-    def sizes(self) -> set[tuple[int, int | None]]:
-        """Widths of the vectors and their backgrounds."""
-        return {(own.width, own.background_width) for own in (self, self.glance) if own}
 
 
 def routing_of(prototype: Prototype, glance: Prototype | None = None) -> Routing:
     """Return what a manifest keeps of prototypes."""
-    return Routing(**_kept(prototype), glance=None if glance is None else Stored(**_kept(glance)))
+    return Routing(**_kept(prototype), glance=None if glance is None else Glance(**_kept(glance)))
 
 
 def _kept(prototype: Prototype) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_a_message_goes_to_the_adapter_that_learnt_from_such(trained):
     assert one.mix.weights == (("questions", 1.0),)
     assert not one.abstained
     assert 0.5 < one.confidence <= 1
-    assert one.reason.startswith("questions is the likeliest")
+    assert "questions is the likeliest" in one.reason
     assert set(one.scores) == set(TASKS)
     assert sum(s["share"] for s in one.scores.values()) == pytest.approx(1)
 
@@ -581,11 +581,40 @@ def test_where_nothing_is_open_nothing_is_looked_at():
 
 
 def test_one_adapter_without_a_glance_has_all_looked_at():
-    judges = {**seated(0.0), "b": seated(6.0, glance=False)["a0"]}
+    judges = {**seated(0.0, 3.0), "b": seated(6.0, glance=False)["a0"]}
     points = normal(9, 0.0, 5)
     found = Cascade(judges).routes(points, lambda places: points[list(places)])
     assert found == Cascade(judges).look.routes(points)
     assert not any(route.reason.startswith("at a glance") for route in found)
+
+
+def test_a_look_has_the_last_word():
+    """The looks say the opposite of the glances."""
+    cascade = Cascade(seated(0.0, 1.0))
+    points = torch.cat([normal(20, 0.0, 5), normal(20, 1.0, 6)])
+    turned = torch.cat([normal(20, 1.0, 7), normal(20, 0.0, 8)])
+    found = cascade.routes(points, lambda places: turned[list(places)])
+    looked = [i for i, route in enumerate(found) if not route.reason.startswith("at a glance")]
+    assert 3 < len(looked) < 37
+    wanted = cascade.look.routes(turned)
+    assert [found[i] for i in looked] == [wanted[i] for i in looked]
+
+
+def test_one_adapter_alone_is_never_chosen_at_a_glance():
+    points = normal(9, 0.0, 5)
+    cascade = Cascade(seated(0.0))
+    assert cascade.routes(points, lambda p: points[list(p)]) == cascade.look.routes(points)
+
+
+def test_a_glance_of_another_size_is_left_out(copied):
+    manifest = copied.pool.manifest("questions")
+    wide = normal(60, width=30)
+    other = learn(wide[:30], wide[30:], cloud_of(wide + 1, 1, 4), 4)
+    glance = routing_of(other, other).glance
+    routing = manifest.routing.model_copy(update={"glance": glance})
+    copied.pool.describe("questions", manifest.model_copy(update={"routing": routing}))
+    assert copied.route(questions(1)).adapter == "questions"
+    assert not any("glance" in r.reason for r in copied.routes(held_out("shouts")))
 
 
 def test_a_mix_is_as_wide_at_a_look_as_it_may_be():
@@ -600,10 +629,16 @@ def test_a_message_that_is_plain_runs_no_block(trained, monkeypatch):
     wanted = [trained.route(text) for text in plain]
 
     def fail(*given):
-        raise AssertionError("the backbone ran")
+        raise AssertionError("a block ran")
 
-    monkeypatch.setattr("adapterhub_chat.router.looks", fail)
-    assert [trained.route(text) for text in plain] == wanted
+    monkeypatch.setattr("adapterhub_chat.looks.engine_of", fail)
+    hook = trained.model.backbone.blocks[0].register_forward_pre_hook(fail)
+    try:
+        assert [trained.route(text) for text in plain] == wanted
+        with pytest.raises(AssertionError, match="a block ran"):
+            trained.routes([plain[0], "def f(x): return {x: 1}"])
+    finally:
+        hook.remove()
 
 
 def test_a_prototype_without_a_glance_is_still_used(copied):
