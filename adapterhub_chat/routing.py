@@ -22,7 +22,7 @@ HALF = 2
 Size = Annotated[int, Field(ge=1, le=4096)]
 
 
-class Stored(BaseModel):
+class StoredPrototype(BaseModel):
     """A prototype's sizes and numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,7 +45,7 @@ class Stored(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _is_whole(self) -> Stored:
+    def _is_whole(self) -> StoredPrototype:
         if self._behind > self.width:
             raise ValueError(f"background_width is {self._behind}, width only {self.width}")
         sizes, found = self._sizes(), len(self.numbers)
@@ -78,7 +78,7 @@ class Stored(BaseModel):
         return Prototype(own, background, parts[8], parts[9], self.count)
 
 
-class Glance(Stored):
+class Glance(StoredPrototype):
     """The prototype of what messages are at a glance."""
 
     features: Literal["token-mean-1"] = Field(
@@ -86,7 +86,7 @@ class Glance(Stored):
     )
 
 
-class Routing(Stored):
+class Routing(StoredPrototype):
     """Prototypes: they hold for the backbone of the manifest's fingerprint, whatever its precision."""
 
     features: Literal["early-mean-1", "early-mean-2"] = Field(
