@@ -121,12 +121,14 @@ class Apart:
 
     def __init__(self, clouds: Sequence[tuple[Cloud, Cloud]]) -> None:
         """Take each cloud with its background, which may have fewer numbers."""
-        width = clouds[0][0].width if clouds else 0
-        common = torch.zeros(width, width, dtype=torch.float64)
-        for pair in clouds:
-            for weight, cloud in zip(COMMON, pair, strict=True):
-                part = cloud.factors.T @ cloud.factors + cloud.rest.diag()
-                common[: cloud.width, : cloud.width] += part * (weight / len(clouds))
+        width = clouds[0][0].width
+        weighted = [
+            (w / len(clouds), c) for pair in clouds for w, c in zip(COMMON, pair, strict=True)
+        ]
+        rows = torch.cat([pad(math.sqrt(w) * c.factors, (0, width - c.width)) for w, c in weighted])
+        common = rows.T @ rows
+        for weight, cloud in weighted:
+            common.diagonal()[: cloud.width].add_(weight * cloud.rest)
         common.diagonal().add_(FLOOR * common.diagonal().mean() + 1e-9)
         lower = torch.linalg.cholesky(common)
         self._clouds = [self._line(lower, own) for own, _ in clouds]

@@ -134,7 +134,7 @@ class Panel:
     """Several adapters' judges together: whom messages are for."""
 
     def __init__(self, judges: Mapping[str, Judge]) -> None:
-        """Take the judges by adapter name; a few milliseconds each."""
+        """Take the judges by adapter name, at least one; most of the time is one factorisation (W, W)."""
         self.judges = dict(judges)
         self._apart = Apart(
             [(j.prototype.own, j.prototype.background) for j in self.judges.values()]
