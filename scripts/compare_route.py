@@ -51,7 +51,6 @@ from adapterhub_chat.pictures import draw_confusion
 from adapterhub_chat.prompt import primary_field
 from adapterhub_chat.prototypes import judges_of, learn_routing, message_of
 from adapterhub_chat.route import Cascade, Judges, Route
-from adapterhub_chat.routing import Routing
 from adapterhub_chat.task import Task, load_task
 from adapterhub_chat.types import SPLITS, Example, PromptContract
 
@@ -76,6 +75,9 @@ def compare(backbone: str, pool: Path, names: Sequence[str], limit: int) -> dict
     started = time.perf_counter()
     judges = {n: judges_of(r) for n, r in routings.items() if r is not None}
     add = (time.perf_counter() - started) / len(judges)
+    started = time.perf_counter()
+    cascade = Cascade(judges)
+    add += time.perf_counter() - started
     tests = {name: sample(task.split("test"), limit) for name, task in tasks.items()}
     texts = {n: [message_of(tasks[n], e) for e in examples] for n, examples in tests.items()}
     vectors = {name: Seen.of(hub, own) for name, own in texts.items()}
@@ -84,19 +86,14 @@ def compare(backbone: str, pool: Path, names: Sequence[str], limit: int) -> dict
     return {
         "backbone": backbone,
         "limit": limit,
-        **accuracy(Cascade(judges), texts, vectors, owners),
+        **accuracy(cascade, texts, vectors, owners),
         "out_of_scope": out_of_scope(hub, judges, vectors, owners, limit),
         "end_to_end": [end_to_end(hub, tasks[n], tests[n]) for n in shipped],
         "cost": [cost(hub, name, texts[name][:REPEATS]) for name in shipped],
         "add_seconds": round(add, 4),
         "learn_seconds": seconds,
-        "manifest_bytes": {n: len(dumped(r)) for n, r in routings.items() if r is not None},
+        "manifest_bytes": {n: len(r.model_dump_json()) for n, r in routings.items() if r},
     }
-
-
-def dumped(routing: Routing) -> str:
-    """Return what a manifest has of it."""
-    return routing.model_dump_json()
 
 
 @dataclass
@@ -323,7 +320,7 @@ def judged(
 
 
 def cost(hub: AdapterHub, name: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Return the mean time of routing a message (few need a look), and of answering it by its adapter."""
+    """Return the mean time of routing a message, and of answering it by the adapter it is for."""
     spent: dict[str, list[float]] = {"route": [], "answer": []}
     works: dict[str, Callable[[str], Any]] = {
         "route": hub.route,
