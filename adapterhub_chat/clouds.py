@@ -131,18 +131,23 @@ class Apart:
             common.diagonal()[: cloud.width].add_(weight * cloud.rest)
         common.diagonal().add_(FLOOR * common.diagonal().mean() + 1e-9)
         lower = torch.linalg.cholesky(common)
-        self._clouds = [self._line(lower, own) for own, _ in clouds]
-
-    @staticmethod
-    def _line(lower: Tensor, cloud: Cloud) -> tuple[Tensor, Tensor]:
-        """Return slopes (W, K) and heights (K,) of log p, less what is the same for all clouds."""
-        slopes = torch.cholesky_solve(cloud.centres.T, lower)
-        return slopes, cloud.shares.log() - (cloud.centres.T * slopes).sum(0) / 2
+        most = max(len(own.centres) for own, _ in clouds)
+        centres, shares = zip(*(_filled(own, most) for own, _ in clouds), strict=True)
+        points = torch.stack(centres)  # (J, K, W)
+        slopes = torch.cholesky_solve(points.flatten(0, 1).T, lower)
+        heights = (points.flatten(0, 1).T * slopes).sum(0) / 2
+        self._slopes, self._heights = slopes, torch.stack(shares).log() - heights.view(-1, most)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Return log p of each vector (N, W) under each cloud, (N, J)."""
-        parts = [torch.logsumexp(vectors @ slopes + heights, 1) for slopes, heights in self._clouds]
-        return torch.stack(parts, 1)
+        slopes, heights = self._slopes, self._heights
+        return torch.logsumexp((vectors @ slopes).view(-1, *heights.shape) + heights, -1)
+
+
+def _filled(cloud: Cloud, most: int) -> tuple[Tensor, Tensor]:
+    """Return centres and shares, filled up to `most` with what counts nothing."""
+    missing = most - len(cloud.centres)
+    return pad(cloud.centres, (0, 0, 0, missing)), pad(cloud.shares, (0, missing))
 
 
 def _k_means(vectors: Tensor, centres: int) -> Tensor:

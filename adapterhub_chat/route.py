@@ -94,40 +94,65 @@ def learn(own: Tensor, held_out: Tensor, background: Cloud, rank: int = RANK) ->
     """
     cloud = cloud_of(own, CENTRES, rank)
     blank = torch.zeros(2, dtype=own.dtype)
-    judge = Judge(Prototype(cloud, background, blank, blank))
+    raw = Fits.of(Prototype(cloud, background, blank, blank)).raw(held_out)[:, 0]
     places = torch.linspace(0, 1, QUANTILES, dtype=own.dtype)
-    ratios, densities = (rounded(t.quantile(places)) for t in judge.raw(held_out))
+    ratios, densities = (rounded(t.quantile(places)) for t in raw)
     return Prototype(cloud, background, ratios, densities, len(own))
 
 
-class Judge:
-    """A prototype made ready: how well messages fit to it."""
+@dataclass(frozen=True)
+class Fits:
+    """Prototypes of one shape made ready: how well messages fit to each of them."""
 
-    def __init__(self, prototype: Prototype) -> None:
-        """Prepare the three densities; a few milliseconds."""
+    densities: Densities
+    """Of each prototype the three that its raw numbers are made of."""
+    quantiles: Tensor
+    """(2, J, Q): of ratios, of densities."""
+
+    @classmethod
+    def of(cls, prototype: Prototype) -> Fits:
+        """Return those of one; a few milliseconds."""
         background = prototype.background
         own = prototype.own.narrowed(background.width)
-        self.prototype = prototype
-        self.densities = Densities.joined(
-            [
-                Densities.of(own, own, background, WIDENED),
-                Densities.of(own, own, background, SLIGHTLY),
-                Densities.of(background, background, background, (1.0, 0.0)),
-            ]
-        )
+        parts = [
+            Densities.of(own, own, background, WIDENED),
+            Densities.of(own, own, background, SLIGHTLY),
+            Densities.of(background, background, background, (1.0, 0.0)),
+        ]
+        quantiles = torch.stack([prototype.ratios, prototype.densities])
+        return cls(Densities.joined(parts), quantiles[:, None])
 
-    def raw(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ratio and density of each vector (N, W), (N,) each."""
-        return _raw(self.densities(vectors))
+    @classmethod
+    def joined(cls, several: Sequence[Fits]) -> Fits:
+        """Return those of several of one shape."""
+        densities = Densities.joined([own.densities for own in several])
+        return cls(densities, torch.cat([own.quantiles for own in several], 1))
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """What must be the same in those that are joined."""
+        return *self.densities.shapes, self.quantiles.shape
+
+    def raw(self, vectors: Tensor) -> Tensor:
+        """Return ratio and density of each vector (N, W), (2, J, N)."""
+        own, typical, background = self.densities(vectors).T.unflatten(0, (-1, 3)).unbind(1)
+        return torch.stack([own - background, typical])
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Return the fit of each vector (N, W), (N,); below all of the adapter's own it is negative."""
-        return self.fit(*self.raw(vectors))
+        """Return the fit of each vector (N, W), (N, J); below all of the adapter's own it is negative."""
+        return _joint(*_rank(self.raw(vectors), self.quantiles)).T
 
-    def fit(self, ratios: Tensor, densities: Tensor) -> Tensor:
-        """Return the fits that such numbers mean, (N,)."""
-        own = self.prototype
-        return _joint(_rank(ratios, own.ratios), _rank(densities, own.densities))
+
+class Judge:
+    """A prototype made ready for a panel."""
+
+    def __init__(self, prototype: Prototype) -> None:
+        """Prepare it; a few milliseconds."""
+        self.prototype, self.fits = prototype, Fits.of(prototype)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Return the fit of each vector (N, W), (N,)."""
+        return self.fits(vectors)[:, 0]
 
 
 class Panel:
@@ -136,15 +161,14 @@ class Panel:
     def __init__(self, judges: Mapping[str, Judge]) -> None:
         """Take the judges by adapter name, at least one; most of the time is one factorisation (W, W)."""
         self.judges = dict(judges)
-        self._apart = Apart(
-            [(j.prototype.own, j.prototype.background) for j in self.judges.values()]
-        )
-        alike: dict[tuple[torch.Size, ...], list[Judge]] = {}
-        for judge in self.judges.values():
-            alike.setdefault(judge.densities.shapes, []).append(judge)
-        self._together = [
-            (own, Densities.joined([judge.densities for judge in own])) for own in alike.values()
-        ]
+        own = [judge.prototype for judge in self.judges.values()]
+        self._apart = Apart([(one.own, one.background) for one in own])
+        alike: dict[tuple[torch.Size, ...], list[int]] = {}
+        fits = [judge.fits for judge in self.judges.values()]
+        for place, one in enumerate(fits):
+            alike.setdefault(one.shapes, []).append(place)
+        self._together = [Fits.joined([fits[i] for i in places]) for places in alike.values()]
+        self._order = torch.tensor([i for places in alike.values() for i in places]).argsort()
 
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
@@ -158,13 +182,7 @@ class Panel:
 
     def _fits(self, vectors: Tensor) -> Tensor:
         """Return the fit of each vector (N, W) to each adapter, (N, J)."""
-        found: dict[Judge, Tensor] = {}
-        for judges, densities in self._together:
-            parts = densities(vectors).chunk(len(judges), 1)
-            found |= {
-                judge: judge.fit(*_raw(own)) for judge, own in zip(judges, parts, strict=True)
-            }
-        return torch.stack([found[judge] for judge in self.judges.values()], 1)
+        return torch.cat([fits(vectors) for fits in self._together], 1)[:, self._order]
 
 
 @dataclass(frozen=True)
@@ -270,20 +288,18 @@ def _shares(judged: Mapping[str, tuple[float, float]], previous: str | None) -> 
     return dict(zip(judged, shares, strict=True))
 
 
-def _raw(logs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ratio and density, (N,) each, of a judge's three log p, (N, 3)."""
-    own, typical, background = logs.unbind(1)
-    return own - background, typical
-
-
 def _rank(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Return which share of a distribution is no larger than each value; below all, how far as a negative."""
-    last = len(quantiles) - 1
+    """Return which share of a distribution is no larger than each value; below all, how far as a negative.
+
+    Values are (..., N), the quantiles of their distributions (..., Q).
+    """
+    last = quantiles.shape[-1] - 1
     above = torch.searchsorted(quantiles, values, right=True).clamp(1, last)
-    low, high = quantiles[above - 1], quantiles[above]
+    low, high = quantiles.gather(-1, above - 1), quantiles.gather(-1, above)
     inside = ((values - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
-    spread = (quantiles[-1] - quantiles[0]).clamp_min(1e-9)
-    return (above - 1 + inside) / last + ((values - quantiles[0]) / spread).clamp_max(0)
+    least, most = quantiles[..., :1], quantiles[..., -1:]
+    below = (values - least) / (most - least).clamp_min(1e-9)
+    return (above - 1 + inside) / last + below.clamp_max(0)
 
 
 def _joint(one: Tensor, other: Tensor) -> Tensor:

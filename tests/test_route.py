@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from adapterhub_chat.route import (
     PLAIN,
     TYPICAL,
     Cascade,
+    Fits,
     Judge,
     Judges,
     Panel,
@@ -473,7 +475,7 @@ def test_a_density_is_torchs_own(prototype):
         torch.distributions.MultivariateNormal(own.centres, whole[None]),
     )
     points = normal(5, seed=5)
-    found = Judge(prototype).raw(points)[1]
+    found = Fits.of(prototype).raw(points)[1, 0]
     constant = 6 * torch.log(torch.tensor(2 * torch.pi)).double()
     torch.testing.assert_close(found - constant, wanted.log_prob(points), rtol=1e-3, atol=1e-2)
 
@@ -525,6 +527,28 @@ def test_one_adapter_more_changes_nothing_in_the_others(prototype):
     wanted = [r.scores["a"]["fit"] for r in alone]
     assert [r.scores["a"]["fit"] for r in both] == pytest.approx(wanted, abs=1e-9)
     assert {r.adapter for r in both} == {"a"}
+
+
+def test_prototypes_of_other_shapes_are_judged_side_by_side_and_keep_their_places(prototype):
+    slim = learn(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background, 3)
+    one_centre = replace(
+        prototype,
+        own=cloud_of(normal(90, -3.0, 3), 1, 64),
+        ratios=prototype.ratios[::2],
+        densities=prototype.densities[::2],
+    )
+    judges = {
+        name: Judge(own)
+        for name, own in {"a": prototype, "b": slim, "c": one_centre, "d": prototype}.items()
+    }
+    points = torch.cat([normal(8, shift, seed=6) for shift in (-3.0, 0.0, 3.0)])
+    routes = Panel(judges).routes(points)
+    for name, judge in judges.items():
+        fits = [route.scores[name]["fit"] for route in routes]
+        assert fits == pytest.approx(judge(points).tolist(), abs=1e-9)
+    assert all(r.scores["a"]["share"] == pytest.approx(r.scores["d"]["share"]) for r in routes)
+    chosen = ["c"] * 8 + ["ad"] * 8 + ["b"] * 8
+    assert all(route.adapter in own for route, own in zip(routes, chosen, strict=True))
 
 
 # ---- at a glance -----------------------------------------------------------------------------------
