@@ -19,7 +19,7 @@ from adapterhub_chat.errors import UsageError
 from adapterhub_chat.generate import Request, Sampling, check_writes, engine_of
 from adapterhub_chat.generate import generate as decode
 from adapterhub_chat.generate import next_token_logits as logits_after
-from adapterhub_chat.inputs import last_words, listed, text
+from adapterhub_chat.inputs import asked, listed, text
 from adapterhub_chat.making import Making
 from adapterhub_chat.manifest import Manifest
 from adapterhub_chat.model import AdapterModel
@@ -139,7 +139,7 @@ class AdapterHub(Making, Sharing):
         contract's own. On an encoder, an answer is the words of the label that the row's adapter chooses.
         """
         rows = listed(conversations, "conversations")
-        mixes = self._mixes(adapters, [last_words(row) for row in rows])
+        mixes = self._mixes(adapters, [asked(row) for row in rows])
         contracts = [self._shelf.contract(mix) for mix in mixes]
         changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         given = {name: value for name, value in changes.items() if value is not None}
@@ -321,16 +321,19 @@ class AdapterHub(Making, Sharing):
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _mixes(self, adapters: Sequence[AdapterChoice] | None, texts: Sequence[str]) -> list[Mix]:
-        """Return one mix a row, by its text for "auto"; without `adapters`, the thread's default for all."""
+    def _mixes(
+        self, adapters: Sequence[AdapterChoice] | None, rows: Sequence[Sequence[str]]
+    ) -> list[Mix]:
+        """Return one mix a row, by what its user has said for "auto"; without `adapters`, the default."""
         if adapters is None:
-            return self._shelf.ready([self._default.get()]) * len(texts)
+            return self._shelf.ready([self._default.get()]) * len(rows)
         choices = listed(adapters, "adapters")
-        if len(choices) != len(texts):
-            raise UsageError(f"{len(texts)} rows but {len(choices)} adapters: give one per row")
-        auto = [i for i, choice in enumerate(choices) if choice == AUTO]
-        for i, found in zip(auto, self._router.route([texts[i] for i in auto]), strict=True):
-            choices[i] = found.mix
+        if len(choices) != len(rows):
+            raise UsageError(f"{len(rows)} rows but {len(choices)} adapters: give one per row")
+        if auto := [i for i, choice in enumerate(choices) if choice == AUTO]:
+            found = self._router.conversations([rows[i] for i in auto])
+            for i, route in zip(auto, found, strict=True):
+                choices[i] = route.mix
         return self._shelf.ready(choices)
 
     def _raw(
@@ -341,7 +344,7 @@ class AdapterHub(Making, Sharing):
     ) -> list[Request]:
         check_writes(self.model)
         texts = [text(p, f"prompt {i}") for i, p in enumerate(listed(prompts, "prompts"))]
-        mixes = self._mixes(adapters, texts)
+        mixes = self._mixes(adapters, [[text] for text in texts])
         ids = self.backbone.tokenizer(texts).input_ids if texts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]
 

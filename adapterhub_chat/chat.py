@@ -55,21 +55,20 @@ class ChatSession:
     def answer(self, text: str) -> str:
         """Stream the reply to `text` and remember both."""
         turns = [*self.history, Message("user", text)]
-        if self.auto:
-            self.choose(text)
+        mix = self.choose(text) if self.auto else self.mix
         (reply,) = self.hub.chat(
-            [turns], adapters=[self.mix], on_text=lambda _row, piece: self.write(piece)
+            [turns], adapters=[mix], on_text=lambda _row, piece: self.write(piece)
         )
         self.write("\n")
-        self.history = [*turns, Message("assistant", reply)]
+        self.mix, self.history = mix, [*turns, Message("assistant", reply)]
         return reply
 
-    def choose(self, text: str) -> None:
-        """Let the message choose who answers; who did before stays unless another is clearly better."""
+    def choose(self, text: str) -> Mix:
+        """Return who answers a message; who did before stays unless another is clearly better."""
         previous = self.mix.names[0] if self.mix.names else None
         found = self.hub.route(text, previous=previous)
-        self.mix = found.mix
         self.write(f"[{found.adapter}: {found.reason}]\n")
+        return found.mix
 
     def use(self, name: str) -> None:
         """Answer with the adapter `name` (of the pool, or a folder), or by each message, from now on."""

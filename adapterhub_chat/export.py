@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterhub_chat.backbone import Backbone
 from adapterhub_chat.errors import AdapterError, PoolError, UsageError
@@ -91,8 +91,10 @@ def _add(model: Any, source: AdapterModel, mix: Mix) -> None:
         adapters = [(source.weights(name), weight) for name, weight in held.mix.weights]
     for adapter, weight in adapters:
         for module, (a, b) in adapter.factors.items():
-            own = model.get_submodule(module).weight
+            layer = model.get_submodule(module)
+            own = layer.weight
             update = b.float() @ a.float() * (weight * adapter.scale(module))
+            update = update if isinstance(layer, nn.Linear) else update.T  # Conv1D is (in, out)
             own.data = own.float() + update.to(own.device)
     for module in {module for adapter, _ in adapters for module in adapter.factors}:
         own = model.get_submodule(module).weight

@@ -47,13 +47,21 @@ def conversation(turns: Sequence[Turn], contract: PromptContract | None) -> list
     return messages_of(contract, Example(fields, "", history=tuple(messages[:-1])))
 
 
-def last_words(turns: Any) -> str:
-    """Return the content of a conversation's last turn, empty where it has none that could be read."""
-    last = turns[-1] if isinstance(turns, Sequence) and turns else None
-    if isinstance(last, Message):
-        return last.content
-    content = last.get("content") if isinstance(last, Mapping) else None
-    return content if isinstance(content, str) else ""
+def asked(turns: Any) -> list[str]:
+    """Return what a conversation's user has said, at the end its last turn; "" is what cannot be read."""
+    own = list(turns) if isinstance(turns, Sequence) and not isinstance(turns, str) else []
+    said = [_said(turn) for n, turn in enumerate(own, 1) if _by_user(turn) or n == len(own)]
+    return said or [""]
+
+
+def _by_user(turn: Any) -> bool:
+    role = turn.get("role") if isinstance(turn, Mapping) else getattr(turn, "role", None)
+    return bool(role == "user")
+
+
+def _said(turn: Any) -> str:
+    found = turn.get("content") if isinstance(turn, Mapping) else getattr(turn, "content", None)
+    return found if isinstance(found, str) else ""
 
 
 def _message(turn: Any) -> Message:

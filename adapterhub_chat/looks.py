@@ -98,8 +98,9 @@ def _hidden(model: AdapterModel) -> int:
 def _ids(model: AdapterModel, texts: Sequence[str]) -> list[list[int]]:
     """Return each text's tokens after one that stands before all: the first token's states tell nothing."""
     tokenizer = model.backbone.tokenizer
-    first = tokenizer.bos_token_id
-    before = [tokenizer.eos_token_id if first is None else first]
+    special = ("bos", "eos", "cls", "pad")  # BERT's tokenizers have none of the first two
+    known = (getattr(tokenizer, f"{kind}_token_id", None) for kind in special)
+    before = [next((i for i in known if i is not None), 0)]
     rows = tokenizer(list(texts), add_special_tokens=False).input_ids
     return [before + row for row in rows]
 

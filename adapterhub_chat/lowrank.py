@@ -25,6 +25,12 @@ def joined(pairs: Sequence[Pair]) -> Pair:
     return torch.cat([b for b, _ in pairs], dim=1), torch.cat([a for _, a in pairs])
 
 
+def size_of(delta: Pair) -> float:
+    """Return the Frobenius norm of B A; sums that cancel leave about 1e-8 of their parts' norms."""
+    b, a = (factor.double() for factor in delta)
+    return float(((b.T @ b) * (a @ a.T).T).sum().clamp(min=0).sqrt())
+
+
 def compress(
     delta: Pair | Tensor, rank: int, metric: Tensor | None = None
 ) -> tuple[Pair, float, float]:

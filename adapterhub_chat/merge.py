@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.errors import ConfigError
-from adapterhub_chat.lowrank import Pair, compress
+from adapterhub_chat.lowrank import Pair, compress, joined, size_of
 from adapterhub_chat.merge_methods import METHODS, Method, Moments, Setting, shrunk
 from adapterhub_chat.weights import AdapterWeights
 
@@ -91,6 +91,16 @@ def merge(
     energy = min(kept_in_all / in_all, 1.0) if in_all > 0 else 1.0
     alphas = {module: float(a.shape[0]) for module, (a, _) in factors.items()}
     return Merged(AdapterWeights(factors, alphas), Report(energy, shares))
+
+
+def distance(one: AdapterWeights, other: AdapterWeights) -> float:
+    """Return the norm of the difference of two adapters' deltas over that of the second one's."""
+    apart = whole = 0.0
+    for module, size in _sizes([one, other]).items():
+        (b, a), own = _delta(one, module, size), _delta(other, module, size)
+        apart += size_of(joined([(-b, a), own])) ** 2
+        whole += size_of(own) ** 2
+    return math.sqrt(apart / whole) if whole else math.sqrt(apart)
 
 
 def default_weights(method: Method, count: int) -> list[float]:

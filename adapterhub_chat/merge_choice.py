@@ -39,8 +39,12 @@ def choose(
     """
     told = listeners.on_judged
     sticks = yardsticks(shelf.model, own, "validation", order.options.limit, told)
-    if not sticks:
-        raise UsageError("the sources' tasks have no validation items to choose a method by")
+    judged = {(stick.adapter, stick.task.name) for stick in sticks}
+    if left := [t.name for n, tasks in own.items() for t in tasks if (n, t.name) not in judged]:
+        raise UsageError(
+            f"{', '.join(left)} has no validation items, so no method can be chosen by it; name a method, or "
+            "tasks={...} that have some"
+        )
     mean, lowest = mean_and_lowest(retentions(shelf.model, sticks, order.mix, told))
     tried = [Tried(method=MIX, mean=mean, lowest=lowest)]
     orders: dict[str, MergeOrder] = {}
@@ -58,6 +62,20 @@ def choose(
     if not fine:
         raise AdapterError(_below(order, tried))
     return orders[max(fine, key=lambda one: one.mean).method], tuple(tried)
+
+
+def keeps_floor(
+    shelf: Shelf,
+    order: MergeOrder,
+    sources: Sequence[Stored],
+    own: Mapping[str, Sequence[Task]],
+    listeners: Listeners,
+) -> bool:
+    """Return whether a merge leaves every task above the floor, on the validation items."""
+    sticks = yardsticks(shelf.model, own, "validation", order.options.limit, listeners.on_judged)
+    with shelf.on_trial(order.name, merged_by(order, sources).weights) as trial:
+        found = retentions(shelf.model, sticks, as_mix(trial), listeners.on_judged)
+    return mean_and_lowest(found)[1] >= order.options.floor
 
 
 def _able(order: MergeOrder, method: Method) -> bool:

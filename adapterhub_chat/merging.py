@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluate import judge, score
 from adapterhub_chat.folder import WEIGHTS
 from adapterhub_chat.manifest import Manifest, MergeReport, Training, Tried, file_sha256, hurt
-from adapterhub_chat.merge import Merged, merge, modules_of
-from adapterhub_chat.merge_choice import MIX, choose, learn
+from adapterhub_chat.merge import Merged, distance, merge, modules_of
+from adapterhub_chat.merge_choice import MIX, choose, keeps_floor, learn
 from adapterhub_chat.merge_methods import METHODS
 from adapterhub_chat.merge_order import (
     AUTO,
@@ -26,6 +27,7 @@ from adapterhub_chat.merge_order import (
     read_source,
     tasks_of,
 )
+from adapterhub_chat.metrics import METRICS
 from adapterhub_chat.moments import InputMoments
 from adapterhub_chat.pool import Stored
 from adapterhub_chat.retention import drift, mean_and_lowest, retention, yardsticks
@@ -37,6 +39,8 @@ from adapterhub_chat.workshop import Listeners
 
 GAP = 0.01
 """The run-time mix must keep so much more than the merge before it is worth a word."""
+IDENTITY = 1e-3
+"""How far one source alone may come out from itself, as a share of its update's norm."""
 
 
 def merge_adapters(
@@ -53,16 +57,22 @@ def merge_adapters(
     own = tasks_of(sources, tasks, needed=order.needs_tasks)
     moments = InputMoments(shelf.model, own, modules_of([source.weights for source in sources]))
     tried: tuple[Tried, ...] = ()
-    if order.method == AUTO:
+    chosen = order.method == AUTO
+    if chosen:
         order, tried = choose(shelf, order, sources, own, moments, listeners)
     if order.weights == LEARN:
-        order = replace(order, weights=learn(shelf, order, sources, own, listeners))
+        learnt = replace(order, weights=learn(shelf, order, sources, own, listeners))
+        keeps = not chosen or keeps_floor(shelf, learnt, sources, own, listeners)
+        order = (
+            learnt if keeps else replace(order, weights=None)
+        )  # chosen by these, above the floor
     merged = merged_by(order, sources, moments)
     _check_identity(shelf, order, sources, moments)
-    kept = shelf.keep(merged.weights, _draft(shelf, order, sources, merged, tried))
-    _check_saved(shelf, kept.name, merged)
-    done = _measured(shelf, order, kept, own, listeners)
-    shelf.describe(done.name, done)
+    draft = _draft(shelf, order, sources, merged, tried)
+    with shelf.on_trial(order.name, merged.weights) as trial:
+        draft = _measured(shelf, order, draft, trial, own, listeners)
+    done = shelf.keep(merged.weights, draft)
+    _check_saved(shelf, done.name, merged)
     if done.merge and done.merge.verdict:
         warnings.warn(f"{done.name}: {done.merge.verdict}", stacklevel=3)
     return done
@@ -83,7 +93,11 @@ def _draft(
             f"none of {', '.join(order.names)} has a manifest, so nobody knows how the merged adapter is to "
             "be prompted; adapterhub-chat adopt gives them one"
         )
-    heaviest = max(said, key=lambda manifest: abs(weights.get(manifest.name, 0.0)))
+    own = zip(order.numbers, order.names, sources, strict=True)
+    # by the names here: a manifest may call a pulled adapter otherwise
+    _, spoken, heaviest = max(
+        ((abs(w), name, s.manifest) for w, name, s in own if s.manifest), key=lambda one: one[0]
+    )
     backbone = shelf.model.backbone
     named = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
     training = Training(
@@ -92,7 +106,7 @@ def _draft(
         data_sha256=_once(data for m in said for data in m.training.data_sha256),
         sources=_once(source for m in said for source in m.training.sources),
         parents=tuple(file_sha256(source.path / WEIGHTS) for source in sources),
-        note=f"merged by {order.method} from {named}; prompted as {heaviest.name}",
+        note=f"merged by {order.method} from {named}; prompted as {spoken}",
     )
     return Manifest(
         name=order.name,
@@ -124,7 +138,7 @@ def _once(values: Iterable[str]) -> tuple[str, ...]:
 def _check_identity(
     shelf: Shelf, order: MergeOrder, sources: Sequence[Stored], moments: InputMoments
 ) -> None:
-    """Raise AdapterError unless each source, merged alone with weight 1, answers as it does itself."""
+    """Raise AdapterError unless each source, merged alone with weight 1, is and answers as it does itself."""
     density = None if METHODS[order.method].density is None else 1.0
     for n, source in enumerate(sources):
         alone = merge(
@@ -134,6 +148,11 @@ def _check_identity(
             density=density,
             moments=partial(moments.of, n),
         )
+        if (off := distance(alone.weights, source.weights)) > IDENTITY:
+            raise AdapterError(
+                f"{order.method} is not trusted here: {source.name!r} alone, with weight 1, does not come "
+                f"out as itself: its update is off by {off:.1%}"
+            )
         probe = make_probe(shelf.model, source.name)
         with shelf.on_trial(source.name, alone.weights) as trial:
             if problem := probe_problem(shelf.model, trial, probe, "exact"):
@@ -144,7 +163,7 @@ def _check_identity(
 
 
 def _check_saved(shelf: Shelf, name: str, merged: Merged) -> None:
-    """Raise AdapterError unless what is read back is what was merged, to the bit."""
+    """Raise AdapterError, and take it back, unless what is read back is what was merged, to the bit."""
     stored = shelf.pool.load(name)
     same = stored.weights.factors.keys() == merged.weights.factors.keys() and all(
         torch.equal(mine, its)
@@ -152,17 +171,28 @@ def _check_saved(shelf: Shelf, name: str, merged: Merged) -> None:
         for mine, its in zip(own, stored.weights.factors[module], strict=True)
     )
     if not same:
+        _take_back(shelf, name)
         raise AdapterError(f"adapter {name!r} was not saved as it was merged; check the disk")
+
+
+def _take_back(shelf: Shelf, name: str) -> None:
+    """Have the pool as it was before a save."""
+    try:
+        shelf.rollback(name)
+    except UsageError:  # there was no version before it
+        shelf.unload(name)
+        shelf.pool.delete(name)
 
 
 def _measured(
     shelf: Shelf,
     order: MergeOrder,
-    kept: Manifest,
+    draft: Manifest,
+    trial: str,
     own: Mapping[str, Sequence[Task]],
     listeners: Listeners,
 ) -> Manifest:
-    """Return a kept adapter's manifest with what it keeps of its sources, on test items, and its scores."""
+    """Return a manifest with what an adapter on trial keeps of its sources, on test items, and its scores."""
     model = shelf.model
     found: list[Retention] = []
     mixed: list[Retention] = []
@@ -172,23 +202,38 @@ def _measured(
         told = partial(listeners.on_judged, task.name)
         judged, at_run_time, backbone = (
             judge(model, task, items, mix, told, details=False)
-            for mix in (as_mix(kept.name), order.mix, Mix())
+            for mix in (as_mix(trial), order.mix, Mix())
         )
+        if not math.isfinite(METRICS[task.metric].aggregate(judged.rows)):
+            raise AdapterError(
+                f"the merged adapter makes numbers that are not finite on {task.name}, so nothing is saved; "
+                "give smaller weights"
+            )
         found.append(retention(stick, judged.rows))
         mixed.append(retention(stick, at_run_time.rows))
-        one = score(kept.name, task, judged, backbone)
+        one = score(order.name, task, judged, backbone)
         scores[task.name] = replace(one, precision=model.backbone.precision)
-    assert kept.merge is not None
-    report = kept.merge.model_copy(
+    _tell_unmeasured(own, found)
+    assert draft.merge is not None
+    report = draft.merge.model_copy(
         update={
             "retention": tuple(found),
             "mix": tuple(mixed),
-            "drift": {name: _drift(shelf, name, kept.name) for name in order.names},
-            "verdict": _verdict(order, kept.merge, found, mixed),
+            "drift": {name: _drift(shelf, name, trial) for name in order.names},
+            "verdict": _verdict(order, draft.merge, found, mixed),
         }
     )
-    done = kept.model_copy(update={"merge": report})
+    done = draft.model_copy(update={"merge": report})
     return done.with_scores(list(scores.values())) if scores else done
+
+
+def _tell_unmeasured(own: Mapping[str, Sequence[Task]], found: Sequence[Retention]) -> None:
+    """Warn of tasks without test items."""
+    measured = {(one.adapter, one.task) for one in found}
+    left = [t.name for name, tasks in own.items() for t in tasks if (name, t.name) not in measured]
+    if left:
+        text = f"{', '.join(left)} has no test items: what the merge keeps of it is not measured"
+        warnings.warn(text, stacklevel=5)
 
 
 def _drift(shelf: Shelf, source: str, merged: str) -> float:

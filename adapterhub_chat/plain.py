@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ def plain_copy(backbone: Backbone) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=backbone.dtype, attn_implementation="sdpa"
         )
+    with suppress(ValueError):  # transformers reads a contradictory one, but does not write it
+        backbone.model.generation_config.validate(strict=True)
+        model.generation_config = copy.deepcopy(backbone.model.generation_config)
     model.to(backbone.device).requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         layer, _, kind = name.rpartition(".")

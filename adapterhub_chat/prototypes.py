@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from adapterhub_chat.clouds import Cloud, cloud_of
 from adapterhub_chat.errors import AdapterError
@@ -78,9 +79,10 @@ def message_of(task: Task, example: Example) -> str:
 
 
 def messages_in(tasks: Sequence[Task], split: Split, limit: int) -> list[str]:
-    """Return about `limit` messages as users type them, drawn from the tasks in turn."""
+    """Return about `limit` messages as users type them, one from each task in turn."""
     share = -(-limit // len(tasks))
-    return [message_of(task, e) for task in tasks for e in sample(task.split(split), share)]
+    rows = ([message_of(task, e) for e in sample(task.split(split), share)] for task in tasks)
+    return [text for turn in zip_longest(*rows) for text in turn if text is not None]
 
 
 def _backgrounds(shelf: Shelf) -> tuple[Cloud, Cloud]:

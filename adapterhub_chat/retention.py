@@ -81,10 +81,12 @@ def kept_share(metric: Metric, single: Rows, merged: Rows) -> tuple[float, float
 
     The difference is bootstrapped over paired items, and set against the source's own score.
     """
+    whole, left = metric.aggregate(single), metric.aggregate(merged)
+    if math.isfinite(whole) and not math.isfinite(left):
+        return 0.0, 0.0, 0.0  # numbers that went out of bounds answer nothing
     if metric.kind == "likelihood":
         worse, low, high = paired_difference(merged, single, mean_loss)
         return math.exp(-worse), math.exp(-high), math.exp(-low)
-    whole = metric.aggregate(single)
     if whole == 0:
         return 1.0, 1.0, 1.0
     gain, low, high = paired_difference(merged, single, metric.statistic)

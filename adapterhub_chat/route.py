@@ -254,10 +254,11 @@ def choose(
     scores = {n: {"share": shares.get(n, 0.0), "fit": own[1]} for n, own in judged.items()}
     best = max(shares, key=shares.__getitem__)
     if not close:
-        sure = shares[best] * max(0.0, judged[best][1]) / least
-        if previous in judged:
-            why = f"no adapter is close, so the conversation stays with {previous}"
-            return Route(str(previous), Mix(((str(previous), 1.0),)), sure, False, why, scores)
+        stays = best if previous not in judged else str(previous)
+        sure = shares[stays] * max(0.0, judged[stays][1]) / least
+        if stays == previous:
+            why = f"no adapter is close, so the conversation stays with {stays}"
+            return Route(stays, Mix(((stays, 1.0),)), sure, False, why, scores)
         why = (
             f"no adapter is close; {best}, the likeliest, has hardly a message as unlike its others"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,21 @@ from torch import Tensor
 from adapterhub_chat.arrow import alignment, arrows
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
 from adapterhub_chat.folder import WEIGHTS
-from adapterhub_chat.inputs import text
+from adapterhub_chat.inputs import listed, text
 from adapterhub_chat.looks import glances, looks, read
 from adapterhub_chat.manifest import FILE, Manifest
+from adapterhub_chat.pool import NAME
 from adapterhub_chat.prototypes import judges_of, learn_routing, usable_routing
 from adapterhub_chat.route import Cascade, Judges, Route, abstention
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Mix
 from adapterhub_chat.workshop import trained_task
+
+MEMORY = 8
+"""Earlier messages of a conversation that are asked when nobody is close to the last one."""
+CASCADES = 2
+"""Sets of adapters whose cascades are kept ready: tens of megabytes each."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Router:
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         self._judges: dict[str, tuple[Manifest | None, Judges | None]] = {}
-        self._cascade: tuple[Mapping[str, Judges], Cascade] | None = None
+        self._cascades: dict[tuple[tuple[str, Judges], ...], Cascade] = {}
         self._arrows: dict[str, tuple[tuple[int, ...], Tensor]] = {}
 
     def route(
@@ -57,7 +63,7 @@ class Router:
         texts = [text(message, f"message {i}") for i, message in enumerate(messages, 1)]
         if top < 1:
             raise UsageError(f"top={top}: a mix has at least one adapter")
-        names = self._names() if among is None else [self._known(name) for name in among]
+        names = self._names() if among is None else self._chosen(among)
         judges = self._ready(names)
         if not judges:
             return [self._by_arrows(given, names) for given in texts]
@@ -72,13 +78,37 @@ class Router:
         routes = dict(zip(told, found, strict=True))
         return [routes.get(i, abstention("the message is empty")) for i in range(len(texts))]
 
-    def _known(self, name: str) -> str:
-        """Return a name that is loaded or in the pool; raise UnknownNameError for another."""
-        return name if name in self._shelf.model.names else self._shelf.pool.path(name).name
+    def conversations(self, rows: Sequence[Sequence[str]]) -> list[Route]:
+        """Return whom each conversation is for, of which the user's messages are given, one or more.
+
+        The last one decides. Where no adapter is close to it, the nearest before it that is somebody's does.
+        """
+        found = self.route([row[-1] for row in rows])
+        lost = [i for i, route in enumerate(found) if route.abstained]
+        earlier = [(i, message) for i in lost for message in rows[i][-1 - MEMORY : -1]]
+        if not earlier:
+            return found
+        routes = self.route([message for _, message in earlier])
+        for (i, _), route in zip(earlier, routes, strict=True):  # the nearest is the last
+            if not route.abstained:
+                why = f"no adapter is close, so the conversation stays with {route.adapter}"
+                found[i] = replace(route, confidence=found[i].confidence, reason=why)
+        return found
+
+    def _chosen(self, among: Iterable[str]) -> list[str]:
+        """Return names that are loaded or in the pool; raise UnknownNameError for another."""
+        names, loaded = listed(among, "among"), self._loaded()
+        if not names:
+            raise UsageError("among=[] leaves nobody to choose; name adapters, or leave it out")
+        return [n if n in loaded else self._shelf.pool.path(n).name for n in names]
 
     def _names(self) -> list[str]:
         """Return the adapters of the pool, and what else is loaded."""
-        return list(dict.fromkeys([*self._shelf.pool.names(), *self._shelf.model.names]))
+        return list(dict.fromkeys([*self._shelf.pool.names(), *self._loaded()]))
+
+    def _loaded(self) -> list[str]:
+        """Return what is loaded, without what is only on trial."""
+        return [name for name in self._shelf.model.names if NAME.fullmatch(name)]
 
     def _ready(self, names: Iterable[str]) -> dict[str, Judges]:
         """Return the judges of those adapters that say what their messages look like, on this backbone."""
@@ -87,11 +117,12 @@ class Router:
         return {name: judge for name, judge in found.items() if judge is not None}
 
     def _seated(self, judges: Mapping[str, Judges]) -> Cascade:
-        """Return the judges' cascade: the one of the last message where they are the same."""
-        kept = self._cascade
-        if kept is None or kept[0] != judges:
-            kept = self._cascade = (judges, Cascade(judges))
-        return kept[1]
+        """Return the judges' cascade: one of the last few where they are the same."""
+        key = tuple(judges.items())
+        found = self._cascades.get(key) or Cascade(judges)
+        kept = {key: found, **self._cascades}
+        self._cascades = dict(list(kept.items())[:CASCADES])
+        return found
 
     def _judge(self, name: str) -> Judges | None:
         """Return an adapter's judges, made anew only where its manifest is another."""
@@ -128,7 +159,9 @@ class Router:
                 "no adapter says what its messages look like, or shows it by its numbers"
             )
         along = alignment(self._shelf.model, given, own)
-        best, whole = max(along, key=along.__getitem__), sum(along.values()) or 1.0
+        best, whole = max(along, key=along.__getitem__), sum(along.values())
+        if not whole > 0:  # also where there is nothing to look at
+            return abstention("the message lies along no adapter")
         scores = {name: {"share": value / whole, "fit": 0.0} for name, value in along.items()}
         why = f"by their numbers alone: the message lies most along {best}"
         return Route(best, Mix(((best, 1.0),)), along[best] / whole, False, why, scores)
@@ -177,8 +210,9 @@ def describe_routes(
             )
         else:
             learnt[name] = manifest.model_copy(update={"routing": routing})
-            shelf.pool.describe(name, learnt[name])
-            shelf.refresh(name)
     if misfits:
         raise ConfigError("routes", misfits)
+    for name, manifest in learnt.items():
+        shelf.pool.describe(name, manifest)
+        shelf.refresh(name)
     return learnt

@@ -104,7 +104,7 @@ class AdapterWeights:
     @property
     def max_rank(self) -> int:
         """The largest rank, which decides the rank bucket."""
-        return max(map(self.rank, self.factors))
+        return max(map(self.rank, self.factors), default=0)
 
     @property
     def num_parameters(self) -> int:

@@ -1,16 +1,25 @@
 """Export: a merged model is plain transformers' and answers as the adapter does."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import VOCABULARY
 from conftest import keep_adapter as keep
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from typer.testing import CliRunner
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.cli import app
 from adapterhub_chat.errors import AdapterError, PoolError, UsageError
+from adapterhub_chat.weights import initial_weights
 
 PROMPTS = ["good film", "the quick brown fox", "a"]
 
@@ -72,6 +81,42 @@ def test_a_merged_model_is_a_backbone_like_any_other(hub, tmp_path):
     again = AdapterHub(str(done.path), tmp_path / "elsewhere", dtype="fp32", device="cpu")
     wanted = hub.generate(PROMPTS, ["toy"] * 3, max_new_tokens=8, ignore_eos=True)
     assert again.generate(PROMPTS, max_new_tokens=8, ignore_eos=True) == wanted
+
+
+def test_layers_that_keep_their_weights_transposed(hub, tmp_path):
+    """GPT-2's Conv1D is (in, out); a square one would take a wrong update without a word."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    config = GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, eos_token_id=2, **shape)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    hub.backbone.tokenizer.save_pretrained(tmp_path / "gpt2")
+    gpt2 = opened(tmp_path / "gpt2", tmp_path, dtype="fp32")
+    start = initial_weights(gpt2.model.shapes, rank=4, alpha=8.0, seed=1)
+    keep(
+        gpt2,
+        start.with_factors(
+            {m: (a, torch.randn(b.shape) * 0.1) for m, (a, b) in start.factors.items()}
+        ),
+        "own",
+    )
+    done = gpt2.export("own", tmp_path / "merged")
+    wanted = gpt2.next_token_logits(PROMPTS, ["own"] * 3)
+    assert done.drift["merged"] < 1e-9
+    torch.testing.assert_close(plain_logits(done.path), wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_how_the_backbone_generates_is_kept(pico_folder, tmp_path, make_weights):
+    shutil.copytree(pico_folder, tmp_path / "backbone")
+    own = GenerationConfig.from_pretrained(tmp_path / "backbone")
+    own.update(eos_token_id=[2, 5], repetition_penalty=1.25)
+    own.save_pretrained(tmp_path / "backbone")
+    hub = opened(tmp_path / "backbone", tmp_path, dtype="fp32")
+    keep(hub, make_weights())
+    done = hub.export("toy", tmp_path / "merged")
+    again = GenerationConfig.from_pretrained(done.path)
+    assert (again.eos_token_id, again.repetition_penalty) == ([2, 5], 1.25)
+    hub.backbone.model.generation_config.update(do_sample=False, temperature=0.5)
+    assert hub.export("toy", tmp_path / "again").path.is_dir()  # transformers would not write that
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

@@ -30,7 +30,8 @@ from adapterhub_chat.merge import Merged, merge
 from adapterhub_chat.merge_methods import METHODS
 from adapterhub_chat.metrics import METRICS, answer_rows, label_rows, likelihood_rows
 from adapterhub_chat.retention import kept_share
-from adapterhub_chat.types import as_mix
+from adapterhub_chat.splits import Splits
+from adapterhub_chat.types import SPLITS, as_mix
 from adapterhub_chat.workshop import Listeners
 
 TASKS = {"films": toy_task, "answers": toy_answers, "talk": toy_talk}
@@ -231,6 +232,104 @@ def test_a_method_that_is_wrong_is_found_out(hub, monkeypatch):
     assert "both" not in hub.pool
 
 
+def test_a_method_that_is_wrong_by_little_is_found_out(hub, monkeypatch):
+    """Less than a probe on one prompt can tell."""
+
+    def too_small(sources, *args, **options):
+        right = merge(sources, *args, **options)
+        factors = {m: (a, 0.99 * b) for m, (a, b) in right.weights.factors.items()}
+        return Merged(right.weights.with_factors(factors), right.report)
+
+    monkeypatch.setattr(merging_module, "merge", too_small)
+    with pytest.raises(AdapterError, match=r"'films' alone.* its update is off by 1\.0%"):
+        merged_by(hub, "films", "talk")
+    assert "both" not in hub.pool
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_one_source_out_of_one_source(hub, method):
+    """Also by the tight check of `merge_adapters`, which would say so."""
+    assert merged_by(hub, "films", "talk", method=method, rank=None).merge.method == method
+
+
+def test_a_pulled_source_counts_by_its_name_here(hub, pool):
+    """Its manifest may call it otherwise."""
+    shutil.copytree(pool / "films", pool / "cinema")
+    made = hub.merge(
+        ["talk", "cinema"],
+        weights=[0.1, 0.9],
+        name="both",
+        tasks={"talk": toy_talk(), "cinema": toy_task()},
+        limit=4,
+    )
+    assert made.contract == toy_task().contract
+    assert made.metric == "accuracy"
+    assert made.training.note.endswith("prompted as cinema")
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_merge_that_is_stopped_while_it_is_measured_leaves_nothing(hub, before):
+    if before:
+        merged_by(hub, "films", "answers")
+    kept = hub.pool.manifest("both") if before else None
+    loaded = hub.model.names
+
+    def stop(what, _count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merged_by(hub, "films", "talk", listeners=Listeners(on_judged=stop))
+    assert ("both" in hub.pool) == before
+    assert not before or hub.pool.manifest("both") == kept
+    assert set(hub.model.names) - {"talk", "films"} == set(loaded) - {"talk", "films"}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_merge_that_was_not_saved_as_it_was_made_is_taken_back(hub, before, monkeypatch):
+    if before:
+        merged_by(hub, "films", "answers")
+    kept = hub.pool.manifest("both") if before else None
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    with pytest.raises(AdapterError, match="was not saved as it was merged"):
+        merged_by(hub, "films", "talk")
+    monkeypatch.undo()
+    assert ("both" in hub.pool) == before
+    assert not before or hub.pool.manifest("both") == kept
+    assert ("both" in hub.model.names) == before
+
+
+def without(task, split):
+    return replace(
+        task, load=lambda: Splits({s: task.split(s) for s in SPLITS if s != split} | {split: ()})
+    )
+
+
+def test_a_floor_that_cannot_be_checked_is_said(hub):
+    given = {**tasks("films"), "talk": without(toy_talk(), "validation")}
+    with pytest.raises(UsageError, match="talk has no validation items, so no method can be chos"):
+        merged_by(hub, "films", "talk", method="auto", floor=0.0, tasks=given)
+    assert "both" not in hub.pool
+
+
+def test_what_is_not_measured_is_said(hub):
+    given = {**tasks("films"), "talk": without(toy_talk(), "test")}
+    with pytest.warns(UserWarning, match="talk has no test items: what the merge keeps of it is"):
+        made = merged_by(hub, "films", "talk", tasks=given)
+    assert [one.adapter for one in made.merge.retention] == ["films"]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_learnt_weights_are_held_to_the_floor_too(hub, keeps, monkeypatch):
+    """The method was chosen with even weights; those are taken where the learnt ones fall below."""
+    monkeypatch.setattr(merging_module, "learn", lambda *_: (1.0, 1e-6))
+    tried = merged_by(hub, "films", "talk", method="auto", floor=0.0).merge.tried
+    lowest = {one.method: one.lowest for one in tried}
+    floor = 0.0 if keeps else max(v for name, v in lowest.items() if name != "mix") - 0.01
+    made = merged_by(hub, "films", "talk", method="auto", weights="learn", floor=floor)
+    even = set(made.merge.weights.values()) != {1.0, 1e-6}
+    assert even != keeps, (lowest, made.merge)
+
+
 def test_a_merge_of_a_merge_names_all_tasks(hub):
     first = merged_by(hub, "films", "talk")
     second = hub.merge(["both", "answers"], name="all", tasks=tasks("answers"), limit=2)
@@ -331,6 +430,12 @@ def test_shares_go_the_way_of_the_metric():
 def test_a_source_that_can_nothing_has_nothing_to_lose():
     nothing = answer_rows(METRICS["token_f1"].judge, ["x", "y"], [["a"], ["b"]])
     assert kept_share(METRICS["token_f1"], nothing, nothing) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_out_of_bounds_keep_nothing(bad):
+    near, off = likelihood_rows([2.0, 3.0], [2, 3]), likelihood_rows([bad, 6.0], [2, 3])
+    assert kept_share(METRICS["perplexity"], near, off) == (0, 0, 0)
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1), st.floats(0, 1)), min_size=1, max_size=20))

@@ -21,7 +21,7 @@ from adapterhub_chat.imagine import imagined
 from adapterhub_chat.looks import WIDEST, glances, looks, read
 from adapterhub_chat.looks import _folded as folded
 from adapterhub_chat.manifest import MAX_BYTES, dump_manifest, read_manifest
-from adapterhub_chat.prototypes import message_of
+from adapterhub_chat.prototypes import message_of, messages_in
 from adapterhub_chat.route import (
     FAR,
     GLANCE_RANK,
@@ -42,6 +42,7 @@ from adapterhub_chat.spelling import LENGTH, NUM_LETTERS, NUM_WORDS, letters, wo
 from adapterhub_chat.splits import Splits
 from adapterhub_chat.task import Task
 from adapterhub_chat.types import Example, Mix, PromptContract
+from adapterhub_chat.weights import initial_weights
 
 QUICK = {"max_steps": 1, "rows_per_step": 1, "learning_rate": 0.02, "test_examples": 0}
 
@@ -140,6 +141,8 @@ def test_an_empty_pool_is_said(hub):
         (lambda hub: hub.route("\ud800"), "not valid Unicode"),
         (lambda hub: hub.route("Hello", top=0), "top=0"),
         (lambda hub: hub.route("Hello", among=["nobody"]), "unknown adapter 'nobody'"),
+        (lambda hub: hub.route("Hello", among="questions"), "among must be a list"),
+        (lambda hub: hub.route("Hello", among=[]), "leaves nobody to choose"),
         (lambda hub: hub.predict("auto", ["Hello"]), "route\\(text\\)"),
         (lambda hub: hub.use("auto").__enter__(), "route\\(text\\)"),
     ],
@@ -179,6 +182,8 @@ def test_a_conversation_stays_unless_another_is_clearly_better():
     assert (kept.adapter, kept.abstained) == ("b", False)
     assert "stays with b" in kept.reason
     assert choose(far, previous="unloaded").abstained
+    less_far = choose({"a": (10.0, -1.0), "b": (9.0, LEAST / 2)}, previous="b")
+    assert less_far.confidence == pytest.approx(less_far.scores["b"]["share"] / 2)  # b's own
 
 
 def test_auto_in_a_batch_is_each_row_by_its_own_adapter(trained):
@@ -193,6 +198,54 @@ def test_auto_in_a_batch_is_each_row_by_its_own_adapter(trained):
     raw = {"max_new_tokens": 4}
     both = [trained.generate(texts, adapters=a, **raw) for a in (["auto"] * 4, names)]
     assert both[0] == both[1]
+
+
+def test_a_whole_conversation_stays_with_whom_it_was_for_when_its_last_turn_is_nobodys(trained):
+    lost = "Как дела? Что нового?"
+    assert trained.route(lost).abstained
+
+    def talk(*said):
+        turns = [[Message("user", text), Message("assistant", "Yes.")] for text in said]
+        return [turn for pair in turns for turn in pair][:-1]
+
+    rows = [
+        talk(questions(1), lost),
+        talk(questions(1), shouts(1), lost, lost),  # the nearest
+        talk(questions(1), shouts(1)),
+        talk(lost, lost),
+        talk(lost),
+    ]
+    named = ["questions", "shouts", "shouts", None, None]
+    assert trained.chat(rows, adapters=["auto"] * 5) == trained.chat(rows, adapters=named)
+    with pytest.raises(UsageError, match="must end with a message whose role is 'user'"):
+        trained.chat([talk(questions(1), lost)[:-1]], adapters=["auto"])
+
+
+def test_who_is_named_is_not_looked_for(trained, monkeypatch):
+    """Routing reads every manifest of the pool; a batch without "auto" has no need of that."""
+    monkeypatch.setattr(trained._router, "_manifest", None)
+    chat = [[Message("user", questions(1))]]
+    assert trained.chat(chat, adapters=["questions"]) == trained.chat(chat, adapters=["questions"])
+    assert len(trained.next_token_logits(["a", "b"], ["shouts", None])) == 2
+
+
+def test_what_is_only_on_trial_is_nobodys_adapter(trained, make_weights):
+    with trained._shelf.on_trial("questions", make_weights()):
+        assert set(trained._router._names()) == set(TASKS)
+
+
+def test_a_turn_that_is_forgotten_moves_no_conversation(trained):
+    def write(text):
+        if not text.startswith("["):
+            raise KeyboardInterrupt
+
+    session = ChatSession(trained, write=lambda _: None)
+    session.handle("/use auto")
+    session.handle(shouts(1))
+    session.write = lambda text: None if "stopped" in text else write(text)
+    session.handle(questions(1))
+    assert session.mix.names == ("shouts",)
+    assert len(session.history) == 2
 
 
 def test_a_terminal_conversation_by_auto(trained):
@@ -297,6 +350,22 @@ def test_what_cannot_be_learnt_is_said_all_at_once(copied):
         copied.learn_routes(["questions"], [few])
 
 
+def test_learning_several_is_all_or_nothing(copied):
+    manifests = {n: copied.pool.manifest(n) for n in TASKS}
+    for name, manifest in manifests.items():
+        copied.pool.describe(name, manifest.model_copy(update={"routing": None}))
+    (copied.pool.root / "shouts" / "adapterhub.json").unlink()
+    with pytest.raises(ConfigError, match="'shouts' has no manifest"):
+        copied.learn_routes(["questions", "shouts"], [TASKS["questions"]])
+    assert copied.pool.manifest("questions").routing is None
+
+
+def test_messages_of_several_tasks_are_drawn_in_turn():
+    one, other = (plain_task(make.__name__, make, 16) for make in (questions, shouts))
+    found = messages_in([one, other], "train", 8)
+    assert ["@" in text for text in found] == [False, True] * 4
+
+
 def test_transfer_and_adopt_and_train_keep_a_prototype(trained):
     for name in TASKS:
         routing = trained.pool.manifest(name).routing
@@ -319,6 +388,28 @@ def test_without_prototypes_an_adapters_own_numbers_decide(hub, make_weights):
     before = hub.route("Hello film").scores
     keep_adapter(hub, make_weights(seed=3), "a")  # a new version under the old name
     assert hub.route("Hello film").scores["a"] != before["a"]
+
+
+def test_a_message_that_lies_along_no_adapter_is_nobodys(hub, make_weights):
+    keep_adapter(hub, make_weights())
+    weights = make_weights()
+    nothing = weights.with_factors({m: (0 * a, b) for m, (a, b) in weights.factors.items()})
+    hub.model.load("nothing", nothing)
+    found = hub._router.route(["Hello film"], among=["nothing"])[0]
+    assert found.abstained
+    assert found.reason == "the message lies along no adapter"
+
+
+def test_an_encoders_adapters_are_chosen_by_their_numbers(encoder_hub):
+    assert encoder_hub.route("a good film").reason == "the pool is empty"
+    model = encoder_hub.model
+    head = (2, model.backbone.width)
+    for seed in (1, 2):
+        start = initial_weights(model.shapes, rank=4, alpha=8.0, seed=seed, head=head)
+        model.load(
+            f"a{seed}", start.with_factors({m: (a, b + 1) for m, (a, b) in start.factors.items()})
+        )
+    assert encoder_hub.route("a good film").adapter in ("a1", "a2", "backbone")
 
 
 def test_an_arrow_is_the_first_right_singular_vector(model, make_weights):
