@@ -52,19 +52,29 @@ class KeyValues:
         """Have room for `rows` rows of `length` tokens; the first `rows` rows stay as they are."""
         if rows <= self.rows and length <= self.length:
             return
-        length, kept = rounded(max(length, self.length)), min(rows, self.rows)
-        for tensors in (self.keys, self.values):
-            for n, old in enumerate(tensors):
-                new = old.new_zeros(rows, old.shape[1], length, old.shape[3])
-                new[:kept, :, : self.length] = old[:kept]
-                tensors[n] = new
-        self.rows, self.length = rows, length
+        length = rounded(max(length, self.length))
+        keys, values = (
+            [self._larger(old, rows, length) for old in tensors]
+            for tensors in (self.keys, self.values)
+        )  # all of them or, where there is no memory, none
+        self.keys, self.values, self.rows, self.length = keys, values, rows, length
+
+    def _larger(self, old: Tensor, rows: int, length: int) -> Tensor:
+        kept = min(rows, self.rows)
+        new = old.new_zeros(rows, old.shape[1], length, old.shape[3])
+        new[:kept, :, : self.length] = old[:kept]
+        return new
 
     def clear(self) -> None:
         """Let go of the memory."""
         for tensors in (self.keys, self.values):
             tensors[:] = [t.new_empty(0, t.shape[1], 0, t.shape[3]) for t in tensors]
         self.rows = self.length = 0
+
+    def wipe(self, row: int) -> None:
+        """Forget a row's numbers: attention weighs what is hidden by zero, and zero times a NaN is one."""
+        for t in (*self.keys, *self.values):
+            t[row].zero_()
 
     def take(self, row: int, tokens: Sequence[int]) -> Prefix:
         """Return a copy of a row's first tokens."""

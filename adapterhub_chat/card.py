@@ -131,8 +131,10 @@ def _transfer(manifest: Manifest) -> str:
         lines.append(f"| {_text(name)} | {value:.3f} | {report.verdicts.get(name, '')} |")
     if report.effective is not None and report.lam is not None:
         share = f"{100 * report.effective:.0f} %"
+        cut = f", {report.clipped} weights cut" * bool(report.clipped)
+        far = "" if report.residual is None else f", means within {report.residual:.2f} deviations"
         lines.append(
-            f"\nThe reweighted source counted as {share} of its examples (lambda {report.lam:.3g})."
+            f"\nThe reweighted source counted as {share} of its examples (lambda {report.lam:.3g}{cut}{far})."
         )
     if report.discriminator is not None:
         lines.append(

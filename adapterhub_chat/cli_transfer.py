@@ -52,6 +52,13 @@ def transfer(
             show_default="the target's training inputs",
         ),
     ] = None,
+    level: Annotated[
+        float | None,
+        typer.Option(
+            help="maxent: mean log-likelihood that the weighted source reaches.",
+            show_default="by the effective sample size",
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with plots.")] = None,
     also: Annotated[
         list[int] | None,
@@ -85,6 +92,7 @@ def transfer(
             seed=seed,
             unlabelled=None if unlabelled is None else read_rows(unlabelled),
             force=force,
+            level=level,
             listeners=bars.listeners,
         )
     written = None if report is None else write_report(done, report)
@@ -154,6 +162,9 @@ def _as_json(done: Transferred) -> dict[str, object]:
         "proxy": done.outcome.proxy,
         "seconds": done.outcome.seconds,
         "effective": weighting.effective if weighting else None,
+        "lam": weighting.lam if weighting else None,
+        "clipped": weighting.clipped if weighting else None,
+        "residual": weighting.residual if weighting else None,
         "discriminator": game.recent if game else None,
         "candidates": [
             {
@@ -168,7 +179,10 @@ def _as_json(done: Transferred) -> dict[str, object]:
             for c in done.outcome.candidates.values()
         ],
         "by_shots": {
-            shots: {c.method: c.value for c in outcome.candidates.values()}
+            shots: {
+                c.method: {"value": c.value, "verdict": c.verdict.word}
+                for c in outcome.candidates.values()
+            }
             for shots, outcome in done.by_shots.items()
         },
         "manifest": done.manifest.shown() if done.manifest else None,

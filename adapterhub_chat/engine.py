@@ -101,17 +101,23 @@ class Engine:
         QueueFullError when too many wait already; when `patient`, it drives the engine until there is room.
         """
         self.check([request])
-        if patient:
-            self.drive(lambda: len(self._waiting) < self.max_queue)
         ticket = Ticket(request, self, on_text)
-        with self._changed:
-            if len(self._waiting) >= self.max_queue:
+        while not self._queue(ticket):
+            if not patient:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests wait already, as many as allowed; try again later"
                 )
+            self.drive(lambda: len(self._waiting) < self.max_queue)
+        return ticket
+
+    def _queue(self, ticket: Ticket) -> bool:
+        """Let a request wait, where there is room for one more."""
+        with self._changed:
+            if len(self._waiting) >= self.max_queue:
+                return False
             self._waiting.append(ticket)
             self._changed.notify_all()
-        return ticket
+            return True
 
     def drive(self, until: Callable[[], bool]) -> None:
         """Make steps, or wait while another thread makes them, until `until()` holds."""
@@ -177,7 +183,7 @@ class Engine:
             wait(self._fetched.values(), timeout=PAUSE, return_when=FIRST_COMPLETED)
 
     def _end_the_unwanted(self) -> None:
-        for ticket in [t for t in self._waiting if t.unwanted]:
+        for ticket in [t for t in list(self._waiting) if t.unwanted]:  # others may submit meanwhile
             self._drop(ticket)
             nothing = Completion("", (), ticket.unwanted, len(ticket.request.prompt), 0)
             self._finish(ticket, nothing)
@@ -223,7 +229,13 @@ class Engine:
             self._return(ticket, held)
             return False
         self._waiting.remove(ticket)
-        self._batch.start(Row(ticket, held, self.model.backbone.tokenizer))
+        try:
+            self._batch.start(Row(ticket, held, self.model.backbone.tokenizer))
+        except BaseException as error:  # no memory for its keys and values, or Ctrl-C
+            self.model.slots.release(held)
+            self._finish(ticket, error=error)
+            if not isinstance(error, Exception):
+                raise
         return True
 
     def _held(self, ticket: Ticket) -> Held | None:
@@ -236,12 +248,14 @@ class Engine:
             return future.result()
         if self._fetch(ticket):
             return None
+        if not (self._batch.rows or self._fetched):
+            self._alone = ticket
         return self.model.acquire(ticket.request.mix)
 
     def _fetch(self, ticket: Ticket) -> bool:
         """Have a request's adapters fetched, if some are not there; return whether some are not."""
         mix = ticket.request.mix
-        if all(name in self.model.slots for name in mix.names):
+        if self.model.holds(mix):
             return False
         if ticket not in self._fetched and len(self._fetched) < AHEAD and not self._no_room:
             if not (self._batch.rows or self._fetched):

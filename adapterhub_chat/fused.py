@@ -19,7 +19,7 @@ from adapterhub_chat import native
 from adapterhub_chat.bank import Site
 from adapterhub_chat.cache import Heads, KeyValues
 from adapterhub_chat.decoder import Decoder, Feed, ModuleDecoder, View, head_shape, limit_of
-from adapterhub_chat.lora import Plan
+from adapterhub_chat.lora import Plan, activate
 from adapterhub_chat.model import AdapterModel
 
 FUSED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -77,8 +77,8 @@ class _Fused:
         if self._weight is not None:
             out: Tensor = self._product(x, self._weight, self._bias)
             return out
-        # no plan is active: these are the layers' own products
-        outs = [linear(x) for linear in self._linears]
+        with activate(None):  # the layers' own products, whatever the calling thread's default is
+            outs = [linear(x) for linear in self._linears]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 

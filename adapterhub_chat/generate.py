@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,13 +17,16 @@ from adapterhub_chat.requests import Request
 from adapterhub_chat.sampling import Sampling
 from adapterhub_chat.template import Encoded
 
+_making = threading.Lock()
+
 
 def engine_of(model: AdapterModel) -> Engine:
     """Return the model's engine; the first call makes it. Raises UsageError for an encoder."""
     check_writes(model)
-    if model.engine is None:
-        model.engine = Engine(model)
-    engine: Engine = model.engine
+    with _making:
+        if model.engine is None:
+            model.engine = Engine(model)
+        engine: Engine = model.engine
     return engine
 
 

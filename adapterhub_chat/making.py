@@ -33,7 +33,7 @@ class Making:
 
     _shelf: Shelf
 
-    def transfer(
+    def transfer(  # noqa: PLR0913 - what a transfer is made of, each by its name
         self,
         source: str,
         target: str | Path | Task,
@@ -44,6 +44,7 @@ class Making:
         source_task: str | Path | Task | None = None,
         unlabelled: Sequence[str | Mapping[str, str]] | None = None,
         force: bool = False,
+        level: float | None = None,
         listeners: Listeners = SILENT,
         **settings: Any,
     ) -> Transferred:
@@ -61,7 +62,9 @@ class Making:
         The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
         manifest and card; where no example of the target has a label, it rests on a proxy, and both say so
         (`outcome.proxy`). `settings` are fields of TrainConfig, one budget for all methods. `source_task`
-        None: the task that the source was trained on.
+        None: the task that the source was trained on. `level` is the mean log-likelihood, by the few-shot
+        adapter, that maxent weighs the source's examples up to (None: as far as the effective sample size
+        allows); DataError names the nearest when there is none.
         """
         config = transfer_config(settings)
         teacher = None if source_task is None else as_task(source_task)
@@ -71,7 +74,7 @@ class Making:
         if not counts or min(counts) < 0:
             raise UsageError(f"shots={shots}: one number that is at least 0, or several")
         order = TransferOrder(
-            source, goal, method, name, counts[0], teacher, texts, force, counts[1:], config
+            source, goal, method, name, counts[0], teacher, texts, force, level, counts[1:], config
         )
         return make_transfer(self._shelf, order, listeners)
 
@@ -84,7 +87,12 @@ class Making:
         A-distance to each source whose tasks are here. `names` None: all of the pool. Raises DataError for a
         target without labels.
         """
-        return rank_sources(self._shelf, as_task(target), names, limit)
+        goal = target_of(target)
+        if isinstance(goal, Path):
+            raise UsageError(
+                f"sources are ranked for a task, and {goal} is a table: a .toml file beside it makes it one"
+            )
+        return rank_sources(self._shelf, goal, names, limit)
 
     def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
         """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.

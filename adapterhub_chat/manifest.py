@@ -83,6 +83,11 @@ class TransferReport(BaseModel):
         default=None, description="Effective sample size of a reweighted source, as a share of it."
     )
     lam: FiniteFloat | None = Field(default=None, description="Multiplier of its weights.")
+    clipped: int | None = Field(default=None, description="How many of them were cut.")
+    residual: FiniteFloat | None = Field(
+        default=None,
+        description="Largest distance left between mean features, in deviations of the source.",
+    )
     discriminator: FiniteFloat | None = Field(
         default=None, description="Its accuracy at the end of an adversarial transfer; 0.5 is best."
     )

@@ -70,6 +70,8 @@ class AdapterModel:
         self.slots = Slots(self._new_slots, budget, partial(native.write, cache_dir() / "native"))
         self.acquire: Callable[[Mix], Held] = self.slots.hold
         """How forwards and engines hold a mix's adapters; a shelf loads those first that are not here."""
+        self.whole: Callable[[Mix], Mix] = lambda mix: mix
+        """A mix with what its stacks stand on; a shelf knows."""
         self.engine: Any = None
         """What decodes with this model, once something is decoded (generate.py)."""
 
@@ -77,6 +79,11 @@ class AdapterModel:
     def names(self) -> tuple[str, ...]:
         """The loaded adapters."""
         return self.slots.names
+
+    def holds(self, mix: Mix) -> bool:
+        """Return whether all that a mix needs is loaded."""
+        here = all(name in self.slots for name in mix.names)
+        return here and all(name in self.slots for name in self.whole(mix).names)
 
     def weights(self, name: str) -> AdapterWeights:
         """Return a copy of a loaded adapter's numbers, rounded as they are in its slot."""
@@ -239,15 +246,17 @@ class AdapterModel:
         rank = -(-rank // RANK_STEP) * RANK_STEP
         device = self.backbone.device
         width = self.backbone.width
-        return Bank(
-            sites,
-            slots=slots,
-            rank=rank,
-            dtype=dtype,
-            device=device,
-            head=(labels, width) if labels and width else None,
-            trainable=trainable,
-        )
+        # a load inside inference mode must leave slots that others can write to
+        with torch.inference_mode(False):
+            return Bank(
+                sites,
+                slots=slots,
+                rank=rank,
+                dtype=dtype,
+                device=device,
+                head=(labels, width) if labels and width else None,
+                trainable=trainable,
+            )
 
     @property
     def slot_dtype(self) -> torch.dtype:

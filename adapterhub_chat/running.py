@@ -7,13 +7,14 @@ token each reads one block of the cache; the others follow in the order in which
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from adapterhub_chat.cache import KeyValues, rounded
 from adapterhub_chat.decoder import Decoder, Feed
+from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.lora import Plan
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import Prefixes
@@ -38,6 +39,8 @@ class Row:
         self.logprobs: list[TokenLogprob] = []
         self.first_token = 0.0
         self.error: Exception | None = None
+        self.unsound = False
+        """What it has left in the cache are not all numbers."""
 
     @property
     def length(self) -> int:
@@ -72,6 +75,15 @@ class Row:
         except Exception as error:
             self.error = error
             self.writing.close("error")
+
+    def break_off(self) -> None:
+        """End with an error: what was computed for this row is no answer."""
+        self.unsound = True
+        self.error = AdapterError(
+            f"{self.request.mix}: the logits are not finite after {self.fed} tokens; it cannot be used in "
+            "this dtype, or with this weight"
+        )
+        self.writing.close("error")
 
     def completion(self) -> Completion:
         """Return what came of it."""
@@ -122,6 +134,7 @@ class Running:
         """Return all rows and forget them: after a failure the cache is not trusted any more."""
         rows, self.rows, self._decoding = self.rows, [], 0
         self._plan = ([], None)
+        self.cache.clear()
         return rows
 
     def has_room(self, request: Request) -> bool:
@@ -182,7 +195,7 @@ class Running:
             row.fed += length
             if not row.left:
                 through.append(n)
-        self._choose([new[n] for n in through], logits[through])
+        self._choose(new, logits, through)
 
     def _sort_fresh(self) -> None:
         """Let rows of one mix lie side by side where nothing of them is in the cache yet."""
@@ -202,17 +215,22 @@ class Running:
         logits = self.decoder.forward(self.cache, feed, self._plan[1])
         for row in rows:
             row.fed = row.length
-        self._choose(rows, logits)
+        self._choose(rows, logits, range(len(rows)))
 
     def _tensor(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, device=self.model.backbone.device)
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
-        """Let every row take its next token from (N, V) logits."""
-        if not rows:
-            return
-        likeliest: list[int] = logits.argmax(-1).tolist()
-        for row, own, token in zip(rows, logits, likeliest, strict=True):
+    def _choose(self, rows: Sequence[Row], logits: Tensor, through: Iterable[int]) -> None:
+        """Let the rows at the places `through` take their next token from (N, V) logits of all rows.
+
+        A row whose numbers went out of bounds ends with an error, alone.
+        """
+        highest, first = logits.max(-1)  # a NaN is the highest of all
+        sound, likeliest = highest.isfinite().tolist(), first.tolist()
+        for row in (row for row, fine in zip(rows, sound, strict=True) if not fine):
+            row.break_off()
+        for n in (n for n in through if sound[n]):
+            row, own, token = rows[n], logits[n], likeliest[n]
             rules = row.request.sampling
             if rules.plain:
                 row.take(token, None)
@@ -225,7 +243,10 @@ class Running:
         """Take out and return the rows that have ended; those past their prompts stand first again."""
         ended = [row for row in self.rows if row.writing.ended]
         for row in ended:
-            self._remember(row)
+            if row.unsound:
+                self.cache.wipe(self.rows.index(row))
+            else:
+                self._remember(row)
         going = [row for row in self.rows if not row.writing.ended]
         past = [row for row in going if not row.left]
         new = [row for row in going if row.left]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterhub_chat.errors import AdapterError, AdapterHubError, UsageError
+from adapterhub_chat.errors import AdapterError, AdapterHubError, NoRoomError, UsageError
 from adapterhub_chat.folder import ANYWHERE, Landing, Scratch, config_of
 from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
@@ -66,7 +66,9 @@ class Shelf:
         self._known: dict[str, Known] = {}
         self._answered: set[str] = set()
         self._scratch = Scratch()
-        model.acquire = self.acquire
+        self._changing = threading.RLock()
+        """Held from reading an adapter until it is loaded: an older version must not follow a newer one."""
+        model.acquire, model.whole = self.acquire, self.whole
 
     def known(self, name: str) -> Known | None:
         """Return what is known of an adapter, None when it was not loaded."""
@@ -94,9 +96,13 @@ class Shelf:
 
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Check and load a pool member or a folder; return its name. See AdapterHub.load."""
-        with self._scratch.lent() as memory, self.model.ahead() as ahead:
+        with (
+            self._changing,
+            self._scratch.lent() as memory,
+            self.model.ahead() as ahead,
+        ):
             stored = self.find(source, name, Landing(memory, ahead.fill))
-            if note := self._accepted(stored):
+            if note := self._accepted(stored, ahead):
                 warnings.warn(note, stacklevel=3)
             self._hold(stored, ahead)
             return stored.name
@@ -104,12 +110,13 @@ class Shelf:
     def rollback(self, name: str) -> Manifest | None:
         """Exchange a pool member with its earlier version, here too where it is loaded. See AdapterHub."""
         held, note = self._known.get(name), ""
-        if mine := held is not None and held.path == self.pool.root / name:
-            note = self._accepted(self.pool.earlier(name))
-        restored = self.pool.rollback(name)
-        if mine:
-            self._accepted(restored)  # another process may have saved in between
-            self._hold(restored)
+        with self._changing:
+            if mine := held is not None and held.path == self.pool.root / name:
+                note = self._accepted(self.pool.earlier(name))
+            restored = self.pool.rollback(name)
+            if mine:
+                self._accepted(restored)  # another process may have saved in between
+                self._replace(restored)
         if note:
             warnings.warn(note, stacklevel=3)
         return restored.manifest
@@ -247,9 +254,10 @@ class Shelf:
                 probe = make_probe(self.model, self._beside(trial, manifest))
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
-        stored = self.pool.save(manifest.name, weights, config, draft)
-        self._note(probe_key(stored, self.model))
-        self._hold(stored)
+        with self._changing:
+            stored = self.pool.save(manifest.name, weights, config, draft)
+            self._note(probe_key(stored, self.model))
+            self._replace(stored)
         assert stored.manifest is not None
         return stored.manifest
 
@@ -257,11 +265,15 @@ class Shelf:
     def on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
         """Load weights under a name that nobody uses, for as long as the block runs."""
         trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
-        self.model.load(trial, weights)
+        self.model.slots.pinned.add(trial)  # another's load must not evict it
         try:
-            yield trial
+            self.model.load(trial, weights)
+            try:
+                yield trial
+            finally:
+                self.model.unload(trial)
         finally:
-            self.model.unload(trial)
+            self.model.slots.pinned.discard(trial)
 
     def record(self, scores: Sequence[Score]) -> None:
         """Write scores into the manifests and cards of the pool members that they belong to."""
@@ -284,14 +296,23 @@ class Shelf:
 
     def _hold(self, stored: Stored, ahead: Ahead | None = None) -> None:
         """Load what was accepted, and keep all but its numbers."""
-        weights = stored.weights
-        self.model.load(stored.name, weights, _identity(stored), ahead)
-        self._known[stored.name] = Known(
-            stored.path, stored.manifest, weights.max_rank, weights.num_parameters
-        )
+        self.model.load(stored.name, stored.weights, _identity(stored), ahead)
+        self._known[stored.name] = _known(stored)
 
-    def _accepted(self, stored: Stored) -> str:
-        """Return what is worth a warning; raise AdapterError for what may not be loaded here."""
+    def _replace(self, stored: Stored) -> None:
+        """Load what the pool has now; where there is no room, whoever asks for it next loads it."""
+        try:
+            self._hold(stored)
+        except NoRoomError:
+            if stored.name in self.model.slots:
+                self.model.unload(stored.name)  # who runs with it ends with it
+            self._known[stored.name] = _known(stored)
+
+    def _accepted(self, stored: Stored, ahead: Ahead | None = None) -> str:
+        """Return what is worth a warning; raise AdapterError for what may not be loaded here.
+
+        A slot that was filled `ahead` is given back where the probe needs one.
+        """
         verdict = check_fit(stored, self.model)
         problems = "; ".join(verdict.problems)
         if not verdict.ok:
@@ -300,6 +321,8 @@ class Shelf:
         self._standing(stored.manifest)
         key = probe_key(stored, self.model)
         if not self._knows(key):
+            if ahead is not None:
+                ahead.clear()
             if problem := self._asked(stored, verdict):
                 raise AdapterError(f"adapter {stored.name!r} does not do what it did: {problem}")
             self._note(key)
@@ -325,6 +348,12 @@ class Shelf:
         with self.on_trial(stored.name, stored.weights) as trial:
             mix = self._beside(trial, stored.manifest)
             return probe_problem(self.model, mix, probe, verdict.status)
+
+
+def _known(stored: Stored) -> Known:
+    """Return what is kept of a loaded adapter."""
+    weights = stored.weights
+    return Known(stored.path, stored.manifest, weights.max_rank, weights.num_parameters)
 
 
 def _identity(stored: Stored) -> str | None:

@@ -36,6 +36,7 @@ def table_task(path: Path, like: Task) -> tuple[Task, list[Example]]:
         wanted = ", ".join([*lost, *([] if answer else ["label (or answer)"])])
         raise DataError(f"{path} has no column {wanted}; it has {', '.join(rows[0])}")
     examples = [_example(row, [*fields], answer) for row in rows]
+    examples = [e for e in examples if e.answer or e.fields]  # an empty line is no row
     known = [e for e in examples if e.answer]
 
     def load() -> Splits:
@@ -50,5 +51,10 @@ def table_task(path: Path, like: Task) -> tuple[Task, list[Example]]:
 
 
 def _example(row: Row, fields: list[str], answer: str) -> Example:
-    texts = {name: str(row[name]) for name in fields if row.get(name)}
-    return Example(texts, str(row.get(answer) or "").strip())
+    texts = {name: said for name in fields if (said := _said(row.get(name)))}
+    return Example(texts, _said(row.get(answer)).strip())
+
+
+def _said(cell: object) -> str:
+    """Return a cell as text; 0 and False are said, too."""
+    return "" if cell is None else str(cell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from adapterhub_chat.task import Task, as_task, load_task
 from adapterhub_chat.transfer.methods import STACKS, make_setting, warn_of_language
 from adapterhub_chat.transfer.ranking import Ranked, a_distance, rank
 from adapterhub_chat.transfer.run import Outcome, check_method, transfer
-from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract, as_mix
+from adapterhub_chat.types import NO_ADAPTER, Example, Mix, PromptContract, as_mix
 from adapterhub_chat.workshop import Listeners, judge_task
 
 BUDGET: Mapping[str, Any] = {
@@ -43,6 +44,10 @@ def transfer_config(settings: Mapping[str, Any]) -> TrainConfig:
     return read_settings(TrainConfig, {**BUDGET, **settings}, "the transfer")
 
 
+BY_SOURCE = ("maxent", "adversarial")
+"""Methods that learn from the source's examples, too."""
+
+
 @dataclass(frozen=True)
 class TransferOrder:
     """What is asked for."""
@@ -58,6 +63,8 @@ class TransferOrder:
     """Texts of the target, or its fields; None: the target's own training inputs."""
     force: bool = False
     """Stack on a source that hurts all the same."""
+    level: float | None = None
+    """Mean log-likelihood that the reweighted source shall reach; None: as the effective size allows."""
     also: Sequence[int] = ()
     """Other numbers of shots that are tried and judged, and not kept."""
     config: TrainConfig = field(default_factory=TrainConfig)
@@ -84,10 +91,21 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
         raise AdapterError(
             f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
         )
+    beneath = [one.name for one in stored.manifest.stack] if stored.manifest else []
+    if name in (order.source, *beneath):
+        raise UsageError(
+            f"{name!r} is what the new adapter learns from; choose another name for it"
+        )
     shelf.pool.check_writable()
+    labels = [*stored.manifest.contract.labels] if stored.manifest else None
     source = flat(shelf.pool, stored)
     settings = {
-        shots: make_setting(source, task, target, shots, order.config, unlabelled=texts)
+        shots: replace(
+            make_setting(
+                source, task, target, shots, order.config, unlabelled=texts, labels=labels
+            ),
+            level=order.level,
+        )
         for shots in sorted({order.shots, *order.also})
     }
     for setting in settings.values():
@@ -101,7 +119,8 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
     chosen = outcome.candidates[outcome.chosen]
     if chosen.weights is None:
         return Transferred(None, outcome, outcomes)
-    draft = _manifest(shelf, order, name, target, stored, outcome)
+    taught = [target, *([task] if outcome.chosen in BY_SOURCE else [])]
+    draft = _manifest(shelf, order, name, taught, stored, outcome)
     under = _under(shelf, order, stored) if chosen.own is not None else ()
     weights = chosen.own if chosen.own is not None and under else chosen.weights
     manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
@@ -138,12 +157,25 @@ def rank_sources(
     shelf: Shelf, target: Task, names: Sequence[str] | None, limit: int
 ) -> list[Ranked]:
     """Return adapters of the pool by how promising they are; see AdapterHub.rank_sources."""
-    mixes = shelf.ready(list(shelf.pool.names() if names is None else names))
+    mixes = _mixes(shelf) if names is None else shelf.ready(list(names))
     if not mixes:
         raise UsageError(f"there are no adapters in {shelf.pool.root} to rank as sources")
     sources, examples = {str(mix): mix for mix in mixes}, sample(target.split("train"), limit)
     distances = _distances(shelf, list(sources), target, limit)
     return rank(shelf.model, target, examples, list(sources.items()), distances)
+
+
+def _mixes(shelf: Shelf) -> list[Mix]:
+    """Return the pool's adapters, each alone; warn of what cannot be loaded here."""
+    found: list[Mix] = []
+    for name in shelf.pool.names():
+        try:
+            found += shelf.ready([name])
+            shelf.whole(found[-1])
+        except AdapterError as error:
+            found = [mix for mix in found if mix.names != (name,)]
+            warnings.warn(f"{name} is left out: {error}", stacklevel=4)
+    return found
 
 
 def _distances(shelf: Shelf, names: Sequence[str], target: Task, limit: int) -> dict[str, float]:
@@ -181,6 +213,8 @@ def _target(order: TransferOrder, source: Task) -> tuple[Task, list[Example] | N
         target, texts = table_task(target, source)
     if order.unlabelled is not None:
         texts += unanswered(target.contract, order.unlabelled)
+    elif texts:
+        texts += target.split("train")
     return target, texts if texts or order.unlabelled is not None else None
 
 
@@ -196,9 +230,15 @@ def _task_of(stored: Stored) -> Task:
 
 
 def _manifest(
-    shelf: Shelf, order: TransferOrder, name: str, target: Task, stored: Stored, outcome: Outcome
+    shelf: Shelf,
+    order: TransferOrder,
+    name: str,
+    taught: Sequence[Task],
+    stored: Stored,
+    outcome: Outcome,
 ) -> Manifest:
-    """Return what is known of the chosen adapter."""
+    """Return what is known of the chosen adapter, which tasks have `taught`, the target first."""
+    target = taught[0]
     chosen = outcome.candidates[outcome.chosen]
     sha256 = stored.manifest.sha256 if stored.manifest else ""
     weighting = outcome.weighting if outcome.chosen == "maxent" else None
@@ -207,12 +247,13 @@ def _manifest(
     training = Training(
         how="transfer",
         tasks=(target.name,),
-        data_sha256=(target.data_hash(),),
-        sources=target.sources,
+        data_sha256=tuple(task.data_hash() for task in taught),
+        sources=tuple(dict.fromkeys(s for task in taught for s in task.sources)),
         parents=(sha256,) if sha256 and outcome.chosen != "target" else (),
         settings=order.config.model_dump(),
         steps=chosen.steps,
-        best_step=chosen.steps,
+        best_step=chosen.best_step,
+        stopped=chosen.note,
         seconds=round(outcome.seconds, 1),
     )
     report = TransferReport(
@@ -229,10 +270,15 @@ def _manifest(
         verdicts={n: c.verdict.word for n, c in outcome.candidates.items()},
         effective=weighting.effective if weighting else None,
         lam=weighting.lam if weighting else None,
+        clipped=weighting.clipped if weighting else None,
+        residual=weighting.residual if weighting else None,
         discriminator=game.recent if game else None,
         proxy=outcome.proxy,
         note="; ".join(filter(None, notes)),
         seconds=round(outcome.seconds, 1),
     )
     draft = draft_of(name, shelf.model.backbone, [target], training)
-    return draft.model_copy(update={"routing": learn_routing(shelf, [target]), "transfer": report})
+    licence = ", ".join(dict.fromkeys(task.licence for task in taught))
+    return draft.model_copy(
+        update={"routing": learn_routing(shelf, [target]), "transfer": report, "licence": licence}
+    )

@@ -114,7 +114,7 @@ def weigh(way: str, source: np.ndarray, target: np.ndarray) -> np.ndarray:
         return np.ones(len(source))
     if way == OWN:
         found = balanced(torch.tensor(source), torch.tensor(target))
-        return found.weighting.weights.numpy()
+        return found.weights.numpy()
     both = np.concatenate([source, target])
     domain = np.array([1] * len(source) + [-2] * len(target))  # skada: targets are negative
     labels = np.array([n % 2 for n in range(len(source))] + [-1] * len(target))  # not looked at

@@ -153,6 +153,42 @@ def test_other_numbers_of_shots_want_a_report(run):
     assert "give --report FOLDER" in refused.err
 
 
+def test_a_transfer_from_the_command_line(run, here):
+    write_task(here / "tasks", "tweets", toy_task())
+    (here / "texts.csv").write_text("text\na good flight\na bad flight\n")
+    how = ("--target", "tasks/tweets.toml", "--shots", 4, "--max-steps", 2)
+    done = run(
+        "transfer", "--source", "sentiment", *how, "--also", 0, "--method", "maxent", "--json",
+        "--unlabelled", "texts.csv", "--report", "report", "--name", "made",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = done.json
+    assert (found["chosen"], found["baseline"]) == ("maxent", "target")
+    assert {c["method"] for c in found["candidates"]} == {"backbone", "source", "target", "maxent"}
+    assert set(found["by_shots"]) == {"0", "4"}
+    assert found["by_shots"]["0"]["backbone"].keys() == {"value", "verdict"}
+    assert found["effective"] > 0
+    assert found["clipped"] == 0
+    assert found["manifest"]["name"] == "made"
+    assert {"report.md", "weights.png"} <= {p.name for p in (here / "report").iterdir()}
+    told = run("transfer", "--source", "sentiment", *how, "--method", "stack", "--name", "T")
+    assert told.code == 0, told.err
+    assert "T (stack) is in adapters" in told.out
+    plain = run("flatten", "T", "--json")
+    assert plain.json["name"] == "T-flat"
+    assert not plain.json["stack"]
+
+
+def test_sources_are_ranked_from_the_command_line(run):
+    found = run("transfer", "--rank", "--target", "sentiment", "--source", "sentiment", "--json")
+    assert found.json["target"] == "sentiment"
+    (one,) = found.json["sources"]
+    assert one["adapter"] == "sentiment"
+    refused = run("transfer", "--rank", "--target", "qa")
+    assert refused.code != 0
+    assert "qa has free answers" in refused.err
+
+
 def test_help_names_every_verb(run):
     shown = run("--help", backbone=False)
     assert shown.code == 0

@@ -336,6 +336,24 @@ def test_a_transfer_carries_the_head_along(trained, method):
         assert candidates[method].value >= as_it_is - 0.1
 
 
+def test_the_head_is_in_the_order_of_the_adapters_own_labels(trained):
+    """A source task may have the same labels in another order than those that the adapter learnt."""
+    turned = toy_task()
+    labels = dict(reversed(turned.contract.labels.items()))
+    turned = replace(turned, contract=replace(turned.contract, labels=labels))
+    how = QUICK | {"row_length": 64, "max_steps": 2, "learning_rate": 1e-3}
+    values = [
+        trained.transfer("toy", toy_task("target"), "finetune", shots=4, source_task=task, **how)
+        .outcome.candidates["source"]
+        .value
+        for task in (toy_task(), turned)
+    ]
+    assert values[0] == values[1] > 0.7
+    three = replace(turned, contract=replace(turned.contract, labels={**labels, "so": "so"}))
+    with pytest.raises(DataError, match="they must be the same"):
+        trained.transfer("toy", three, "finetune", shots=4, source_task=three, **how)
+
+
 def test_an_encoder_learns_a_language_by_restoring_covered_texts(encoder_hub):
     model, task = encoder_hub.model, toy_task()
     cover = model.backbone.tokenizer.mask_token_id

@@ -4,6 +4,7 @@ import math
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,16 @@ from hypothesis import strategies as st
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.backbone import load_backbone, pick_dtype
+from adapterhub_chat.cache import KeyValues
 from adapterhub_chat.decoder import ModuleDecoder
 from adapterhub_chat.engine import Engine
-from adapterhub_chat.errors import NoRoomError, QueueFullError, UnknownNameError, UsageError
+from adapterhub_chat.errors import (
+    AdapterError,
+    NoRoomError,
+    QueueFullError,
+    UnknownNameError,
+    UsageError,
+)
 from adapterhub_chat.fused import FusedDecoder, _packed
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import shared_length
@@ -405,6 +413,55 @@ def test_a_failed_step_ends_the_running_requests_and_the_next_ones_are_answered(
         running.result()
     assert not any(r.users for r in loaded.slots._names.values())
     assert engine.submit(request).result().ids == alone(loaded, request).ids
+
+
+def overflowing(make_weights):
+    """An adapter whose numbers are finite, and whose answers are not."""
+    own = make_weights(seed=1)
+    return own.with_factors({m: (a, b * 1e30) for m, (a, b) in own.factors.items()})
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1}])
+def test_a_row_without_numbers_ends_alone_and_leaves_none_behind(loaded, make_weights, sampling):
+    """Attention weighs what is hidden by zero, and zero times a NaN that somebody left is a NaN."""
+    loaded.load("wild", overflowing(make_weights))
+    engine = Engine(loaded, rows=2, prefix_bytes=2**20)
+    rules = Sampling(max_new_tokens=40, ignore_eos=True, **sampling)
+    fine = Request(tuple(range(20, 30)), as_mix("a0"), rules)
+    wild = Request(tuple(range(40, 90)), as_mix("wild"), rules)
+    wanted = alone(loaded, fine).ids
+    tickets = [engine.submit(r) for r in (wild, fine, wild, fine, fine)]
+    for ticket in tickets:
+        if ticket.request is fine:
+            assert ticket.result().ids == wanted
+        else:
+            with pytest.raises(AdapterError, match="wild: the logits are not finite"):
+                ticket.result()
+    assert not any(bool(t.isnan().any()) for t in engine._batch.cache.keys)
+    assert {r.users for r in loaded.slots._names.values()} == {0}
+
+
+def test_a_request_without_memory_for_its_keys_fails_alone(loaded, monkeypatch):
+    engine = Engine(loaded)
+    rules = Sampling(max_new_tokens=30, ignore_eos=True)
+    short = Request(tuple(range(20, 30)), as_mix("a0"), rules)
+    wanted = alone(loaded, short).ids
+    going = engine.submit(short)
+    engine.step()
+    larger, count = KeyValues._larger, iter(range(100))
+
+    def fails(self, *args):
+        if next(count) == 1:  # in the middle
+            raise MemoryError("no memory")
+        return larger(self, *args)
+
+    monkeypatch.setattr(KeyValues, "_larger", fails)
+    long = engine.submit(Request(tuple(range(3, 290)), as_mix("a1"), rules))
+    with pytest.raises(MemoryError):
+        long.result()
+    assert going.result().ids == wanted
+    assert len(engine.submit(replace(long.request, mix=as_mix("a0"))).result().ids) == 30
+    assert {r.users for r in loaded.slots._names.values()} == {0}
 
 
 def test_unknown_adapters_fail_alone(engine):

@@ -19,7 +19,7 @@ from adapterhub_chat.transfer.maxent import (
     reweighted,
     tilt,
 )
-from adapterhub_chat.transfer.select import best, stratified, verdict
+from adapterhub_chat.transfer.select import FEWEST, best, stratified, verdict
 
 LIKELIHOOD = st.lists(st.floats(-30, 0), min_size=3, max_size=40).map(torch.tensor)
 
@@ -93,10 +93,10 @@ def test_balancing_moves_the_means():
     source = torch.randn(4000, 5, generator=generator)
     target = torch.randn(900, 5, generator=generator) * 0.5 + torch.tensor([0.5, 0, -0.3, 0, 0])
     found = balanced(source, target, ridge=1e-4)
-    moved = (found.weighting.weights[:, None] * source).mean(0)
+    moved = (found.weights[:, None] * source).mean(0)
     torch.testing.assert_close(moved, target.mean(0).double(), atol=0.01, rtol=0)
     assert found.residual < 0.01
-    assert 0.2 < found.weighting.effective < 1
+    assert 0.2 < found.effective < 1
 
 
 def test_balancing_minimises_its_dual():
@@ -111,7 +111,7 @@ def test_equal_features_give_equal_weights():
     source = torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
     found = balanced(source, source)
     torch.testing.assert_close(
-        found.weighting.weights, torch.ones(50, dtype=torch.float64), atol=1e-6, rtol=0
+        found.weights, torch.ones(50, dtype=torch.float64), atol=1e-6, rtol=0
     )
 
 
@@ -120,13 +120,33 @@ def test_too_few_examples_are_not_left_to_carry_the_weight():
     generator = torch.Generator().manual_seed(3)
     source = torch.randn(200, 4, generator=generator)
     target = torch.randn(50, 4, generator=generator) + 4.0
-    free = balanced(source, target, share=0)
+    free = balanced(source, target, share=0, most=1e9)
     kept = balanced(source, target, share=0.3)
-    assert free.weighting.effective < 0.3 <= kept.weighting.effective
+    assert free.effective < 0.3 <= kept.effective
     assert kept.residual > free.residual
-    assert "no multiplier brings" in kept.weighting.note
-    assert f"leaves {kept.residual:.2f}" in kept.weighting.note
-    assert not balanced(source, source, share=0.3).weighting.note
+    assert "no multiplier brings" in kept.note
+    assert f"leaves {kept.residual:.2f}" in kept.note
+    assert not balanced(source, source, share=0.3).note
+
+
+@pytest.mark.parametrize("source", [torch.ones(6, 3), torch.randn(1, 3)])
+def test_examples_that_are_all_alike_count_alike(source):
+    found = balanced(*principal(source.double(), torch.randn(4, 3).double(), 2))
+    assert found.weights.tolist() == [1.0] * len(source)
+    assert found.note == "the source's examples all look the same, so they count alike"
+    with pytest.raises(DataError, match="no source or target examples"):
+        balanced(source.double(), torch.zeros(0, 3).double())
+
+
+def test_what_is_told_of_a_balance_is_of_the_weights_that_are_used():
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(200, 3, generator=generator).double()
+    target = torch.randn(50, 3, generator=generator).double() + 1.5
+    found = balanced(source, target, share=0.0, most=3.0)
+    assert found.clipped > 0
+    moved = (found.weights[:, None] * source).mean(0)
+    left = ((moved - target.mean(0)) / source.std(0)).abs().max()
+    assert found.residual == pytest.approx(float(left), rel=1e-6)
 
 
 def test_principal_directions_keep_what_varies():
@@ -164,6 +184,13 @@ def test_the_gate_has_three_words():
     assert verdict("accuracy", BAD, FAIR).word == "hurts"
     same = verdict("accuracy", FAIR, FAIR)
     assert (same.word, same.gain) == ("neutral", 0)
+
+
+def test_few_items_prove_nothing():
+    """The bootstrap interval of a single item has no width at all."""
+    for count in (1, 2, FEWEST - 1, FEWEST):
+        good, bad = (rows(*[right] * count) for right in (1, 0))
+        assert verdict("accuracy", good, bad).word == ("neutral" if count < FEWEST else "helps")
 
 
 def test_a_gain_is_better_whatever_the_metric():

@@ -10,7 +10,7 @@ from conftest import toy_answers, toy_task
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterhub_chat.errors import DataError
+from adapterhub_chat.errors import AdapterError, DataError, UsageError
 from adapterhub_chat.task import Splits, Task
 from adapterhub_chat.transfer.ranking import _evidence, a_distance, leep, logme, rank, spearman
 from adapterhub_chat.types import Example, as_mix
@@ -128,12 +128,28 @@ def test_a_source_whose_task_is_here_has_a_distance(taught, tmp_path, monkeypatc
     assert found["good"] < 0.7  # the target's texts are of the same kind
 
 
+def test_an_adapter_that_cannot_be_loaded_is_left_out(taught):
+    (taught.pool.root / "lost" / "adapter_model.safetensors").write_bytes(b"?")
+    taught.unload("lost")
+    with pytest.warns(UserWarning, match="lost is left out: "):
+        assert [one.adapter for one in taught.rank_sources(toy_task("target"))] == ["good"]
+    with pytest.raises(AdapterError):
+        taught.rank_sources(toy_task("target"), ["lost"])
+
+
+def test_a_table_is_no_task_to_rank_for(taught, tmp_path):
+    with pytest.raises(UsageError, match=r"a \.toml file beside it makes it one"):
+        taught.rank_sources(tmp_path / "tweets.csv")
+
+
 def test_what_cannot_be_ranked_is_said(model):
     task = toy_task()
     for target, examples in (
         (task, [e for e in task.split("train") if e.answer == "bad"]),
         (task, []),
-        (toy_answers(), []),
     ):
         with pytest.raises(DataError, match="two labels or more"):
             rank(model, target, examples, [("backbone", as_mix(None))])
+    answers = toy_answers()
+    with pytest.raises(DataError, match="answers has free answers"):
+        rank(model, answers, answers.split("train"), [("backbone", as_mix(None))])

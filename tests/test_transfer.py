@@ -1,5 +1,6 @@
 """Transfer on a pico model: what each method is, what the gate says, what is not followed."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.errors import AdapterError, DataError, UsageError
 from adapterhub_chat.evaluate import sequence_losses
 from adapterhub_chat.jobs import Job, make_job
-from adapterhub_chat.learner import Part
+from adapterhub_chat.learner import Part, Trained
 from adapterhub_chat.tables import table_task
 from adapterhub_chat.task import Splits, Task
 from adapterhub_chat.template import Encoded, unwritable
@@ -27,10 +28,15 @@ from adapterhub_chat.transfer.methods import (
     stood_in,
     warn_of_language,
 )
+from adapterhub_chat.transfer.run import _sound as sound
 from adapterhub_chat.transfer.run import transfer
+from adapterhub_chat.transfer.select import FEWEST
 from adapterhub_chat.transfer_report import write_report
+from adapterhub_chat.transferring import TransferOrder
+from adapterhub_chat.transferring import _target as target_texts
 from adapterhub_chat.types import Example, as_mix
 from adapterhub_chat.weights import concatenate
+from adapterhub_chat.workshop import Listeners
 
 QUICK = TrainConfig(max_steps=12, rows_per_step=1, learning_rate=0.02, eval_examples=12, patience=0)
 
@@ -227,6 +233,12 @@ def test_validation_examples_of_one_label_are_worth_a_warning(source):
         make_setting(source, toy_task(), target, 4, QUICK)
 
 
+def test_validation_examples_that_are_few_are_worth_a_warning(source):
+    few = toy_task().split("validation")[: FEWEST - 1]
+    with pytest.warns(UserWarning, match="4 validation examples, which prove nothing"):
+        make_setting(source, toy_task(), parts_of(toy_task(), validation=few), 4, QUICK)
+
+
 def test_a_language_that_the_tokenizer_cannot_write_is_worth_a_warning(model, setting, recwarn):
     tokenizer = model.backbone.tokenizer
     warn_of_language(tokenizer, setting)
@@ -337,6 +349,79 @@ def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
     assert "made it hurt" in (taught.pool.root / manifest.name / "README.md").read_text()
 
 
+def test_ctrl_c_ends_a_transfer_and_leaves_nothing(taught):
+    """A baseline that has half learnt would make everything beside it look good."""
+
+    def stop(event):
+        if event.kind == "step" and event.step == 2:
+            raise KeyboardInterrupt
+
+    for turn in ("target", "maxent"):  # in the first training run, and in the second
+        told = Listeners(on_event=lambda e, turn=turn: stop(e) if e.adapter == turn else None)
+        with pytest.raises(KeyboardInterrupt):
+            taught.transfer(
+                "source", toy_task("target"), shots=4, source_task=toy_task(), listeners=told, **FEW
+            )
+        assert taught.pool.names() == ["source"]
+        assert taught.model.names == ("source",)
+
+
+def test_a_candidate_that_is_out_of_bounds_costs_the_others_nothing(source):
+    done = Trained(source, 4, 4, 0.5, 10, 1.0, "finished")
+    (module, (a, b)), *_ = source.factors.items()
+    lost = replace(done, weights=source.with_factors({module: (a, b * torch.nan)}))
+    made = {"target": done, "maxent": lost}
+    with pytest.warns(UserWarning, match="maxent: the training left numbers that are not finite"):
+        assert sound(made, "auto") == {"target": done}
+    for method, own in (("maxent", made), ("auto", {"target": lost, "maxent": done})):
+        with pytest.raises(DataError, match="not finite; lower learning_rate"):
+            sound(own, method)
+
+
+def test_the_new_adapter_cannot_take_the_place_of_what_it_learns_from(taught):
+    how = {"shots": 4, "source_task": toy_task(), **FEW}
+    with pytest.raises(UsageError, match="'source' is what the new adapter learns from"):
+        taught.transfer("source", toy_task("target"), "stack", name="source", **how)
+    taught.transfer("source", toy_task("target"), "stack", name="made", **how)
+    with pytest.raises(UsageError, match="'source' is what the new adapter learns from"):
+        taught.transfer("made", toy_task("other"), "finetune", name="source", **how)
+    assert taught.verify("made").ok
+
+
+def test_a_manifest_names_all_that_was_learnt_from(taught):
+    own = replace(toy_task(), sources=("reviews 1.0",), licence="MIT")
+    target = replace(toy_task("target"), sources=("tweets 2.0",), licence="CC0-1.0")
+    how = {"shots": 4, "source_task": own, **FEW}
+    made = taught.transfer("source", target, "maxent", **how).manifest
+    assert made.training.sources == ("tweets 2.0", "reviews 1.0")
+    assert made.licence == "CC0-1.0, MIT"
+    assert len(made.training.data_sha256) == 2
+    assert made.training.tasks == ("target",)
+    assert 0 < made.training.best_step <= made.training.steps
+    assert made.transfer.clipped == 0
+    assert made.transfer.residual is None  # by likelihoods
+    alone = taught.transfer("source", target, "finetune", **how).manifest
+    assert (alone.training.sources, alone.licence) == (("tweets 2.0",), "CC0-1.0")
+    bare = taught.transfer("source", target, "maxent", **(how | {"shots": 0})).manifest
+    assert bare.transfer.residual >= 0
+    assert "means within" in (taught.pool.root / bare.name / "README.md").read_text()
+
+
+def test_the_weighted_source_may_be_asked_for_a_level(taught):
+    how = {"shots": 4, "source_task": toy_task(), "name": "made", **FEW}
+    done = taught.transfer("source", toy_task("target"), "maxent", **how)
+    ends = []
+    for level in (-50.0, 0.1):
+        with pytest.raises(DataError, match="no multiplier gives") as caught:
+            taught.transfer("source", toy_task("target"), "maxent", level=level, **how)
+        ends.append(float(re.search(r"the nearest is (-0\.\d+)", str(caught.value))[1]))
+    assert taught.pool.manifest("made") == done.manifest
+    level = sum(ends) / 2
+    made = taught.transfer("source", toy_task("target"), "maxent", level=level, **how)
+    assert made.outcome.weighting.lam > 0
+    assert made.outcome.weighting.lam != done.outcome.weighting.lam
+
+
 def test_a_source_must_say_what_it_learnt(taught):
     with pytest.raises(UsageError, match=r"unknown task 'toy'|source_task"):
         taught.transfer("source", toy_task("target"), shots=4, **FEW)
@@ -369,6 +454,31 @@ def test_a_table_is_a_target(taught, tmp_path):
     for picture in re.findall(r"!\[(.*?)\]", text):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert {"scores.png", "discriminator.png"} <= {p.name for p in folder.iterdir()}
+
+
+def test_a_tables_cells_are_what_they_are(tmp_path):
+    """Labels 0 and False are labels, a field of 0 is a text, and an empty line is no row."""
+    numbers = replace(toy_task().contract, labels={"0": "negative", "1": "positive"})
+    like = Task("numbers", numbers, "accuracy", lambda: Splits({}))
+    rows = [{"text": 0, "label": 0}, {"text": "b", "label": 1}, {"text": "c", "label": None}]
+    path = tmp_path / "tweets.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "", "label": ""}]))
+    task, bare = table_task(path, like)
+    known = [e for split in ("train", "validation", "test") for e in task.split(split)]
+    assert sorted((e.fields["text"], e.answer) for e in known) == [("0", "0"), ("b", "1")]
+    assert [e.fields["text"] for e in bare] == ["c"]
+
+
+def test_rows_without_a_label_are_beside_the_others_texts(tmp_path):
+    table = write_table(tmp_path / "tweets.csv", bare=1)
+    order = TransferOrder("source", table)
+    _, texts = target_texts(order, toy_task())
+    assert len(texts) > 20
+    given = replace(order, unlabelled=["only this"])
+    assert [e.fields["text"] for e in target_texts(given, toy_task())[1]] == [
+        "flight 0",
+        "only this",
+    ]
 
 
 def test_other_numbers_of_shots_are_in_the_report_alone(taught, tmp_path):

@@ -33,6 +33,8 @@ class Weighting:
     """How many weights were cut to the largest allowed."""
     note: str = ""
     """What the weights do not reach, and how near they come."""
+    residual: float | None = None
+    """Where means of features are matched: the largest distance left, in deviations of the source."""
 
 
 def tilt(log_likelihood: Tensor, lam: float) -> Tensor:
@@ -72,6 +74,12 @@ def reweighted(
     return _clipped(tilt(log_likelihood, lam), lam, most)
 
 
+def at_level(log_likelihood: Tensor, level: float, *, most: float = 20.0) -> Weighting:
+    """Return the weighting whose mean log-likelihood is `level`, but for what is clipped; see `lam_for`."""
+    lam = lam_for(log_likelihood, level)
+    return _clipped(tilt(log_likelihood, lam), lam, most)
+
+
 def lam_for(log_likelihood: Tensor, level: float) -> float:
     """Return the multiplier at which the weighted mean of (n,) log-likelihoods is `level`.
 
@@ -98,15 +106,6 @@ def lam_for(log_likelihood: Tensor, level: float) -> float:
     return bottom
 
 
-@dataclass(frozen=True)
-class Balance:
-    """Weights that bring the source's mean features to the target's."""
-
-    weighting: Weighting
-    residual: float
-    """Largest distance that is left between two means, in standard deviations of the source."""
-
-
 NEAR = 0.25
 """Distance of two means, in deviations of the source, up to which they count as brought together."""
 STEEPER, RIDGES = 4.0, 24
@@ -124,15 +123,19 @@ def balanced(
     ridge: float = 1e-2,
     share: float = GENTLE,
     most: float = 20.0,
-) -> Balance:
+) -> Weighting:
     """Return weights ~ exp(lam . phi) for source features (n, d) that match the mean of target ones (m, d).
 
     Minimises the convex dual log mean exp(lam . phi) - lam . phi_T + ridge / 2 |lam|^2 by L-BFGS; features
     are scaled by the source's own deviations first. The ridge grows until the effective sample size is at
-    least `share` of n. A target that no weights reach gets the nearest ones, and a note that says so.
+    least `share` of n. A target that no weights reach gets the nearest ones, and a note that says so; source
+    examples that are all alike get equal ones.
     """
     _check(source)
     _check(target)
+    if len(source) < 2 or not source.shape[1]:
+        note = "the source's examples all look the same, so they count alike"
+        return Weighting(torch.ones(len(source)).double(), 0.0, 1.0, 0, note)
     mean, deviation = source.double().mean(0), source.double().std(0).clamp(min=1e-9)
     phi, goal = (source.double() - mean) / deviation, (target.double().mean(0) - mean) / deviation
     for _ in range(RIDGES):
@@ -141,14 +144,14 @@ def balanced(
         if effective_size(weights) >= share * len(phi):
             break
         ridge *= STEEPER
-    residual = float((weights @ phi - goal).abs().max())
+    weighting = _clipped(weights, float(lam.norm()), most)
+    residual = float((weighting.weights @ phi / len(phi) - goal).abs().max())
     before = float(goal.abs().max())
     note = (
         "no multiplier brings the source's mean features to the target's with an effective size of "
         f"{share:.0%}: the nearest leaves {residual:.2f} of {before:.2f} standard deviations"
     )
-    weighting = _clipped(weights, float(lam.norm()), most)
-    return Balance(replace(weighting, note=note if residual > NEAR else ""), residual)
+    return replace(weighting, note=note if residual > NEAR else "", residual=residual)
 
 
 def drawn(weights: Tensor, count: int) -> list[int]:
@@ -172,7 +175,7 @@ def principal(source: Tensor, target: Tensor, most: int) -> tuple[Tensor, Tensor
     _check(target)
     mean = source.double().mean(0)
     _, spread, directions = torch.linalg.svd(source.double() - mean, full_matrices=False)
-    kept = directions[:most][spread[:most] > 1e-5 * spread[0]]
+    kept = directions[:most][spread[:most] > max(1e-5 * float(spread[0]), 1e-9)]
     return (source.double() - mean) @ kept.T, (target.double() - mean) @ kept.T
 
 
@@ -203,7 +206,7 @@ def _clipped(weights: Tensor, lam: float, most: float) -> Weighting:
 
 
 def _check(values: Tensor) -> None:
-    if not values.numel():
+    if not len(values):
         raise DataError("there is nothing to weigh: no source or target examples")
     if not bool(values.isfinite().all()):
         bad = int((~values.isfinite()).sum())

@@ -27,8 +27,15 @@ from adapterhub_chat.task import Task
 from adapterhub_chat.template import Encoded, encode_examples, encode_labels, unwritable
 from adapterhub_chat.transfer.adversarial import TARGET, Game
 from adapterhub_chat.transfer.language import LANGUAGE, text_job
-from adapterhub_chat.transfer.maxent import Weighting, balanced, drawn, principal, reweighted
-from adapterhub_chat.transfer.select import stratified
+from adapterhub_chat.transfer.maxent import (
+    Weighting,
+    at_level,
+    balanced,
+    drawn,
+    principal,
+    reweighted,
+)
+from adapterhub_chat.transfer.select import FEWEST, stratified
 from adapterhub_chat.types import SPLITS, Example, Mix
 from adapterhub_chat.weights import AdapterWeights, Head, concatenate
 
@@ -70,6 +77,8 @@ class Setting:
     """Where the target has no label at all: held-out examples of the source, to be judged by in its place."""
     proxy: str = ""
     """What the verdicts rest on then."""
+    level: float | None = None
+    """Mean log-likelihood that the reweighted source shall reach; None: as the effective size allows."""
 
 
 def make_setting(
@@ -80,19 +89,24 @@ def make_setting(
     config: TrainConfig,
     *,
     unlabelled: Sequence[Example] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Setting:
     """Draw the examples; raise DataError for everything in which source and target do not fit.
 
-    `unlabelled` None: the target's training examples other than the shots, without their answers.
+    `unlabelled` None: the target's training examples other than the shots, without their answers. `labels`
+    are the source adapter's own, in its order (None: its task's).
     """
     found = []
     if not source.finite():
         found.append("the source adapter has numbers that are not finite; train or pull it again")
-    own, wanted = set(source_task.contract.labels), set(target.contract.labels)
+    order = list(source_task.contract.labels if labels is None else labels)
+    own, wanted = set(order), set(target.contract.labels)
     if own != wanted:
         found.append(
             f"the source's labels are {_listed(own)}, the target's {_listed(wanted)}: they must be the same"
         )
+    if source.head and source.labels != len(order):
+        found.append(f"the source's head knows {source.labels} labels, not {len(order)}")
     pool = target.split("train")
     bare = bool(unlabelled) and not any(target.split(split) for split in SPLITS)
     if shots and len(pool) < shots:
@@ -114,21 +128,32 @@ def make_setting(
         raise DataError(join_misfits("the transfer", found))
     examples = sample(source_task.split("train"), config.train_examples, config.seed)
     held_out = sample(target.split("validation"), config.eval_examples)
-    if held_out and wanted and len({e.answer for e in held_out}) < 2:
-        warnings.warn(
-            f"all {len(held_out)} validation examples of {target.name} have the label "
-            f"{held_out[0].answer!r}: whoever always says so looks perfect",
-            stacklevel=2,
-        )
     if unlabelled is None:
         taken = {id(e) for e in chosen}
         unlabelled = [e for e in pool if id(e) not in taken]
     texts = sample(unlabelled, len(examples), config.seed)
-    source = _aligned(source, list(source_task.contract.labels), list(target.contract.labels))
+    _warn_of_few(target, held_out)
+    source = _aligned(source, order, list(target.contract.labels))
     setting = Setting(concatenate([source]), examples, target, chosen, held_out, config, texts)
     stand_ins = sample(source_task.split("validation"), config.eval_examples) if bare else []
     foreign = source_task.language != target.language
     return replace(setting, foreign=foreign, stand_ins=stand_ins)
+
+
+def _warn_of_few(target: Task, held_out: Sequence[Example]) -> None:
+    """Warn where validation examples cannot tell good from bad."""
+    if 0 < len(held_out) < FEWEST:
+        warnings.warn(
+            f"{target.name} has {len(held_out)} validation examples, which prove nothing: every verdict is "
+            f"neutral with fewer than {FEWEST}",
+            stacklevel=3,
+        )
+    elif held_out and target.contract.labels and len({e.answer for e in held_out}) < 2:
+        warnings.warn(
+            f"all {len(held_out)} validation examples of {target.name} have the label "
+            f"{held_out[0].answer!r}: whoever always says so looks perfect",
+            stacklevel=3,
+        )
 
 
 def stood_in(model: AdapterModel, setting: Setting) -> Setting:
@@ -138,7 +163,7 @@ def stood_in(model: AdapterModel, setting: Setting) -> Setting:
     that their mean features are the target's (importance-weighted validation, Sugiyama et al. 2007,
     jmlr.org/papers/v8/sugiyama07a.html).
     """
-    weighting = balanced(*_features(model, setting, setting.stand_ins)).weighting
+    weighting = balanced(*_features(model, setting, setting.stand_ins))
     count = max(1, round(weighting.effective * len(setting.stand_ins)))
     own = [replace(setting.stand_ins[i], contract=None) for i in drawn(weighting.weights, count)]
     proxy = (
@@ -216,9 +241,11 @@ def maxent_job(
     """
     tokenizer = model.backbone.tokenizer
     if setting.unlabelled and not setting.shots:
-        weighting = balanced(*_features(model, setting, setting.source_examples)).weighting
+        weighting = balanced(*_features(model, setting, setting.source_examples))
     else:
-        weighting = reweighted(likelihoods(model, setting, teacher), share=share)
+        said = likelihoods(model, setting, teacher)
+        level = setting.level
+        weighting = reweighted(said, share=share) if level is None else at_level(said, level)
     source = [
         replace(example, weight=weight)
         for example, weight in zip(
@@ -283,7 +310,10 @@ def _features(
 
 
 def likelihoods(model: AdapterModel, setting: Setting, teacher: Mix) -> Tensor:
-    """Return log p_T(y_i | x_i) of the source's labels under the target's contract, (n,)."""
+    """Return log p_T(y_i | x_i) of the source's labels under the target's contract, (n,).
+
+    Of a free answer it is the mean over its tokens: a long one is not unlikely for being long.
+    """
     contract, examples = setting.target.contract, setting.source_examples
     if contract.labels:
         shares = label_scores(model, contract, examples, teacher)

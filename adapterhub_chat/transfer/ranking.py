@@ -52,6 +52,8 @@ def rank(
     """
     labels = list(target.contract.labels)
     found = sorted({e.answer for e in examples})
+    if not labels:
+        raise DataError(f"sources are ranked by labels, and {target.name} has free answers")
     if len(found) < 2:
         raise DataError(
             f"sources are ranked by labelled examples of two labels or more; {target.name} has "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from adapterhub_chat.errors import UsageError
+from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.evaluate import judge
 from adapterhub_chat.jobs import Job
 from adapterhub_chat.learner import Trained
@@ -50,6 +51,7 @@ class Candidate:
     weights: AdapterWeights | None = None
     """None: the bare backbone."""
     steps: int = 0
+    best_step: int = 0
     own: AdapterWeights | None = None
     """Of a stack: T alone, without the source under it."""
     note: str = ""
@@ -93,15 +95,15 @@ def transfer(
     jobs = _short_jobs(model, setting, wanted)
     if method == LANGUAGE and not any(job.name == LANGUAGE for job in jobs):
         raise UsageError("method 'language': the texts are too few or too short to learn from")
-    made = train(model, jobs, on_event=on_event) if jobs else {}
+    made = _learnt(model, jobs, on_event)
     with _on_trial(model, made[BASELINE].weights if BASELINE in made else None) as teacher:
         weighting, game, more = _long_jobs(model, setting, wanted, teacher)
     if LANGUAGE in made and setting.shots:
         learnt = made[LANGUAGE].weights
         more.append(language_stack(model.backbone.tokenizer, setting, learnt))
-    made |= train(model, more, on_event=on_event) if more else {}
+    made |= _learnt(model, more, on_event)
     every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source}
-    every |= {name: finished(setting, name, done) for name, done in made.items()}
+    every |= {name: finished(setting, name, done) for name, done in _sound(made, method).items()}
     rows = {name: _rows(model, setting, own) for name, own in every.items()}
     baseline = BASELINE if setting.shots else BACKBONE
     metric = setting.target.metric
@@ -115,6 +117,30 @@ def transfer(
     return Outcome(
         baseline, candidates, chosen, seconds, metric, weighting, game, setting.proxy, rows
     )
+
+
+def _learnt(
+    model: AdapterModel, jobs: Sequence[Job], on_event: Callable[[Event], None]
+) -> dict[str, Trained]:
+    """Train; Ctrl-C ends the whole transfer: beside what has half learnt, a verdict would be false."""
+    made = train(model, jobs, on_event=on_event) if jobs else {}
+    if any(done.stopped == "interrupted" for done in made.values()):
+        raise KeyboardInterrupt
+    return made
+
+
+def _sound(made: Mapping[str, Trained], method: str) -> dict[str, Trained]:
+    """Return what can be judged; warn of a candidate whose numbers went out of bounds.
+
+    Raises DataError where it is the one that is asked for, or the baseline.
+    """
+    lost = [name for name, done in made.items() if not done.weights.finite()]
+    text = f"{', '.join(lost)}: the training left numbers that are not finite; lower learning_rate"
+    if {BASELINE, method} & {*lost}:
+        raise DataError(text)
+    if lost:
+        warnings.warn(text, stacklevel=2)
+    return {name: done for name, done in made.items() if name not in lost}
 
 
 def check_method(setting: Setting, method: str) -> None:
@@ -170,12 +196,12 @@ def _candidate(
         return Candidate(name, value, judged, weights)
     note = done.stopped if done.stopped != "finished" else ""
     own = done.weights if name in STACKS else None
-    return Candidate(name, value, judged, weights, done.steps, own, note)
+    return Candidate(name, value, judged, weights, done.steps, done.best_step, own, note)
 
 
 def _rows(model: AdapterModel, setting: Setting, weights: AdapterWeights | None) -> Rows:
     with _on_trial(model, weights) as mix:
-        return judge(model, setting.target, setting.validation, mix).rows
+        return judge(model, setting.target, setting.validation, mix, details=False).rows
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Literal
 from adapterhub_chat.errors import DataError
 from adapterhub_chat.metrics import METRICS, Rows, paired_difference
 
+FEWEST = 5
+"""Items below which nothing is proven: a bootstrap of one or two has hardly any width."""
 Word = Literal["helps", "neutral", "hurts"]
 
 
@@ -25,7 +27,8 @@ class Verdict:
 def verdict(metric: str, candidate: Rows, baseline: Rows) -> Verdict:
     """Return whether a candidate's rows are better, with the paired 95 % bootstrap interval of the gain.
 
-    helps: the whole interval is above zero. hurts: it is below. Raises DataError without items.
+    helps: the whole interval is above zero. hurts: it is below. With less than FEWEST items it is neutral
+    whatever they say. Raises DataError without any.
     """
     if not len(candidate):
         raise DataError("the gate has no target items with labels to judge by")
@@ -33,6 +36,7 @@ def verdict(metric: str, candidate: Rows, baseline: Rows) -> Verdict:
     first, second = (candidate, baseline) if kind.higher_is_better else (baseline, candidate)
     gain, low, high = paired_difference(first, second, kind.statistic)
     word: Word = "helps" if low > 0 else "hurts" if high < 0 else "neutral"
+    word = word if len(candidate) >= FEWEST else "neutral"
     return Verdict(word, gain, low, high)
 
 
