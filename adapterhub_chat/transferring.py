@@ -170,11 +170,12 @@ def _mixes(shelf: Shelf) -> list[Mix]:
     found: list[Mix] = []
     for name in shelf.pool.names():
         try:
-            found += shelf.ready([name])
-            shelf.whole(found[-1])
+            (mix,) = shelf.ready([name])
+            shelf.whole(mix)
         except AdapterError as error:
-            found = [mix for mix in found if mix.names != (name,)]
             warnings.warn(f"{name} is left out: {error}", stacklevel=4)
+        else:
+            found.append(mix)
     return found
 
 

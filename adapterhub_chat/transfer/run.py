@@ -95,15 +95,15 @@ def transfer(
     jobs = _short_jobs(model, setting, wanted)
     if method == LANGUAGE and not any(job.name == LANGUAGE for job in jobs):
         raise UsageError("method 'language': the texts are too few or too short to learn from")
-    made = _learnt(model, jobs, on_event)
+    made = _learnt(model, jobs, method, on_event)
     with _on_trial(model, made[BASELINE].weights if BASELINE in made else None) as teacher:
         weighting, game, more = _long_jobs(model, setting, wanted, teacher)
     if LANGUAGE in made and setting.shots:
         learnt = made[LANGUAGE].weights
         more.append(language_stack(model.backbone.tokenizer, setting, learnt))
-    made |= _learnt(model, more, on_event)
+    made |= _learnt(model, more, method, on_event)
     every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source}
-    every |= {name: finished(setting, name, done) for name, done in _sound(made, method).items()}
+    every |= {name: finished(setting, name, done) for name, done in made.items()}
     rows = {name: _rows(model, setting, own) for name, own in every.items()}
     baseline = BASELINE if setting.shots else BACKBONE
     metric = setting.target.metric
@@ -120,13 +120,16 @@ def transfer(
 
 
 def _learnt(
-    model: AdapterModel, jobs: Sequence[Job], on_event: Callable[[Event], None]
+    model: AdapterModel, jobs: Sequence[Job], method: str, on_event: Callable[[Event], None]
 ) -> dict[str, Trained]:
-    """Train; Ctrl-C ends the whole transfer: beside what has half learnt, a verdict would be false."""
+    """Train, and return what is sound.
+
+    Ctrl-C ends the whole transfer: beside what has half learnt, a verdict would be false.
+    """
     made = train(model, jobs, on_event=on_event) if jobs else {}
     if any(done.stopped == "interrupted" for done in made.values()):
         raise KeyboardInterrupt
-    return made
+    return _sound(made, method)
 
 
 def _sound(made: Mapping[str, Trained], method: str) -> dict[str, Trained]:
