@@ -28,6 +28,7 @@ from adapterhub_chat.pool import Pool
 from adapterhub_chat.predict import Prediction, check_labels, choices, predictions, replies
 from adapterhub_chat.publish import Published
 from adapterhub_chat.pull import Pulled
+from adapterhub_chat.ram import RAM_BYTES
 from adapterhub_chat.route import Route
 from adapterhub_chat.router import Router, describe_routes
 from adapterhub_chat.search import Found
@@ -46,7 +47,9 @@ class AdapterHub(Making, Sharing):
     keeps adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the best that the hardware
     computes natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of
     loaded adapters: the least recently used make room, and are loaded again when they are asked for
-    (None: no bound). Methods may be called from several threads. Wherever an adapter may be named, weights
+    (None: no bound). `ram_bytes` bounds what is kept of read adapters in the host's memory, from where they
+    are loaded without the disk (None: 1 GiB for a GPU; none for a CPU, whose loaded adapters are in that
+    memory already). Methods may be called from several threads. Wherever an adapter may be named, weights
     by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter; in the
     rows of `chat`, `generate` and `next_token_logits`, "auto" chooses by the row's message.
     """
@@ -60,12 +63,15 @@ class AdapterHub(Making, Sharing):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         adapter_bytes: int | None = None,
+        ram_bytes: int | None = None,
     ) -> None:
         """Load the backbone and open the pool."""
         self.pool = Pool(pool)
         self.backbone = load_backbone(backbone, dtype=dtype, device=device, quantize=quantize)
         self.model = AdapterModel(self.backbone, budget=adapter_bytes)
-        self._shelf = Shelf(self.model, self.pool)
+        if ram_bytes is None:
+            ram_bytes = 0 if self.backbone.device.type == "cpu" else RAM_BYTES
+        self._shelf = Shelf(self.model, self.pool, ram_bytes)
         self._router = Router(self._shelf)
         self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 

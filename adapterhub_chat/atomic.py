@@ -6,6 +6,8 @@ import ctypes
 import fcntl
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from adapterhub_chat.manifest import file_sha256
@@ -59,3 +61,13 @@ def remove_left(path: Path) -> None:
         return
     finally:
         os.close(handle)
+
+
+def version_of(folder: Path, files: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Return what tells one version of a folder, and of these files in it, from the next."""
+    found = []
+    for path in (folder, *(folder / file for file in files)):
+        with suppress(OSError, ValueError):  # not there, or no path at all
+            stat = path.stat()
+            found.append((stat.st_ino, stat.st_ctime_ns))
+    return tuple(found)

@@ -190,6 +190,11 @@ class Bank:
         out[self._scaled].mul_(scale)
         return out
 
+    def twin(self) -> Bank:
+        """Return an empty bank of one slot of the same layout, in the host's memory."""
+        sites, rank, head = self.layout
+        return Bank(sites, slots=1, rank=rank, dtype=self.dtype, head=head)
+
     def zero_gradients(self) -> None:
         """Start to collect gradients anew."""
         if self.slopes is not None:

@@ -27,6 +27,8 @@ from adapterhub_chat.types import Mix
 
 AHEAD = 4
 """Waiting requests whose adapters are fetched before there is a row for them."""
+NEAR = 16
+"""Waiting requests whose adapters are read from the disk, while there is no slot for them yet."""
 FEW_CORES = 4
 """Cores up to which a fetch beside a step costs more than one between two steps (docs/performance.md)."""
 PAUSE = 0.05
@@ -70,6 +72,8 @@ class Engine:
         )
         self._waiting: deque[Ticket] = deque()
         self._fetched: dict[Ticket, Future[Held]] = {}
+        self._nearing: Future[None] | None = None
+        self._near: set[Ticket] = set()  # whose adapters were read ahead
         self._alone: Ticket | None = None  # whose adapters were fetched last while nothing ran
         self._no_room = False  # the last fetch found none; only an ending request changes that
         self._loader = ThreadPoolExecutor(1, "adapterhub-loader")
@@ -203,9 +207,12 @@ class Engine:
         self._no_room = self._no_room and bool(self._batch.rows or self._fetched)
         for ahead, ticket in enumerate(list(self._waiting)):
             if len(self._batch.rows) >= self.max_rows:
-                if ahead >= AHEAD:
+                if ahead >= NEAR:
                     return
-                self._fetch(ticket)
+                if ahead >= AHEAD:
+                    self._bring_near(ticket)
+                else:
+                    self._fetch(ticket)
             elif not self._start(ticket):
                 return
 
@@ -265,7 +272,16 @@ class Engine:
             elif self._may_fetch:
                 self._may_fetch = False
                 self._fetched[ticket] = _called(self.model.acquire, mix)
+        if ticket not in self._fetched:
+            self._bring_near(ticket)
         return True
+
+    def _bring_near(self, ticket: Ticket) -> None:
+        """Have a request's adapters read from the disk, one request's at a time, behind what is fetched."""
+        busy = self._nearing is not None and not self._nearing.done()
+        if self._beside and not busy and ticket not in self._near:
+            self._near.add(ticket)
+            self._nearing = self._loader.submit(self.model.prefetch, ticket.request.mix)
 
     def _return(self, ticket: Ticket, held: Held) -> None:
         """Keep what was fetched for a request that has to wait."""
@@ -299,6 +315,7 @@ class Engine:
         completion: Completion | None = None,
         error: BaseException | None = None,
     ) -> None:
+        self._near.discard(ticket)
         ticket.completion, ticket.error = None if error else completion, error
         with self._changed:
             self._changed.notify_all()

@@ -154,7 +154,6 @@ class FusedDecoder:
         self._head_bias = head.bias
         self._folder = folder
         self._step: tuple[tuple[int, int], native.Step] | None = None
-        self._entries: tuple[Plan, list[native.Entries]] | None = None
 
     @cached_property
     def _products(self) -> native.Products | None:
@@ -286,7 +285,7 @@ class FusedDecoder:
         positions = feed.positions
         cos, sin = self._rotary(x.new_empty(0, dtype=torch.float32), positions)
         step.at(positions, cos.contiguous(), sin.contiguous())
-        entries = self._entries_of(plan)
+        entries = [] if plan is None else plan.entries()
         attended = x.new_empty(rows, self.shape[0] * self.shape[2])
         delta = None
         for layer, block in enumerate(self.blocks):
@@ -306,13 +305,6 @@ class FusedDecoder:
         if self._step is None or self._step[0] != key:
             self._step = key, native.Step(self.shape, self.scale, cache.length, rows)
         return self._step[1]
-
-    def _entries_of(self, plan: Plan | None) -> list[native.Entries]:
-        if plan is None:
-            return []
-        if self._entries is None or self._entries[0] is not plan:
-            self._entries = plan, plan.entries()
-        return self._entries[1]
 
 
 def _mixed(fused: _Fused, x: Tensor, add: _Add) -> Tensor:

@@ -70,6 +70,7 @@ class Plan:
         self._outputs: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._factors: dict[tuple[str, int], tuple[Tensor, ...]] = {}
         self._side_by_side: dict[str, Tensor] = {}
+        self._entries: dict[int, list[Entries]] = {}
 
     @property
     def _whole(self) -> bool:
@@ -168,11 +169,13 @@ class Plan:
         return total.masked_fill(~known & known.any(1, keepdim=True), -math.inf)
 
     def entries(self, tokens: int = 1) -> list[Entries]:
-        """Return this mix for the native products, made anew: one item for every layout of bank.
+        """Return this mix for the native products: one item for every layout of bank.
 
         With `tokens`, each row stands for so many rows of x, side by side.
         """
-        found = []
+        if tokens in self._entries:
+            return self._entries[tokens]
+        found = self._entries[tokens] = []
         for places, weights in self._alike:
             bank = places[0][0]
             sites = _SITES.get(bank.layout)

@@ -72,6 +72,8 @@ class AdapterModel:
         """How forwards and engines hold a mix's adapters; a shelf loads those first that are not here."""
         self.whole: Callable[[Mix], Mix] = lambda mix: mix
         """A mix with what its stacks stand on; a shelf knows."""
+        self.prefetch: Callable[[Mix], None] = lambda mix: None
+        """Bring a mix's adapters nearer, before there is a slot for them; a shelf knows how."""
         self.engine: Any = None
         """What decodes with this model, once something is decoded (generate.py)."""
 

@@ -125,8 +125,14 @@ def _processor() -> str:
 
 
 def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
-    """Put an adapter into a slot of a bank, as `Bank.write` does, in one call where that can be."""
-    usable = not bank.trainable and bank.device.type == "cpu" and bank.dtype in SUFFIX
+    """Put an adapter into a slot of a bank, as `Bank.write` does, in one call where that can be.
+
+    Another device gets its slot whole: hundreds of small copies would each wait for their turn.
+    """
+    if bank.device.type != "cpu" and not bank.trainable:
+        _write_whole(folder, bank, slot, weights)
+        return
+    usable = not bank.trainable and bank.dtype in SUFFIX
     found = weights.addresses(bank.dtype) if usable else None
     if found is None or not compiled(folder):
         bank.write(slot, weights)
@@ -143,6 +149,14 @@ def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
     call = getattr(library(folder), f"fill_{SUFFIX[bank.dtype]}")
     call(_array(parts, ctypes.c_int64), _array(scales, ctypes.c_float), _int(len(scales)))
     bank.write_head(slot, weights.head)
+
+
+def _write_whole(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
+    """Put an adapter together in the host's memory, and copy it to the bank's device in one go."""
+    twin = bank.twin()
+    write(folder, twin, 0, weights)
+    bank.flat[slot].copy_(twin.flat[0])
+    bank.labels[slot] = twin.labels[0]
 
 
 class Sites:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapterhub_chat.atomic import exchange, link, remove_left, same_file, sync
+from adapterhub_chat.atomic import exchange, link, remove_left, same_file, sync, version_of
 from adapterhub_chat.card import render_card
 from adapterhub_chat.errors import (
     AdapterError,
@@ -41,6 +41,8 @@ from adapterhub_chat.weights import AdapterWeights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 RESERVED = (BACKBONE, AUTO)
 CARD = "README.md"
+FILES = (WEIGHTS, CONFIG, MANIFEST)
+"""What an adapter is read from."""
 TEMPORARY, ASIDE, INCOMING = ".tmp-", ".old-", ".incoming-"
 LEFT = (TEMPORARY, ASIDE, INCOMING, NEXT, STEP)
 """What a killed run may leave, by how it begins."""
@@ -339,23 +341,15 @@ def read_stored(
     A folder that is replaced while it is read is read again: files of two versions never meet.
     """
     while True:
-        version = _version(folder)
+        version = version_of(folder, FILES)
         try:
             stored = _read_once(folder, name, layers, landing)
         except AdapterError:
-            if _version(folder) == version:
+            if version_of(folder, FILES) == version:
                 raise
         else:
-            if _version(folder) == version:
+            if version_of(folder, FILES) == version:
                 return stored
-
-
-def _version(folder: Path) -> tuple[int, int]:
-    """Return what tells one version of an adapter's folder from the next."""
-    with suppress(OSError):
-        stat = folder.stat()
-        return stat.st_ino, stat.st_ctime_ns
-    return 0, 0
 
 
 def _read_once(folder: Path, name: str, layers: Layers | None, landing: Landing) -> Stored:

@@ -21,6 +21,7 @@ from adapterhub_chat.prefixes import Prefixes
 from adapterhub_chat.requests import Completion, Request, Ticket
 from adapterhub_chat.sampling import TokenLogprob, generator_of, logprob_of, pick
 from adapterhub_chat.slots import Held, plan_of
+from adapterhub_chat.types import Mix
 from adapterhub_chat.writing import Writing
 
 CHUNK_STEP = 16
@@ -198,9 +199,19 @@ class Running:
         self._choose(new, logits, through)
 
     def _sort_fresh(self) -> None:
-        """Let rows of one mix lie side by side where nothing of them is in the cache yet."""
+        """Let rows of one mix lie side by side where nothing of them is in the cache yet.
+
+        The mix of the row that has waited longest comes first, so that none waits for ever.
+        """
         places = [n for n in range(self._decoding, len(self.rows)) if not self.rows[n].fed]
-        fresh = sorted((self.rows[n] for n in places), key=lambda row: str(row.request.mix))
+        fresh = [self.rows[n] for n in places]
+        oldest: dict[Mix, float] = {}
+        for row in fresh:
+            since = row.ticket.submitted
+            oldest[row.request.mix] = min(since, oldest.get(row.request.mix, since))
+        fresh.sort(
+            key=lambda row: (oldest[row.request.mix], str(row.request.mix), row.ticket.submitted)
+        )
         for n, row in zip(places, fresh, strict=True):
             self.rows[n] = row
 
@@ -247,6 +258,8 @@ class Running:
                 self.cache.wipe(self.rows.index(row))
             else:
                 self._remember(row)
+        if ended:
+            self._plan = ([], None)  # it keeps the slots of who has ended
         going = [row for row in self.rows if not row.writing.ended]
         past = [row for row in going if not row.left]
         new = [row for row in going if row.left]

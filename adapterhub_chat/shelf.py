@@ -12,11 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from adapterhub_chat.atomic import version_of
 from adapterhub_chat.errors import AdapterError, AdapterHubError, NoRoomError, UsageError
 from adapterhub_chat.folder import ANYWHERE, Landing, Scratch, config_of
 from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.pool import Pool, Stored, check_name, read_stored
+from adapterhub_chat.pool import FILES, Pool, Stored, check_name, read_stored
+from adapterhub_chat.ram import Ram
 from adapterhub_chat.slots import Ahead, Held
 from adapterhub_chat.stacks import standing
 from adapterhub_chat.trust import (
@@ -60,15 +62,16 @@ class AdapterInfo:
 class Shelf:
     """Which adapters are loaded, where each came from, and what its manifest says."""
 
-    def __init__(self, model: AdapterModel, pool: Pool) -> None:
-        """Start with nothing loaded."""
+    def __init__(self, model: AdapterModel, pool: Pool, ram_bytes: int = 0) -> None:
+        """Start with nothing loaded; up to `ram_bytes` of what is read are kept in the host's memory."""
         self.model, self.pool = model, pool
+        self.ram = Ram(ram_bytes, locked=model.backbone.device.type == "cuda")
         self._known: dict[str, Known] = {}
         self._answered: set[str] = set()
         self._scratch = Scratch()
         self._changing = threading.RLock()
         """Held from reading an adapter until it is loaded: an older version must not follow a newer one."""
-        model.acquire, model.whole = self.acquire, self.whole
+        model.acquire, model.whole, model.prefetch = self.acquire, self.whole, self.prefetch
 
     def known(self, name: str) -> Known | None:
         """Return what is known of an adapter, None when it was not loaded."""
@@ -94,18 +97,44 @@ class Shelf:
             scores=manifest.scores if manifest else (),
         )
 
-    def load(self, source: str | Path, name: str | None = None) -> str:
-        """Check and load a pool member or a folder; return its name. See AdapterHub.load."""
-        with (
-            self._changing,
-            self._scratch.lent() as memory,
-            self.model.ahead() as ahead,
-        ):
-            stored = self.find(source, name, Landing(memory, ahead.fill))
+    def load(self, source: str | Path, name: str | None = None, *, waiting: bool = False) -> str:
+        """Check and load a pool member or a folder; return its name. See AdapterHub.load.
+
+        `waiting`: where there is no room now, whoever is given a row with it loads it.
+        """
+        with self._changing, self._scratch.lent() as memory, self.model.ahead() as ahead:
+            stored = self._read(source, name, Landing(memory, ahead.fill))
             if note := self._accepted(stored, ahead):
                 warnings.warn(note, stacklevel=3)
-            self._hold(stored, ahead)
+            try:
+                self._hold(stored, ahead)
+            except NoRoomError:
+                if not waiting:
+                    raise
+                self._known[stored.name] = _known(stored)
             return stored.name
+
+    def prefetch(self, mix: Mix) -> None:
+        """Read into the host's memory what a mix needs and is in no slot; what cannot be read is left."""
+        if not self.ram.budget:
+            return
+        with suppress(AdapterHubError):
+            for name in self.whole(mix).names:
+                if name not in self.model.slots:
+                    self._read(self._source(name), name)
+
+    def _read(self, source: str | Path, name: str | None, landing: Landing = ANYWHERE) -> Stored:
+        """Find an adapter in the host's memory, else on disk, from where it then is there, too."""
+        if not self.ram.budget:
+            return self.find(source, name, landing)
+        member = isinstance(source, str) and source in self.pool
+        folder = self.pool.root / source if member else Path(source)
+        stored = self.ram.find(folder)
+        if stored is None:
+            version = version_of(folder, FILES)
+            stored = self.find(source, name, replace(landing, memory=self.ram.memory))
+            self.ram.keep(stored, version)
+        return replace(stored, name=check_name(name)) if name else stored
 
     def rollback(self, name: str) -> Manifest | None:
         """Exchange a pool member with its earlier version, here too where it is loaded. See AdapterHub."""
@@ -179,7 +208,7 @@ class Shelf:
             )
         for name in dict.fromkeys(n for mix in mixes for n in mix.names):
             if name not in self.model.slots and name not in self._known:
-                self.load(name)
+                self.load(name, waiting=True)
         return mixes
 
     def acquire(self, mix: Mix) -> Held:
@@ -228,9 +257,13 @@ class Shelf:
         return Mix(tuple((name, 1.0) for name in (trial, *self._standing(manifest))))
 
     def _load_again(self, name: str) -> None:
+        self.load(self._source(name), name)
+
+    def _source(self, name: str) -> str | Path:
+        """Return where a name's adapter comes from: the pool, or the folder it was loaded from."""
         known = self._known.get(name)
         outside = known is not None and known.path != self.pool.root / name
-        self.load(known.path if known is not None and outside else name, name)
+        return known.path if known is not None and outside else name
 
     def contract(self, mix: Mix) -> PromptContract | None:
         """Return the contract of the mix's heaviest adapter, None when it has none."""

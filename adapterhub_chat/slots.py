@@ -1,8 +1,9 @@
 """Slots: which adapter lives where in device memory, under a budget of bytes.
 
-Slots of one layout (sites and rank bucket) are allocated a few at a time and used again and again. The least
-recently used adapter makes room; one that is in use or pinned is never evicted nor overwritten: a name that
-is loaded anew gets another slot, and the old content goes when its last user has left.
+Slots of one layout (sites and rank bucket) are allocated a few at a time, under a budget one at a time (what
+is free then is free for every layout), and used again and again. The least recently used adapter makes room;
+one that is in use or pinned is never evicted nor overwritten: a name that is loaded anew gets another slot,
+and the old content goes when its last user has left.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.weights import AdapterWeights
 
 SEGMENT = 4
-"""Slots that are allocated together."""
+"""Slots that are allocated together where nothing bounds them."""
 SMALLEST_RANK = 8
 """Ranks are rounded up to a power of two from here on: few layouts, and products of fast widths."""
 
@@ -239,10 +240,17 @@ class Slots:
                 self.give_back(old.place)
 
     def _room(self, weights: AdapterWeights, name: str) -> Place:
-        """Return a slot of the right layout that nobody has: a free one, a new one, or after evictions."""
-        while (place := self._free(weights)) is None:
+        """Return a slot of the right layout that nobody has: a free one, a new one, or after evictions.
+
+        Raises NoRoomError before anybody has to go in vain.
+        """
+        place = self._free(weights)
+        if place is None:
+            self._check_room(self._layout(weights)[1], name)
+        while place is None:
             if not self._drop_an_empty_segment():
-                self._evict(name, self._layout(weights)[1])
+                self._forget(self._idle()[0])
+            place = self._free(weights)
         return place
 
     def _free(self, weights: AdapterWeights) -> Place | None:
@@ -251,10 +259,9 @@ class Slots:
         for segment in self._segments:
             if segment.free and segment.bank.layout == layout:
                 return segment.bank, segment.free.pop()
-        left = SEGMENT if self.budget is None else (self.budget - self.nbytes) // size
-        if left < 1:
+        if self.budget is not None and self.nbytes + size > self.budget:
             return None
-        slots, (modules, rank, labels) = min(left, SEGMENT), _kind(weights)
+        slots, (modules, rank, labels) = SEGMENT if self.budget is None else 1, _kind(weights)
         bank = self._new_bank(modules, slots, rank, labels)
         self._segments.append(_Segment(bank, list(range(slots - 1))))
         return bank, slots - 1
@@ -274,13 +281,20 @@ class Slots:
                 return True
         return False
 
-    def _evict(self, wanted: str, size: int) -> None:
+    def _idle(self) -> list[str]:
+        """Return the adapters that may be evicted, the least recently used first."""
         idle = [n for n, r in self._names.items() if not r.users and n not in self.pinned]
-        if idle:
-            self._forget(min(idle, key=lambda name: self._names[name].used))
+        return sorted(idle, key=lambda name: self._names[name].used)
+
+    def _check_room(self, size: int, wanted: str) -> None:
+        """Raise NoRoomError where even without all idle adapters there were no room for so many bytes."""
+        assert self.budget is not None
+        idle = sum(self._names[name].place[0].slot_bytes for name in self._idle())
+        free = sum(len(s.free) * s.bank.slot_bytes for s in self._segments)
+        if self.nbytes - free - idle + size <= self.budget:
             return
         raise NoRoomError(
-            f"adapter {wanted!r} needs {size / 2**20:.1f} MiB, and the {(self.budget or 0) / 2**20:.1f} MiB "
+            f"adapter {wanted!r} needs {size / 2**20:.1f} MiB, and the {self.budget / 2**20:.1f} MiB "
             f"for loaded adapters are all in use ({', '.join(self._names) or 'nothing is loaded'}); "
             "call hub.unload(name), take names out of hub.model.slots.pinned, wait for running requests, "
             "or give AdapterHub more adapter_bytes"

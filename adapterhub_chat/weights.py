@@ -114,6 +114,14 @@ class AdapterWeights:
         return sum(each) + labels * (width + 1)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that its numbers take where they are."""
+        if isinstance(self.factors, Packed):
+            head = (self.head.weight, self.head.bias) if self.head else ()
+            return self.factors.numbers.nbytes + sum(tensor.nbytes for tensor in head)
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
     def labels(self) -> int:
         """How many labels its head knows, 0 without one."""
         return self.head.shape[0] if self.head else 0

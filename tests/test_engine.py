@@ -13,7 +13,7 @@ from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterhub_chat import AdapterHub
+from adapterhub_chat import AdapterHub, running
 from adapterhub_chat.backbone import load_backbone, pick_dtype
 from adapterhub_chat.cache import KeyValues
 from adapterhub_chat.decoder import ModuleDecoder
@@ -30,7 +30,8 @@ from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import shared_length
 from adapterhub_chat.requests import Request
 from adapterhub_chat.sampling import Sampling
-from adapterhub_chat.types import Mix, as_mix
+from adapterhub_chat.slots import plan_of
+from adapterhub_chat.types import as_mix
 from adapterhub_chat.weights import initial_weights
 
 ROOT = Path(__file__).parent.parent
@@ -114,71 +115,20 @@ def test_four_bits_give_one_text_together_and_alone(pico_folder, make_weights):
 
 
 class Library:
-    """Versions of adapters by name; loads the newest when it is asked for, as a pool does."""
+    """Adapters that are loaded when they are asked for, as a shelf does."""
 
     def __init__(self, model, make_weights, count):
-        self.model, self.make, self.lock = model, make_weights, threading.Lock()
-        self.versions = {f"a{n}": [make_weights(seed=n, rank=4)] for n in range(count)}
+        self.model, self.lock = model, threading.Lock()
+        self.weights = {f"a{n}": make_weights(seed=n, rank=4) for n in range(count)}
+        self.loaded = []
 
     def load(self, name):
         with self.lock:
-            version = len(self.versions[name]) - 1
-            self.model.load(name, self.versions[name][version], identity=f"{name}@{version}")
+            self.loaded.append(name)
+            self.model.load(name, self.weights[name])
 
     def acquire(self, mix):
         return self.model.slots.gather(mix, self.load)
-
-    def publish(self, name, seed):
-        with self.lock:
-            self.versions[name].append(self.make(seed=seed, rank=4))
-        if name in self.model.slots:
-            self.load(name)
-
-    def weights(self, identity):
-        name, version = identity.split("@")
-        return name, self.versions[name][int(version)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("beside", [True, False])
-def test_five_hundred_requests_over_fifty_adapters(model, make_weights, beside):
-    """Joins, cancels, evictions and re-publishes go on: a request is answered by the content that its
-    adapter's name had when it began, and by no other."""
-    library, began, rng = Library(model, make_weights, 50), {}, random.Random(7)
-    model.slots.budget = 20 * make_size(model, library.versions["a0"][0])
-    model.acquire = library.acquire
-    engine = Engine(model, rows=12, chunk=64, beside=beside)
-    start = engine._batch.start
-    engine._batch.start = lambda row: (began.update({row.ticket: row.held.key}), start(row))
-    tickets = []
-    for n, request in enumerate(some_requests(500, seed=3, names=50, mixed=False)):
-        tickets.append(engine.submit(request))
-        if rng.random() < 0.6:
-            engine.step()
-        if rng.random() < 0.1:
-            rng.choice(tickets).cancel()
-        if rng.random() < 0.1:
-            library.publish(f"a{rng.randrange(50)}", seed=1000 + n)
-    done = [ticket.result() for ticket in tickets]
-    assert engine.running == engine.waiting == 0
-    assert model.slots.nbytes <= model.slots.budget
-    reasons = [completion.reason for completion in done]
-    assert reasons.count("cancelled") > 10
-    assert len(reasons) - reasons.count("cancelled") > 400
-    for ticket in began:
-        check_against_its_content(ticket, began[ticket], library)
-
-
-def check_against_its_content(ticket, key, library):
-    """The text, or its beginning when it was cancelled, is what the content gives alone."""
-    request, got, mix = ticket.request, ticket.completion, Mix()
-    if key:
-        name, weights = library.weights(key[0][0])
-        assert name == request.mix.names[0]
-        library.model.load("probe", weights)
-        mix = as_mix("probe")
-    wanted = alone(library.model, Request(request.prompt, mix, request.sampling))
-    assert got.ids == (wanted.ids[: len(got.ids)] if got.reason == "cancelled" else wanted.ids)
 
 
 def test_bf16_is_decoded_on_every_processor(pico_folder, tmp_path):
@@ -232,8 +182,7 @@ def test_in_bf16_only_near_ties_differ():
 
 def make_size(model, weights):
     """Bytes of a slot for such weights."""
-    bank = model._new_slots(tuple(weights.factors), 0, 8)
-    return bank.slot_bytes
+    return model.slots._layout(weights)[1]
 
 
 # ---- prompts in chunks, prefixes -------------------------------------------------------------------
@@ -542,7 +491,7 @@ def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
 
 def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_weights):
     library = Library(model, make_weights, 4)
-    model.slots.budget = 2 * make_size(model, library.versions["a0"][0])
+    model.slots.budget = 2 * make_size(model, library.weights["a0"])
     model.acquire = library.acquire
     engine = Engine(model)
     tickets = [engine.submit(Request((44, n), as_mix(f"a{n}"), LONG)) for n in range(4)]
@@ -551,6 +500,89 @@ def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_w
     three = as_mix({f"a{n}": 0.25 for n in range(3)})
     with pytest.raises(NoRoomError, match=r"hub.unload"):
         engine.submit(Request((44,), three, LONG)).result()
+
+
+def test_who_waits_has_his_adapter_brought_near(model, make_weights):
+    """Before there is a row, and while there is no slot: of the first ones in the queue, once each."""
+    library, near = Library(model, make_weights, 40), []
+    model.acquire, model.prefetch = library.acquire, lambda mix: near.append(str(mix))
+    model.slots.budget = 2 * make_size(model, library.weights["a0"])
+    engine = Engine(model, rows=1, beside=True)
+    tickets = [engine.submit(Request((44, n + 3), as_mix(f"a{n}"), LONG)) for n in range(30)]
+    for _ in range(12):
+        engine.step()
+    assert near
+    assert all(t.result().ids for t in tickets)
+    assert len(near) == len({*near})
+    assert not engine._near
+
+
+def test_the_least_recently_used_goes_first(model, make_weights):
+    library = Library(model, make_weights, 4)
+    model.acquire = library.acquire
+    model.slots.budget = 3 * make_size(model, library.weights["a0"])
+    engine = Engine(model)
+    for name in ("a0", "a1", "a2", "a0", "a3"):  # a1 has waited longest when a3 comes
+        engine.submit(Request((44,), as_mix(name), LONG)).result()
+    assert set(model.names) == {"a0", "a2", "a3"}
+    assert library.loaded == ["a0", "a1", "a2", "a3"]
+
+
+def test_ranks_share_a_budget_and_nobody_goes_in_vain(model, make_weights):
+    """Under a budget a slot that is free is free for every rank; where nothing helps, all stay."""
+    small, large = make_weights(rank=8), make_weights(rank=64)
+    model.slots.budget = make_size(model, large)  # eight small ones
+    for n in range(8):
+        model.load(f"s{n}", small)
+    assert len(model.names) == 8
+    held = model.slots.hold(as_mix("s3"))
+    with pytest.raises(NoRoomError):
+        model.load("large", large)
+    assert len(model.names) == 8
+    model.slots.release(held)
+    model.load("large", large)
+    assert model.names == ("large",)
+    model.load("s0", small)
+    assert model.names == ("s0",)
+    assert model.slots.nbytes <= model.slots.budget
+
+
+def test_a_plan_is_made_once_for_a_change_of_the_batch(loaded, monkeypatch):
+    made = []
+    monkeypatch.setattr(running, "plan_of", lambda held: made.append(len(held)) or plan_of(held))
+    engine = Engine(loaded, prefix_bytes=0)
+    tickets = [engine.submit(Request((44, 45), as_mix(f"a{n}"), LONG)) for n in range(3)]
+    for ticket in tickets:
+        ticket.result()
+    assert made == [3, 3]  # the prompts', and one for 23 steps
+    assert engine._batch._plan == ([], None)  # which nobody's slots are kept by
+
+
+def test_a_row_that_runs_ends_at_its_deadline(loaded):
+    engine = Engine(loaded)
+    rules = Sampling(max_new_tokens=400, ignore_eos=True)
+    late = engine.submit(Request((44,), as_mix("a1"), rules, deadline=0.2))
+    engine.drive(lambda: engine.running == 1)
+    stop = time.monotonic() + 20
+    while not late.done and time.monotonic() < stop:
+        engine.step()
+    done = late.result()
+    assert done.reason == "deadline"
+    assert 0 < len(done.ids) < 400
+
+
+def test_a_prompt_is_not_overtaken_for_ever(loaded):
+    """Rows of one mix are fed together, but the oldest row's mix is first."""
+    engine = Engine(loaded, rows=8, chunk=16, prefix_bytes=0)
+    long = tuple(range(3, 35))
+    engine.submit(Request(long, as_mix("a0"), LONG))
+    last = engine.submit(Request(long, as_mix("a5"), LONG))
+    for n in range(6):  # a0, whose name comes first, comes again and again
+        engine.step()
+        engine.submit(Request((*long, 40 + n), as_mix("a0"), LONG))
+    fed = next(row.fed for row in engine._batch.rows if row.ticket is last)
+    assert fed > 0
+    assert last.result().ids == alone(loaded, last.request).ids
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=30))

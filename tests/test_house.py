@@ -41,7 +41,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     },
     {
         "keeping": "manifest routing card peft_config header guard folder gguf_adapter atomic lockfile pool "
-        "stacks trust shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search "
+        "stacks trust ram shelf runlog checkpoint pictures endpoint bounds hub signing publish pull search "
         "export"
     },
     {

@@ -7,7 +7,7 @@ from torch.nn import functional
 from adapterhub_chat import native
 from adapterhub_chat.bank import Bank, Site
 from adapterhub_chat.lora import Plan
-from adapterhub_chat.weights import AdapterWeights
+from adapterhub_chat.weights import AdapterWeights, Head
 
 SITE = Site("q|k", ("q", "k"), 70, (130, 33))  # no width is a multiple of a tile or a vector
 OTHER = Site("o", ("o",), 96, (64,))
@@ -221,3 +221,19 @@ def test_a_slot_is_filled_without_a_library_too(tmp_path):
     theirs.write(2, weights)
     assert torch.equal(ours.flat, theirs.flat)
     assert not (tmp_path / "nothing here").exists()
+
+
+def test_a_slot_of_another_device_is_put_together_here(folder, dtype):
+    """What another device is given in one copy is what it would be given piece by piece."""
+    sites, heads = ALL[:1], (2, 70)
+    ours, theirs = (Bank(sites, slots=2, rank=8, dtype=dtype, head=heads) for _ in range(2))
+    whole = adapter(5, dtype)
+    factors = {m: whole.factors[m] for m in SITE.members}
+    head = Head(torch.randn(2, 70), torch.randn(2))
+    weights = AdapterWeights(factors, whole.alphas, head=head)
+    ours.flat.fill_(7.0)  # what was there before is gone
+    native._write_whole(folder, ours, 1, weights)
+    theirs.write(1, weights)
+    assert torch.equal(ours.flat[1], theirs.flat[1])
+    assert ours.labels == theirs.labels == [0, 2]
+    assert bool((ours.flat[0] == 7.0).all())

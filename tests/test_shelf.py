@@ -1,18 +1,22 @@
 """A shelf with bounded memory, which several threads load from: what is loaded is what the pool has."""
 
+import random
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 from conftest import keep_adapter
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.errors import NoRoomError
+from adapterhub_chat.engine import Engine
+from adapterhub_chat.errors import AdapterError, NoRoomError, UsageError
 from adapterhub_chat.manifest import Under
 from adapterhub_chat.requests import Request
 from adapterhub_chat.sampling import Sampling
-from adapterhub_chat.types import as_mix
+from adapterhub_chat.shelf import _identity
+from adapterhub_chat.types import Mix, as_mix
 
 RULES = Sampling(max_new_tokens=6, ignore_eos=True)
 PROMPT = tuple(range(20, 30))
@@ -136,3 +140,178 @@ def test_a_default_adapter_is_nobody_elses(pico_folder, tmp_path, make_weights, 
     with own.use("toy"):
         assert texts(own, [None, "toy"]) == wanted
         torch.testing.assert_close(own.engine.decoder.early_states(ids), states)
+
+
+# ---- between the disk and the slots ------------------------------------------------------------------
+
+
+def test_what_was_read_once_is_not_read_again(hub, bounded):
+    names = ["a", "b", "c", "a", "b", "c"]
+    wanted = [texts(hub, [name])[0] for name in names]
+    tight = bounded(1, ram_bytes=10**6)
+    ram = tight._shelf.ram
+    assert [texts(tight, [name])[0] for name in names] == wanted
+    assert ram.hits == 3
+    assert 0 < ram.nbytes <= ram.budget
+    assert bounded(1)._shelf.ram.budget == 0  # a CPU's slots are this memory themselves
+
+
+@pytest.mark.parametrize("change", ["save", "rollback", "describe", "break"])
+def test_what_has_changed_on_disk_is_read_again(hub, bounded, make_weights, change):
+    keep_adapter(hub, make_weights(seed=9), "a")
+    tight = bounded(1, ram_bytes=10**6)
+    for name in "ab":
+        tight.load(name)
+    if change == "save":
+        keep_adapter(hub, make_weights(seed=11), "a")
+    elif change == "rollback":
+        hub.rollback("a")
+    elif change == "describe":
+        new = hub.pool.manifest("a").model_copy(update={"about": "other words"})
+        hub.pool.describe("a", new)
+    else:
+        file = hub.pool.path("a") / "adapter_model.safetensors"
+        broken = bytearray(file.read_bytes())
+        broken[-1] ^= 1
+        file.write_bytes(broken)
+        with pytest.raises(AdapterError, match="sha256"):
+            tight.load("a")
+        return
+    assert tight._shelf.ram.hits == 0
+    tight.load("a")
+    assert tight._shelf.ram.hits == 0
+    assert tight._shelf.known("a").manifest == hub.pool.manifest("a")
+    assert texts(tight, ["a"]) == texts(bounded(1), ["a"])
+
+
+def test_the_hosts_memory_has_a_budget(hub, bounded):
+    size = hub.pool.load("a").weights.nbytes
+    tight = bounded(1, ram_bytes=2 * size)
+    for name in "abc":
+        tight.load(name)
+    ram = tight._shelf.ram
+    assert ram.nbytes == 2 * size
+    assert ram.find(hub.pool.root / "a") is None
+    assert ram.find(hub.pool.root / "c") is not None
+    assert bounded(1, ram_bytes=size - 1).load("a") == "a"  # too large to be kept: read each time
+
+
+def test_what_is_brought_near_is_loaded_without_the_disk(hub, bounded, monkeypatch):
+    tight = bounded(1, ram_bytes=10**6)
+    tight.model.prefetch(as_mix("a"))
+    tight.model.prefetch(as_mix("nobody"))  # whoever asks for it is told
+    assert tight.model.names == ()
+    monkeypatch.setattr(tight.pool, "load", None)
+    assert texts(tight, ["a"]) == texts(hub, ["a"])
+
+
+def test_a_request_waits_where_all_memory_is_in_use(hub, bounded):
+    """Also the very first one for an adapter: its contract is known before it has a slot."""
+    tight = bounded(1)
+    running = tight.engine.submit(Request(PROMPT, tight._shelf.ready(["a"])[0], RULES))
+    tight.engine.drive(lambda: tight.engine.running == 1)
+    assert texts(tight, ["b"]) == texts(hub, ["b"])
+    assert running.result().reason == "length"
+    tight.model.slots.pinned.add("b")
+    with pytest.raises(NoRoomError):  # for which nobody will make room
+        texts(tight, ["c"])
+
+
+def test_a_new_version_serves_new_requests_and_the_old_one_those_that_run(
+    hub, bounded, make_weights
+):
+    """Through the engine, and back again by one call."""
+    long = Sampling(max_new_tokens=40, ignore_eos=True)
+    request = Request(PROMPT, as_mix("a"), long)
+
+    def ask():
+        return hub.engine.submit(request)
+
+    hub.load("a")
+    old = ask().result().ids
+    running = ask()
+    hub.engine.drive(lambda: hub.engine.running == 1)
+    hub.engine.step()
+    keep_adapter(hub, make_weights(seed=9), "a")
+    new = ask()
+    assert running.result().ids == old
+    assert new.result().ids != old
+    hub.rollback("a")
+    assert ask().result().ids == old
+    hub.rollback("a")
+    assert ask().result().ids == new.result().ids
+
+
+# ---- all at once --------------------------------------------------------------------------------------
+
+
+class Publisher:
+    """Publishes adapters into a hub's pool, and remembers every content that there ever was."""
+
+    def __init__(self, hub, make_weights, count):
+        self.hub, self.make, self.contents = hub, make_weights, {}
+        for n in range(count):
+            self.publish(f"a{n}", seed=n)
+
+    def publish(self, name, seed):
+        keep_adapter(self.hub, self.make(seed=seed, rank=(4, 12)[seed % 2]), name)
+        stored = self.hub.pool.load(name)
+        self.contents[_identity(stored)] = name, stored.weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantize", "beside"), [(None, True), (None, False), ("nf4", True)])
+def test_five_hundred_requests_over_fifty_adapters(
+    pico_folder, tmp_path, make_weights, quantize, beside
+):
+    """Joins, cancels, evictions, re-publishes and rollbacks go on: a request is answered by a content that
+    its adapter's name had, the one that it began with, and by no other."""
+    options = {"dtype": "fp32", "device": "cpu", "quantize": quantize}
+    make = partial(AdapterHub, str(pico_folder), tmp_path / "pool", **options)
+    publisher, rng, began = Publisher(make(), make_weights, 50), random.Random(7), {}
+    size = publisher.hub.model.slots._layout(make_weights(rank=12))[1]
+    own = publisher.hub = make(adapter_bytes=14 * size, ram_bytes=200_000)
+    slots = own.model.slots
+    engine = Engine(own.model, rows=12, chunk=64, beside=beside)
+    start = engine._batch.start
+    engine._batch.start = lambda row: (began.update({row.ticket: row.held.key}), start(row))
+    tickets, refused = [], 0
+    for n in range(500):
+        prompt = tuple(rng.randrange(3, 250) for _ in range(rng.randrange(1, 70)))
+        rules = Sampling(max_new_tokens=rng.randrange(1, 20), ignore_eos=rng.random() < 0.5)
+        choice = rng.choice([None, *(f"a{n}" for n in range(50))])
+        tickets.append(engine.submit(Request(prompt, as_mix(choice), rules)))
+        if rng.random() < 0.6:
+            engine.step()
+        if rng.random() < 0.1:
+            rng.choice(tickets).cancel()
+        try:
+            if rng.random() < 0.1:
+                publisher.publish(f"a{rng.randrange(50)}", seed=1000 + n)
+            if n % 50 == 49:
+                own.rollback(f"a{rng.randrange(50)}")
+        except (UsageError, NoRoomError):  # it has no earlier version, or all are in use just now
+            refused += 1
+        assert slots.nbytes <= slots.budget
+    done = [ticket.result() for ticket in tickets]
+    assert engine.running == engine.waiting == 0
+    reasons = [completion.reason for completion in done]
+    assert 10 < reasons.count("cancelled") < 100
+    assert len({key[0][0] for key in began.values() if key}) > 60  # contents that answered
+    assert refused < 10
+    slots.budget = None
+    for ticket, key in began.items():
+        check_against_its_content(ticket, key, publisher)
+
+
+def check_against_its_content(ticket, key, publisher):
+    """The text, or its beginning when it was cancelled, is what the content gives alone."""
+    request, got, mix, model = ticket.request, ticket.completion, Mix(), publisher.hub.model
+    if key:
+        name, weights = publisher.contents[key[0][0]]
+        assert name == request.mix.names[0]
+        model.load("probe", weights)
+        mix = as_mix("probe")
+    alone = Engine(model, prefix_bytes=0).submit(Request(request.prompt, mix, request.sampling))
+    wanted = alone.result()
+    assert got.ids == (wanted.ids[: len(got.ids)] if got.reason == "cancelled" else wanted.ids)
