@@ -43,15 +43,16 @@ from adapterhub_chat.workshop import SILENT, Listeners, judge_task, make_adapter
 class AdapterHub(Making, Sharing):
     """One frozen backbone, a pool of adapters, and every way to use them together.
 
-    `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that
-    keeps adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the best that the hardware
-    computes natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of
-    loaded adapters: the least recently used make room, and are loaded again when they are asked for
-    (None: no bound). `ram_bytes` bounds what is kept of read adapters in the host's memory, from where they
-    are loaded without the disk (None: 1 GiB for a GPU; none for a CPU, whose loaded adapters are in that
-    memory already). Methods may be called from several threads. Wherever an adapter may be named, weights
-    by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter; in the
-    rows of `chat`, `generate` and `next_token_logits`, "auto" chooses by the row's message.
+    `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that keeps
+    adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the best that the hardware computes
+    natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of loaded
+    adapters: the least recently used make room, and are loaded again when they are asked for (None: no
+    bound). `ram_bytes` bounds what is kept of read adapters in the host's memory, from where they are
+    loaded without the disk (None: 1 GiB for a GPU; none for a CPU, whose loaded adapters are in that memory
+    already). `graphs` records decoding steps as CUDA graphs; a swap records nothing anew. Methods may be
+    called from several threads. Wherever an adapter may be named, weights by name ({"qa": 0.5,
+    "generation": 0.5}) make a mixture and None or "backbone" means no adapter; in the rows of `chat`,
+    `generate` and `next_token_logits`, "auto" chooses by the row's message.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class AdapterHub(Making, Sharing):
         device: torch.device | str | None = None,
         adapter_bytes: int | None = None,
         ram_bytes: int | None = None,
+        graphs: bool = False,
     ) -> None:
         """Load the backbone and open the pool."""
         self.pool = Pool(pool)
         self.backbone = load_backbone(backbone, dtype=dtype, device=device, quantize=quantize)
         self.model = AdapterModel(self.backbone, budget=adapter_bytes)
+        self.model.graphs = graphs
         if ram_bytes is None:
             ram_bytes = 0 if self.backbone.device.type == "cpu" else RAM_BYTES
         self._shelf = Shelf(self.model, self.pool, ram_bytes)

@@ -339,6 +339,9 @@ def bench(
         ),
     ] = None,
     dtype: DtypeOption = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="mixed: also with recorded steps (compiled on a CPU).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure this project, and the peers that are installed, in one interleaved run."""
@@ -346,11 +349,13 @@ def bench(
         raise UsageError(f"bench {kind!r}: allowed are {', '.join(BENCHES)}")
     if peers and kind != "mixed":
         raise UsageError("--peers: only bench mixed measures other engines; leave it out")
+    if graphs and kind != "mixed":
+        raise UsageError("--graphs: only bench mixed decodes; leave it out")
     if dtype and kind not in ("train", "swap"):
         raise UsageError(
             "--dtype: only bench train and bench swap take another dtype; leave it out"
         )
-    given = {"repeats": repeats, "peers": peers, "dtype": dtype}
+    given = {"repeats": repeats, "peers": peers, "dtype": dtype, "graphs": graphs}
     result = BENCHES[kind](**{name: value for name, value in given.items() if value})
     if as_json:
         print_json(result)

@@ -20,6 +20,7 @@ from adapterhub_chat.errors import NoRoomError, QueueFullError, UsageError
 from adapterhub_chat.fused import make_decoder
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.prefixes import Prefixes
+from adapterhub_chat.recorded import RecordedDecoder
 from adapterhub_chat.requests import Completion, Request, Ticket
 from adapterhub_chat.running import Row, Running
 from adapterhub_chat.slots import Held
@@ -48,6 +49,7 @@ class Engine:
         cache_bytes: int = 2 * 2**30,
         prefix_bytes: int = 64 * 2**20,
         beside: bool | None = None,
+        graphs: bool = False,
         folder: Path | None = None,
     ) -> None:
         """Decode at most `rows` requests together and let at most `queue` wait.
@@ -56,6 +58,7 @@ class Engine:
         always run), `prefix_bytes` those of finished requests that are kept for others. `beside`: adapters
         are fetched by another thread; else between two steps, one at a time, which is the default on a CPU
         of few cores: there whoever computes beside a step stops it for longer than the fetch takes.
+        `graphs`: steps of one token a row are recorded (recorded.py).
         """
         self.model = model
         self.max_rows, self.max_queue = rows, queue
@@ -63,6 +66,8 @@ class Engine:
         self._beside = not few if beside is None else beside
         self._may_fetch = True  # between these two steps
         self.decoder = make_decoder(model, folder or cache_dir() / "native")
+        if graphs:
+            self.decoder = RecordedDecoder(model, self.decoder)
         self._batch = Running(
             model,
             self.decoder,

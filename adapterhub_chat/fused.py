@@ -57,17 +57,17 @@ class _Fused:
 
     def __init__(self, site: Site, linears: Sequence[nn.Module], packing: bool) -> None:
         self.site = site
-        self._linears: list[Any] = list(linears)
+        self.linears: list[Any] = list(linears)
         self._weight = self._bias = None
         plain = all(type(linear) is nn.Linear for linear in linears)
         if plain and packing:
-            weight = torch.cat([linear.weight.detach() for linear in self._linears])
-            biases = [linear.bias for linear in self._linears]
+            weight = torch.cat([linear.weight.detach() for linear in self.linears])
+            biases = [linear.bias for linear in self.linears]
             if any(bias is not None for bias in biases):
                 self._bias = torch.cat(
                     [
                         linear.weight.new_zeros(linear.out_features) if b is None else b.detach()
-                        for linear, b in zip(self._linears, biases, strict=True)
+                        for linear, b in zip(self.linears, biases, strict=True)
                     ]
                 )
             self._weight, self._product = _packed(weight)
@@ -78,7 +78,7 @@ class _Fused:
             out: Tensor = self._product(x, self._weight, self._bias)
             return out
         with activate(None):  # the layers' own products, whatever the calling thread's default is
-            outs = [linear(x) for linear in self._linears]
+            outs = [linear(x) for linear in self.linears]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
 
@@ -145,13 +145,14 @@ class FusedDecoder:
         packing = self.backbone.quantize is None and self.backbone.nbytes <= COPY_LIMIT
         self.blocks = [_Block(model, block, packing) for block in whole.model.layers]
         self._early = model.num_early
-        self._embed, self._last_norm = whole.model.embed_tokens, whole.model.norm
-        self._rotary = whole.model.rotary_emb
+        self._embed, self.last_norm = whole.model.embed_tokens, whole.model.norm
+        self.embedding, self.head_weight = self._embed.weight, whole.get_output_embeddings().weight
+        self.rotary = whole.model.rotary_emb
         head = whole.get_output_embeddings()
         self._head, self._head_product = head.weight.detach(), functional.linear
         if packing and head.bias is None:
             self._head, self._head_product = _packed(self._head)
-        self._head_bias = head.bias
+        self.head_bias = head.bias
         self._folder = folder
         self._step: tuple[tuple[int, int], native.Step] | None = None
 
@@ -172,7 +173,7 @@ class FusedDecoder:
         view = View(cache, feed)
         mask = view.mask(self.backbone.dtype)
         x = self._embed(feed.ids).flatten(0, 1)
-        cos, sin = self._rotary(x, view.positions)
+        cos, sin = self.rotary(x, view.positions)
         add = self._adding(plan, rows, width)
         delta = None
         for layer, block in enumerate(self.blocks):
@@ -184,7 +185,7 @@ class FusedDecoder:
             plan.release()
         assert delta is not None
         x, delta = x.index_select(0, feed.last), delta.index_select(0, feed.last)
-        return self._logits(self._norm(self._last_norm, x, delta))
+        return self._logits(self._norm(self.last_norm, x, delta))
 
     @torch.inference_mode()
     def early_states(self, ids: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ class FusedDecoder:
         rows, width = ids.shape
         x = self._embed(ids).flatten(0, 1)
         positions = torch.arange(width, device=ids.device).expand(rows, width)
-        cos, sin = self._rotary(x, positions)
+        cos, sin = self.rotary(x, positions)
         attend = partial(self._attended, cos, sin, None, lambda k, v: (k, v))
         delta = None
         for block in self.blocks[: self._early]:
@@ -227,9 +228,9 @@ class FusedDecoder:
             part.view(rows, width, -1, self.shape[2]).transpose(1, 2)
             for part in qkv.split(block.qkv.site.out_features, dim=-1)
         )
-        keys, values = keep(_rotated(k, cos, sin), v)
+        keys, values = keep(rotated(k, cos, sin), v)
         out = functional.scaled_dot_product_attention(
-            _rotated(q, cos, sin),
+            rotated(q, cos, sin),
             keys,
             values,
             mask,
@@ -271,7 +272,7 @@ class FusedDecoder:
         return lambda site, x, y: _plus(y, site, x, entries, products)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._head_product(x, self._head, self._head_bias)
+        logits: Tensor = self._head_product(x, self._head, self.head_bias)
         return logits
 
     # -- a step of one token a row, by native products -----------------------------------------------
@@ -283,7 +284,7 @@ class FusedDecoder:
         x = self._embed(feed.ids[:, 0])
         step = self._prepared(cache, rows)
         positions = feed.positions
-        cos, sin = self._rotary(x.new_empty(0, dtype=torch.float32), positions)
+        cos, sin = self.rotary(x.new_empty(0, dtype=torch.float32), positions)
         step.at(positions, cos.contiguous(), sin.contiguous())
         entries = [] if plan is None else plan.entries()
         attended = x.new_empty(rows, self.shape[0] * self.shape[2])
@@ -298,7 +299,7 @@ class FusedDecoder:
             both = _plus(block.gate_up(own), block.gate_up.site, own, entries, products)
             own = products.silu(both)
             delta = _plus(block.down(own), block.down.site, own, entries, products)
-        return self._logits(self._norm(self._last_norm, x, delta))
+        return self._logits(self._norm(self.last_norm, x, delta))
 
     def _prepared(self, cache: KeyValues, rows: int) -> native.Step:
         key = (cache.length, rows)
@@ -321,7 +322,7 @@ def _plus(
     return y
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (N, heads, T, D) by its positions (RoPE, arXiv 2104.09864); cos and sin are (N, T, D)."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)

@@ -25,7 +25,7 @@ def engine_of(model: AdapterModel) -> Engine:
     check_writes(model)
     with _making:
         if model.engine is None:
-            model.engine = Engine(model)
+            model.engine = Engine(model, graphs=model.graphs)
         engine: Engine = model.engine
     return engine
 

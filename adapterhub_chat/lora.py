@@ -186,6 +186,16 @@ class Plan:
             )
         return found
 
+    def single(self) -> list[tuple[Place, float] | None] | None:
+        """Return every row's one slot and its weight, None for a row without; None where rows mix several."""
+        rows: list[tuple[Place, float] | None] = [None] * self.num_rows
+        for places, mix in self._alike:
+            for row, column in (mix != 0).nonzero().tolist():
+                if rows[row] is not None:
+                    return None
+                rows[row] = places[column], float(mix[row, column])
+        return rows
+
     def release(self) -> None:
         """Forget the last forward's intermediate tensors.
 

@@ -51,14 +51,16 @@ def bench_mixed(
     repeats: int = 3,
     cases: Sequence[tuple[int, int]] = CASES,
     peers: str | Path | None = None,
+    graphs: bool = False,
 ) -> dict[str, Any]:
     """Return tokens per second of every way at every case, and the ratios.
 
-    `peers` is the folder of `scripts/install_peers`; None takes ADAPTERHUB_PEERS, if it is set.
+    `peers` is the folder of `scripts/install_peers`; None takes ADAPTERHUB_PEERS, if it is set. `graphs`:
+    here also with recorded steps, for which a case's first run takes minutes where they are compiled.
     """
     most = max(adapters for _, adapters in cases)
     settings = {"backbone": backbone, "rank": rank, "tokens": tokens, "adapters": most}
-    kinds = ["here", *ASIDE, "generate"]
+    kinds = ["here", *["graphs"] * graphs, *ASIDE, "generate"]
     kinds += ["peft"] * (importlib.util.find_spec("peft") is not None)
     served = able(peers, backbone)
     theirs = {**settings, "rows": max(rows for rows, _ in cases), "peers": peers and str(peers)}
@@ -109,6 +111,7 @@ def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | N
         "rank64_over_backbone": ratio(("rank64", 16, 8), ("rank64", 16, 0)),
         "prefill8_over_backbone": ratio(("prefill", 16, 8), ("prefill", 16, 0)),
         "mixed8_over_peft": ratio(("here", 16, 8), ("peft", 16, 8)),
+        "graphs8_over_mixed8": ratio(("graphs", 16, 8), ("here", 16, 8)),
         "single_over_generate": ratio(("here", 1, 0), ("generate", 1, 0)),
         **{
             f"{name}_over_{peer}": ratio(("here", *case), (peer, *case))
@@ -129,6 +132,7 @@ def main() -> None:
         settings["rank"], settings["adapters"] = ASIDE[kind], 8
     if kind == "prefill":
         settings["prompt"], settings["tokens"] = LONG_PROMPT, 1
+    settings["graphs"] = kind == "graphs"
     decode = KINDS[kind](backbone, settings)
     done: set[str] = set()
 
@@ -166,7 +170,7 @@ def random_adapter(model: AdapterModel, rank: int, seed: int) -> AdapterWeights:
 def here(backbone: Any, settings: Mapping[str, Any]) -> Decode:
     """Decode one mixed batch with this project; nothing is remembered of earlier prompts."""
     model = AdapterModel(backbone)
-    engine = Engine(model, prefix_bytes=0)
+    engine = Engine(model, prefix_bytes=0, graphs=settings.get("graphs", False))
     length = settings.get("prompt", PROMPT)
     for n in range(settings["adapters"]):
         model.load(f"a{n}", random_adapter(model, settings["rank"], n))
@@ -233,6 +237,7 @@ def _generate(model: Any, backbone: Any, rows: int, tokens: int, **options: Any)
 
 KINDS: Mapping[str, Callable[[Any, Mapping[str, Any]], Decode]] = {
     "here": here,
+    "graphs": here,
     **dict.fromkeys(ASIDE, here),
     "generate": plain,
     "peft": peft,

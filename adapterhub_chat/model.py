@@ -74,6 +74,8 @@ class AdapterModel:
         """A mix with what its stacks stand on; a shelf knows."""
         self.prefetch: Callable[[Mix], None] = lambda mix: None
         """Bring a mix's adapters nearer, before there is a slot for them; a shelf knows how."""
+        self.graphs = False
+        """Whether an engine records its steps (recorded.py)."""
         self.engine: Any = None
         """What decodes with this model, once something is decoded (generate.py)."""
 

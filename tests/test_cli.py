@@ -800,6 +800,8 @@ def test_bench_takes_peers_where_they_are_measured(run):
     assert (failed.code, "make it with scripts/install_peers nowhere" in failed.err) == (2, True)
     failed = run("bench", "kernels", "--dtype", "fp32", backbone=False)
     assert (failed.code, "only bench train and bench swap take another" in failed.err) == (2, True)
+    failed = run("bench", "swap", "--graphs", backbone=False)
+    assert (failed.code, "only bench mixed decodes" in failed.err) == (2, True)
     failed = run("bench", "train", "--dtype", "int3", backbone=False)
     assert (failed.code, "dtype='int3': allowed are" in failed.err) == (2, True)
 

