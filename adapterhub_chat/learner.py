@@ -102,8 +102,11 @@ class Learner:
         self.draws += 1
         return next(self._streams[each])
 
-    def step(self, gradient: Tensor, rate: float) -> float:
-        """Clip the gradient (P,), move along it; return its norm before clipping."""
+    def step(self, gradient: Tensor, rate: float, mass: float = 1.0) -> float:
+        """Clip the gradient (P,), move along it; return its norm before clipping.
+
+        `mass` is how heavy the step's examples are: it counts after clipping, which would undo it.
+        """
         config = self.job.config
         if config.orthogonal and self.job.under is not None:
             present = self.bank.weights(self.vector.detach(), self._start)
@@ -112,6 +115,8 @@ class Learner:
         norm = float(torch.linalg.vector_norm(gradient))
         if norm > config.clip:
             gradient.mul_(config.clip / norm)
+        if mass != 1.0:
+            gradient.mul_(mass)
         self.vector.grad = gradient
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
@@ -165,6 +170,18 @@ class Part:
     rows: Sequence[Sequence[Encoded]]
     weight: float
     """Share of its loss in the family's."""
+
+    @property
+    def mass(self) -> float:
+        """Mean weight of its answers' tokens, those of no weight apart; the loss is a mean by weight."""
+        counts = [
+            (example.weight, sum(map(len, example.continuations)))
+            for row in self.rows
+            for example in row
+            if example.weight > 0
+        ]
+        tokens = sum(count for _, count in counts)
+        return sum(weight * count for weight, count in counts) / tokens if tokens else 1.0
 
 
 @dataclass
@@ -254,7 +271,7 @@ class Family:
         for part, loss in zip(parts, losses, strict=True):
             learner = part.learner
             gradient = total(learner.gradient(learner.slots[0], scratch))
-            told[learner.job.name] = self._step(learner, gradient, before, one, loss)
+            told[learner.job.name] = self._step(learner, gradient, before, one, loss, part.mass)
             learner.tokens += sum(e.num_inputs for row in part.rows for e in row)
         if self.shared is not None:
             self.shared.tokens = sum(m.tokens for m in self.members)
@@ -337,10 +354,15 @@ class Family:
 
     @staticmethod
     def _step(
-        learner: Learner, gradient: Tensor, before: float, one: float, loss: float
+        learner: Learner,
+        gradient: Tensor,
+        before: float,
+        one: float,
+        loss: float,
+        mass: float = 1.0,
     ) -> dict[str, float]:
         rate = schedule(before, one, learner.job.config)
-        norm = learner.step(gradient, rate)
+        norm = learner.step(gradient, rate, mass)
         peak = learner.job.config.learning_rate
         return {"loss": loss, "gradient_norm": norm, "learning_rate": peak * rate}
 

@@ -129,6 +129,23 @@ def test_a_weight_counts_as_so_many_examples(model):
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("clip", [1e-3, 1e6])
+def test_a_heavy_step_moves_more_than_a_light_one(model, clip):
+    """Over the steps, too, a weight counts: neither the mean over a step nor its clipping undoes it."""
+    ids = tuple(range(5, 12))
+    one, other = Encoded(ids, ((20, 2),)), Encoded(ids[::-1], ((30, 2),), weight=0.0)
+    moved = []
+    for weight in (1.0, 3.0):
+        run = Run(model, [Job("a", [one], (), QUICK.model_copy(update={"clip": clip}))])
+        family = run.families[0]
+        (learner,) = family.learners
+        learner.optimizer.step = lambda own=learner: moved.append(own.vector.grad.clone())
+        part = Part(learner, [[replace(one, weight=weight), other]], 1.0)
+        family.learn([part], run._backward([part]), run._total, 0.0)
+    assert float(moved[0].norm()) > 0
+    torch.testing.assert_close(moved[1], 3 * moved[0])
+
+
 def test_a_language_is_learnt_from_text_alone(model, source):
     """No label is looked at; the texts get likelier; without shots the stack is source and T as they are."""
     config = QUICK.model_copy(update={"max_steps": 30})
