@@ -3,9 +3,11 @@
     python scripts/compare_languages.py             # sentiment and intents, from English
     python scripts/compare_languages.py --pairs intents-en:intents-de --steps 60 --limit 200 --json
 
-zero: the source's adapter as it is. shots: fine-tuned on a few labelled examples of the target. fresh: the
-same examples without the source. all: an adapter on all of the target's examples. closed: the share of the
-gap between zero and all that the shots close. All on the same test items, on one backbone.
+zero: the source's adapter as it is. fresh: an adapter on a few labelled examples of the target. shots: the
+source's, fine-tuned on the same ones. auto: what a transfer with them chooses, as `adapterhub-chat transfer`
+does. all: an adapter on all of the target's examples. closed: the share of the gap between zero and all that
+auto closes; held: half of it or more, or auto at least level with all where there is no gap. All on the same
+test items, on one backbone.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -26,66 +28,94 @@ from adapterhub_chat.jobs import make_job, sample
 from adapterhub_chat.progress import Bars
 from adapterhub_chat.task import Task, load_task
 from adapterhub_chat.train import train
-from adapterhub_chat.transfer.methods import few_shot_jobs, make_setting
+from adapterhub_chat.transfer.methods import make_setting
+from adapterhub_chat.transfer.run import transfer
+from adapterhub_chat.transferring import transfer_config
 from adapterhub_chat.types import as_mix
+from adapterhub_chat.weights import AdapterWeights
 from adapterhub_chat.workshop import SILENT, Listeners
 
 PAIRS = (
     "sentiment:sentiment-zh", "intents-en:intents-zh", "intents-en:intents-de", "intents-en:intents-fr",
 )  # fmt: skip
-WAYS = ("zero", "shots", "fresh", "all")
+WAYS = ("zero", "fresh", "shots", "auto", "all")
+LEAST = 0.5
+"""Share of the gap that the shots shall close."""
 
 
 def compare(
     hub: AdapterHub,
     pairs: Sequence[tuple[Task, Task]],
     config: TrainConfig,
+    budget: TrainConfig,
     *,
     shots: int = 64,
     limit: int = 200,
     listeners: Listeners = SILENT,
 ) -> dict[str, Any]:
-    """Return each pair's scores by way; sources and targets are learnt in one run, shots in a second one."""
-    tokenizer = hub.backbone.tokenizer
+    """Return each pair's scores by way; sources and targets are learnt in one run, then every transfer."""
     whole = {task.name: task for pair in pairs for task in pair}
-    jobs = [make_job(tokenizer, name, task, config) for name, task in whole.items()]
-    learnt = train(hub.model, jobs, on_event=listeners.on_event)
-    few = []
+    jobs = [make_job(hub.backbone.tokenizer, name, task, config) for name, task in whole.items()]
+    learnt = {
+        name: done.weights
+        for name, done in train(hub.model, jobs, on_event=listeners.on_event).items()
+    }
+    found = []
     for source, target in pairs:
-        setting = make_setting(learnt[source.name].weights, source, target, shots, config)
-        for job in few_shot_jobs(tokenizer, setting, ["finetune"]):
-            few.append(replace(job, name=f"{target.name} {job.name}"))
-    learnt |= train(hub.model, few, on_event=listeners.on_event)
-    for name, done in learnt.items():
-        hub.model.load(name, done.weights)
+        setting = make_setting(learnt[source.name], source, target, shots, budget)
+        outcome = transfer(hub.model, setting, "auto", on_event=listeners.on_event)
+        made = outcome.candidates
+        ways = {
+            "zero": learnt[source.name],
+            "fresh": made["target"].weights,
+            "shots": made["finetune"].weights,
+            "auto": made[outcome.chosen].weights,
+            "all": learnt[target.name],
+        }
+        found.append(
+            {
+                "source": source.name,
+                "target": target.name,
+                "chosen": outcome.chosen,
+                **_measured(hub, target, ways, limit),
+            }
+        )
     return {
-        "pairs": [_measured(hub, source, target, limit) for source, target in pairs],
+        "pairs": found,
         "settings": config.model_dump(),
+        "budget": budget.model_dump(),
         "shots": shots,
         "backbone": hub.backbone.name,
         "precision": hub.backbone.precision,
     }
 
 
-def _measured(hub: AdapterHub, source: Task, target: Task, limit: int) -> dict[str, Any]:
-    names = (source.name, f"{target.name} finetune", f"{target.name} target", target.name)
-    mixes = [(way, as_mix(name)) for way, name in zip(WAYS, names, strict=True)]
+def _measured(
+    hub: AdapterHub, target: Task, ways: dict[str, AdapterWeights | None], limit: int
+) -> dict[str, Any]:
+    for way, weights in ways.items():
+        if weights is not None:
+            hub.model.load(way, weights)
+    mixes = [(way, as_mix(None if weights is None else way)) for way, weights in ways.items()]
     items = sample(target.split("test"), limit)
     scores = {s.adapter: asdict(s) for s in evaluate(hub.model, mixes, [(target, items)])}
-    zero, few, most = (scores[way]["value"] for way in ("zero", "shots", "all"))
+    zero, few, most = (scores[way]["value"] for way in ("zero", "auto", "all"))
     closed = (few - zero) / (most - zero) if most > zero else None
-    return {"source": source.name, "target": target.name, "scores": scores, "closed": closed}
+    held = few >= most if closed is None else closed >= LEAST
+    return {"scores": scores, "closed": closed, "held": held}
 
 
 def show(found: dict[str, Any]) -> Table:
     """Return a row for each pair."""
-    table = Table("source", "target", "chance", *WAYS, "closed", title=found["backbone"])
+    table = Table("source", "target", "chance", *WAYS, "closed", "held", title=found["backbone"])
     for pair in found["pairs"]:
         scores = pair["scores"]
         cells = [f"{s['value']:.3f} [{s['low']:.2f}, {s['high']:.2f}]" for s in scores.values()]
-        share = "" if pair["closed"] is None else f"{pair['closed']:.0%}"
+        share = "no gap" if pair["closed"] is None else f"{pair['closed']:.0%}"
         chance = f"{scores['zero']['backbone_value']:.3f}"
-        table.add_row(pair["source"], pair["target"], chance, *cells, share)
+        table.add_row(
+            pair["source"], pair["target"], chance, *cells, share, "yes" if pair["held"] else "no"
+        )
     return table
 
 
@@ -96,10 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--backbone", default="multilingual-e5-small")
     parser.add_argument("--shots", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=300, help="of source and all")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of source and all")
+    parser.add_argument("--transfer-steps", type=int, default=60, help="of every way with shots")
     parser.add_argument("--row-length", type=int, default=128)
-    parser.add_argument("--limit", type=int, default=200, help="test items; 0 takes all")
+    parser.add_argument("--limit", type=int, default=400, help="test items; 0 takes all")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     settings = {
@@ -107,15 +138,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "epochs": 1e6,
         "learning_rate": given.learning_rate,
         "row_length": given.row_length,
-        "eval_examples": 60,
+        "eval_examples": 0,
         "patience": 0,
     }
     config = read_settings(TrainConfig, settings, "the settings")
+    budget = transfer_config({"max_steps": given.transfer_steps, "row_length": given.row_length})
     hub = AdapterHub(given.backbone)
     pairs = [tuple(load_task(name) for name in pair.split(":")) for pair in given.pairs]
     with Bars(Console(stderr=True), show=not given.json) as bars:
         found = compare(
-            hub, pairs, config, shots=given.shots, limit=given.limit, listeners=bars.listeners
+            hub,
+            pairs,
+            config,
+            budget,
+            shots=given.shots,
+            limit=given.limit,
+            listeners=bars.listeners,
         )
     if given.json:
         print(json.dumps(found, indent=2))

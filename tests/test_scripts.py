@@ -164,14 +164,17 @@ def test_compare_sources_puts_estimates_beside_what_training_gives(
 
 def test_compare_languages_scores_every_way(tasks, encoder_folder, capsys):
     pair = f"{tasks[0]}:{tasks[0]}"
-    size = ("--steps", 4, "--shots", 6, "--limit", 10, "--row-length", 64)
+    steps = ("--steps", 4, "--transfer-steps", 2)
+    size = (*steps, "--shots", 6, "--limit", 10, "--row-length", 64)
     run_script("compare_languages", "--pairs", pair, "--backbone", encoder_folder, *size, "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["shots"] == 6
     (row,) = found["pairs"]
     assert {way: score["n"] for way, score in row["scores"].items()} == dict.fromkeys(
-        ("zero", "shots", "fresh", "all"), 10
+        ("zero", "fresh", "shots", "auto", "all"), 10
     )
+    zero, auto = row["scores"]["zero"]["value"], row["scores"]["auto"]["value"]
+    assert (row["closed"], row["held"]) == (None, auto >= zero)
     assert row["scores"]["zero"]["value"] == row["scores"]["all"]["value"]  # one task, one adapter
     run_script("compare_languages", "--pairs", pair, "--backbone", encoder_folder, *size)
     assert "films" in capsys.readouterr().out
