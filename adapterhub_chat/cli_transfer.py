@@ -59,6 +59,12 @@ def transfer(
             show_default="by the effective sample size",
         ),
     ] = None,
+    stack_layers: Annotated[
+        str, typer.Option(help="Blocks in which a stack's T acts, as a slice: 0:8 are the first.")
+    ] = "all",
+    layer: Annotated[
+        int, typer.Option(help="Block whose states adversarial and maxent compare; -1: the last.")
+    ] = -1,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with plots.")] = None,
     also: Annotated[
         list[int] | None,
@@ -93,6 +99,8 @@ def transfer(
             unlabelled=None if unlabelled is None else read_rows(unlabelled),
             force=force,
             level=level,
+            stack_layers=stack_layers,
+            layer=layer,
             listeners=bars.listeners,
         )
     written = None if report is None else write_report(done, report)

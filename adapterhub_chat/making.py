@@ -45,6 +45,8 @@ class Making:
         unlabelled: Sequence[str | Mapping[str, str]] | None = None,
         force: bool = False,
         level: float | None = None,
+        stack_layers: str = "all",
+        layer: int = -1,
         listeners: Listeners = SILENT,
         **settings: Any,
     ) -> Transferred:
@@ -64,7 +66,9 @@ class Making:
         (`outcome.proxy`). `settings` are fields of TrainConfig, one budget for all methods. `source_task`
         None: the task that the source was trained on. `level` is the mean log-likelihood, by the few-shot
         adapter, that maxent weighs the source's examples up to (None: as far as the effective sample size
-        allows); DataError names the nearest when there is none.
+        allows); DataError names the nearest when there is none. A stack's T acts in the blocks that
+        `stack_layers` slices ("0:8": the first eight); `layer` is the block whose states the discriminator
+        and the entropy balancing look at.
         """
         config = transfer_config(settings)
         teacher = None if source_task is None else as_task(source_task)
@@ -74,7 +78,19 @@ class Making:
         if not counts or min(counts) < 0:
             raise UsageError(f"shots={shots}: one number that is at least 0, or several")
         order = TransferOrder(
-            source, goal, method, name, counts[0], teacher, texts, force, level, counts[1:], config
+            source,
+            goal,
+            method,
+            name,
+            counts[0],
+            source_task=teacher,
+            unlabelled=texts,
+            force=force,
+            level=level,
+            stack_layers=stack_layers,
+            layer=layer,
+            also=counts[1:],
+            config=config,
         )
         return make_transfer(self._shelf, order, listeners)
 

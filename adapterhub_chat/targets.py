@@ -8,12 +8,12 @@ from adapterhub_chat.errors import UsageError
 
 
 def targeted(
-    shapes: Mapping[str, tuple[int, int]], targets: str, layers: str = "all"
+    shapes: Mapping[str, tuple[int, int]], targets: str, layers: str = "all", field: str = "layers"
 ) -> dict[str, tuple[int, int]]:
     """Return the modules that the settings name.
 
     `targets` is `all-linear`, or last names such as `q_proj,v_proj`; `layers` is `all`, or a slice of
-    block numbers such as `20:30` or `-8:`. Raises UsageError, naming what is allowed.
+    block numbers such as `20:30` or `-8:`. Raises UsageError, naming the `field` and what is allowed.
     """
     wanted = [t.strip() for t in targets.split(",") if t.strip()]
     known = {module.rpartition(".")[2] for module in shapes}
@@ -24,7 +24,7 @@ def targeted(
             f"targets={targets!r}: the backbone {what}; "
             f"allowed are all-linear, {', '.join(sorted(known))}"
         )
-    blocks = _blocks(shapes, layers)
+    blocks = _blocks(shapes, layers, field)
     return {
         module: shape
         for module, shape in shapes.items()
@@ -33,7 +33,7 @@ def targeted(
     }
 
 
-def _blocks(shapes: Mapping[str, tuple[int, int]], layers: str) -> set[int] | None:
+def _blocks(shapes: Mapping[str, tuple[int, int]], layers: str, field: str) -> set[int] | None:
     if layers == "all":
         return None
     numbers = sorted({n for module in shapes if (n := _block(module)) is not None})
@@ -45,7 +45,7 @@ def _blocks(shapes: Mapping[str, tuple[int, int]], layers: str) -> set[int] | No
     if not chosen:
         count = len(numbers)
         raise UsageError(
-            f"layers={layers!r} names no block; allowed are all, or a slice of the {count} blocks, "
+            f"{field}={layers!r} names no block; allowed are all, or a slice of the {count} blocks, "
             f"such as 0:{count // 2} or -{max(1, count // 2)}:"
         )
     return chosen

@@ -22,6 +22,7 @@ from adapterhub_chat.prototypes import learn_routing, messages_in
 from adapterhub_chat.shelf import Shelf
 from adapterhub_chat.stacks import flat
 from adapterhub_chat.tables import is_table, table_task
+from adapterhub_chat.targets import targeted
 from adapterhub_chat.task import Task, as_task, load_task
 from adapterhub_chat.transfer.methods import STACKS, make_setting, warn_of_language
 from adapterhub_chat.transfer.ranking import Ranked, a_distance, rank
@@ -65,6 +66,10 @@ class TransferOrder:
     """Stack on a source that hurts all the same."""
     level: float | None = None
     """Mean log-likelihood that the reweighted source shall reach; None: as the effective size allows."""
+    stack_layers: str = "all"
+    """The blocks in which a stack's T acts, as a slice such as 0:8."""
+    layer: int = -1
+    """The block whose states the discriminator and the entropy balancing look at."""
     also: Sequence[int] = ()
     """Other numbers of shots that are tried and judged, and not kept."""
     config: TrainConfig = field(default_factory=TrainConfig)
@@ -96,6 +101,7 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
         raise UsageError(
             f"{name!r} is what the new adapter learns from; choose another name for it"
         )
+    _check_layers(shelf, order)
     shelf.pool.check_writable()
     labels = [*stored.manifest.contract.labels] if stored.manifest else None
     source = flat(shelf.pool, stored)
@@ -105,6 +111,8 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
                 source, task, target, shots, order.config, unlabelled=texts, labels=labels
             ),
             level=order.level,
+            stack_layers=order.stack_layers,
+            layer=order.layer,
         )
         for shots in sorted({order.shots, *order.also})
     }
@@ -217,6 +225,17 @@ def _target(order: TransferOrder, source: Task) -> tuple[Task, list[Example] | N
     elif texts:
         texts += target.split("train")
     return target, texts if texts or order.unlabelled is not None else None
+
+
+def _check_layers(shelf: Shelf, order: TransferOrder) -> None:
+    """Raise UsageError for blocks that the backbone does not have."""
+    targeted(shelf.model.shapes, "all-linear", order.stack_layers, "stack_layers")
+    count = len(shelf.model.backbone.blocks)
+    if not -count <= order.layer < count:
+        raise UsageError(
+            f"layer={order.layer}: {shelf.model.backbone.name} has {count} blocks; allowed are {-count} to "
+            f"{count - 1}"
+        )
 
 
 def _task_of(stored: Stored) -> Task:

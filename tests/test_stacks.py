@@ -27,6 +27,21 @@ def stacked(hub, make_weights):
     return hub
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stack_layers": "9:"}, "stack_layers='9:' names no block"),
+        ({"layer": 7}, "allowed are -2 to 1"),
+    ],
+)
+def test_blocks_that_there_are_not_are_said_before_any_training(hub, make_weights, given, said):
+    keep_adapter(hub, make_weights(), "source")
+    before = hub.pool.names()
+    with pytest.raises(UsageError, match=said):
+        hub.transfer("source", toy_task("target"), source_task=toy_task(), **given)
+    assert hub.pool.names() == before
+
+
 def test_a_row_of_a_stack_is_a_row_of_both(stacked):
     hub = stacked
     own, under = hub.pool.load("both"), hub.pool.load("source")

@@ -87,6 +87,19 @@ def test_a_stack_learns_under_the_frozen_source(model, setting):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_stacks_own_part_may_be_on_the_input_side_alone(model, setting):
+    """T is in the blocks that are asked for, in the stack and in the language's, and nobody else's is."""
+    early = replace(setting, stack_layers="0:1")
+    jobs = few_shot_jobs(model.backbone.tokenizer, early, ["stack", "finetune"])
+    made = train(model, [*jobs, language_job(model, early)])
+    blocks = {name: {m.split(".")[2] for m in done.weights.factors} for name, done in made.items()}
+    both = {"0", "1"}
+    assert blocks == {"target": both, "finetune": both, "stack": {"0"}, "language": {"0"}}
+    whole = concatenate([early.source, made["stack"].weights])
+    ranks = {m.split(".")[2]: whole.rank(m) for m in whole.factors}
+    assert ranks["0"] > ranks["1"] == early.source.max_rank
+
+
 def test_a_warm_start_begins_where_the_source_is(model, setting):
     (job,) = (
         j

@@ -71,6 +71,8 @@ class Setting:
     """Target examples whose answers nobody looks at."""
     layer: int = -1
     """The block whose hidden states are compared."""
+    stack_layers: str = "all"
+    """The blocks in which a stack's T acts, as a slice: `0:8` are the first eight."""
     foreign: bool = False
     """The target speaks another language than the source."""
     stand_ins: Sequence[Example] = ()
@@ -207,7 +209,7 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
     jobs = {
         "target": fresh,
         "finetune": replace(_from_source(setting, "finetune"), train=learnt, validation=checked),
-        "stack": replace(fresh, name="stack", under=setting.source),
+        "stack": replace(fresh, name="stack", under=setting.source, config=_of_t(setting)),
     }
     return [job for name, job in jobs.items() if name in methods or name == BASELINE]
 
@@ -226,9 +228,14 @@ def language_stack(tokenizer: object, setting: Setting, learnt: AdapterWeights) 
 def _share(setting: Setting) -> TrainConfig:
     """Return the budget of one of `language`'s two turns; without shots there is but one."""
     steps = setting.config.max_steps
-    return setting.config.model_copy(
+    return _of_t(setting).model_copy(
         update={"max_steps": -(-steps // 2) if setting.shots else steps}
     )
+
+
+def _of_t(setting: Setting) -> TrainConfig:
+    """Return the settings of a T, which may act on the input side of the network alone."""
+    return setting.config.model_copy(update={"layers": setting.stack_layers})
 
 
 def maxent_job(
