@@ -220,9 +220,12 @@ def read(lines: Path) -> list[dict[str, Any]]:
     return cells
 
 
+KEY = ("pair", "shots", "seed", "steps", "measured_on", "judged", "full_steps")
+
+
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:
     """Return what tells one cell from another."""
-    return tuple(cell[k] for k in ("pair", "shots", "seed", "steps", "measured_on"))
+    return tuple(cell[name] for name in KEY)
 
 
 def run(arguments: argparse.Namespace, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -235,7 +238,7 @@ def run(arguments: argparse.Namespace, pairs: Sequence[Pair]) -> list[dict[str, 
             steps = arguments.steps or pair.steps
             judged = arguments.judged or pair.judged
             keys = [
-                (pair.name, shots, seed, steps, arguments.limit)
+                (pair.name, shots, seed, steps, arguments.limit, judged, arguments.full_steps)
                 for shots in arguments.shots
                 for seed in arguments.seeds
             ]
@@ -251,7 +254,7 @@ def run(arguments: argparse.Namespace, pairs: Sequence[Pair]) -> list[dict[str, 
             bench = Bench(hub, pair, arguments.limit, arguments.full_steps, bars.listeners)
             for one in left:
                 cell = bench.cell(one[1], one[2], steps, judged)
-                cells[one] = cell | {"measured_on": arguments.limit}
+                cells[one] = cell | dict(zip(KEY, one, strict=True))
                 with arguments.lines.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(cells[one], ensure_ascii=False) + "\n")
                 print(f"{one[:3]}: {cell['chosen']}, {cell['seconds']} s", file=sys.stderr)

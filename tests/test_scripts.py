@@ -122,6 +122,7 @@ def test_transfer_makes_a_table_and_goes_on_where_it_stopped(
     script.main(["--shots", "0", "4", *small, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["cells"][0] == first  # it was not made again
+    assert (first["judged"], first["full_steps"]) == (8, 4)
     assert [(c["pair"], c["shots"]) for c in found["cells"]] == [
         ("same", 0),
         ("same", 4),
@@ -145,6 +146,35 @@ def test_transfer_makes_a_table_and_goes_on_where_it_stopped(
     assert any("hostile" in row["what"] for row in found["must_hold"])
     script.main(["--shots", "0", "4", *small])
     assert "hostile source is called hurts" in capsys.readouterr().out
+
+
+def held(script, *cells):
+    return [holds for _, holds in script.must_hold(cells)]
+
+
+def test_the_tables_demands_can_each_be_missed():
+    """Made cells: what a demand asks for is there, then each time one thing is not."""
+    script = load_script("transfer")
+
+    def cell(pair, shots, **values):
+        given = {"auto": (0.8, 0.06, 0.1), "source": (0.5, 0.0, 0.0)}
+        given |= dict.fromkeys(("maxent", "stack", "adversarial"), (0.6, 0.0, 0.0))
+        methods = {
+            name: {"value": value, "gain": gain, "gain_high": high, "verdict": "hurts"}
+            for name, (value, gain, high) in {**given, **values}.items()
+        }
+        return {"pair": pair, "shots": shots, "methods": methods}
+
+    good = [cell("domain", 16), cell("hostile", 16)]
+    assert held(script, *good) == [True] * 6
+    assert held(script, *good, cell("domain", 64, auto=(0.5, -0.2, -0.01)))[0] is False
+    assert held(script, *good, cell("language", 16, auto=(0.8, 0.03, 0.1)))[1] is False
+    for n, method in enumerate(("maxent", "stack", "adversarial"), 2):
+        assert held(script, cell("domain", 16, **{method: (0.5, 0.0, 0.0)}), good[1])[n] is False
+    hostile = cell("hostile", 0)
+    hostile["methods"]["source"]["verdict"] = "neutral"
+    assert held(script, *good, hostile)[5] is False
+    assert held(script, cell("register", 0))[-1] is None  # no cell speaks to it
 
 
 def test_compare_sources_puts_estimates_beside_what_training_gives(
