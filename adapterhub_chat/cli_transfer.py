@@ -60,8 +60,12 @@ def transfer(
         ),
     ] = None,
     stack_layers: Annotated[
-        str, typer.Option(help="Blocks in which a stack's T acts, as a slice: 0:8 are the first.")
-    ] = "all",
+        str | None,
+        typer.Option(
+            help="Blocks in which a stack's T acts, as a slice: 0:8 are the first.",
+            show_default="all",
+        ),
+    ] = None,
     layer: Annotated[
         int, typer.Option(help="Block whose states adversarial and maxent compare; -1: the last.")
     ] = -1,

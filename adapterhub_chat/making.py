@@ -45,7 +45,7 @@ class Making:
         unlabelled: Sequence[str | Mapping[str, str]] | None = None,
         force: bool = False,
         level: float | None = None,
-        stack_layers: str = "all",
+        stack_layers: str | None = None,
         layer: int = -1,
         listeners: Listeners = SILENT,
         **settings: Any,
@@ -67,8 +67,8 @@ class Making:
         None: the task that the source was trained on. `level` is the mean log-likelihood, by the few-shot
         adapter, that maxent weighs the source's examples up to (None: as far as the effective sample size
         allows); DataError names the nearest when there is none. A stack's T acts in the blocks that
-        `stack_layers` slices ("0:8": the first eight); `layer` is the block whose states the discriminator
-        and the entropy balancing look at.
+        `stack_layers` slices ("0:8": the first eight; None: as `layers` says); `layer` is the block whose
+        states the discriminator and the entropy balancing look at.
         """
         config = transfer_config(settings)
         teacher = None if source_task is None else as_task(source_task)

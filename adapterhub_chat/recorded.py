@@ -9,6 +9,7 @@ rows that mix several adapters, go through the fused decoder. Legend: N rows, pa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +51,8 @@ class _Stage:
     """Slot n has row n's factors; None: no row has an adapter."""
     weights: Tensor
     """(N, 1, 1): 0 for a row without an adapter."""
-    filled: Plan | None = None
-    """Whose factors are in the bank."""
+    filled: Callable[[], Plan | None] = lambda: None
+    """Whose factors are in the bank, as long as it is anybody's: a plan keeps slots that others may need."""
 
 
 class RecordedDecoder:
@@ -109,13 +110,13 @@ class RecordedDecoder:
         if key not in self._stages:
             self._stages[key] = self._stage(*key)
         stage = self._stages[key]
-        if plan is not None and stage.filled is not plan:
+        if plan is not None and stage.filled() is not plan:
             assert stage.bank is not None
             weights = [0.0 if one is None else one[1] for one in own]
             stage.weights.zero_()[: len(own), 0, 0] = torch.tensor(weights)
             for row in range(size):
                 _fill(stage.bank, row, own[row] if row < len(own) else None)
-            stage.filled = plan
+            stage.filled = weakref.ref(plan)
         return stage
 
     def _stage(self, size: int, adapted: bool) -> _Stage:

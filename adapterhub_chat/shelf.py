@@ -134,7 +134,8 @@ class Shelf:
             version = version_of(folder, FILES)
             stored = self.find(source, name, replace(landing, memory=self.ram.memory))
             self.ram.keep(stored, version)
-        return replace(stored, name=check_name(name)) if name else stored
+        own = name or (str(source) if member else folder.resolve().name)
+        return replace(stored, name=check_name(own))
 
     def rollback(self, name: str) -> Manifest | None:
         """Exchange a pool member with its earlier version, here too where it is loaded. See AdapterHub."""

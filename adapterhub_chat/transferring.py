@@ -66,8 +66,8 @@ class TransferOrder:
     """Stack on a source that hurts all the same."""
     level: float | None = None
     """Mean log-likelihood that the reweighted source shall reach; None: as the effective size allows."""
-    stack_layers: str = "all"
-    """The blocks in which a stack's T acts, as a slice such as 0:8."""
+    stack_layers: str | None = None
+    """The blocks in which a stack's T acts, as a slice such as 0:8; None: as the config says."""
     layer: int = -1
     """The block whose states the discriminator and the entropy balancing look at."""
     also: Sequence[int] = ()
@@ -229,7 +229,7 @@ def _target(order: TransferOrder, source: Task) -> tuple[Task, list[Example] | N
 
 def _check_layers(shelf: Shelf, order: TransferOrder) -> None:
     """Raise UsageError for blocks that the backbone does not have."""
-    targeted(shelf.model.shapes, "all-linear", order.stack_layers, "stack_layers")
+    targeted(shelf.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
     count = len(shelf.model.backbone.blocks)
     if not -count <= order.layer < count:
         raise UsageError(

@@ -184,6 +184,16 @@ def test_what_has_changed_on_disk_is_read_again(hub, bounded, make_weights, chan
     assert texts(tight, ["a"]) == texts(bounded(1), ["a"])
 
 
+def test_what_is_kept_has_no_name_of_its_own(hub, bounded):
+    tight = bounded(3, ram_bytes=10**6)
+    folder = hub.pool.path("a")
+    assert [tight.load("a", "x"), tight.load("a"), tight.load(folder, "y")] == ["x", "a", "y"]
+    tight.unload("a")
+    assert tight.load("a") == "a"
+    assert tight._shelf.ram.hits == 3
+    assert tight.load(folder) == "a"
+
+
 def test_the_hosts_memory_has_a_budget(hub, bounded):
     size = hub.pool.load("a").weights.nbytes
     tight = bounded(1, ram_bytes=2 * size)

@@ -95,6 +95,9 @@ def test_a_stacks_own_part_may_be_on_the_input_side_alone(model, setting):
     blocks = {name: {m.split(".")[2] for m in done.weights.factors} for name, done in made.items()}
     both = {"0", "1"}
     assert blocks == {"target": both, "finetune": both, "stack": {"0"}, "language": {"0"}}
+    narrow = replace(setting, config=setting.config.model_copy(update={"layers": "1:"}))
+    (stack,) = (j for j in few_shot_jobs(model.backbone.tokenizer, narrow, ["stack"]) if j.under)
+    assert stack.config.layers == "1:"  # what holds for all holds for it
     whole = concatenate([early.source, made["stack"].weights])
     ranks = {m.split(".")[2]: whole.rank(m) for m in whole.factors}
     assert ranks["0"] > ranks["1"] == early.source.max_rank

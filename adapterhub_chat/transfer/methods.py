@@ -71,8 +71,8 @@ class Setting:
     """Target examples whose answers nobody looks at."""
     layer: int = -1
     """The block whose hidden states are compared."""
-    stack_layers: str = "all"
-    """The blocks in which a stack's T acts, as a slice: `0:8` are the first eight."""
+    stack_layers: str | None = None
+    """The blocks in which a stack's T acts, as a slice such as `0:8`; None: as the config says."""
     foreign: bool = False
     """The target speaks another language than the source."""
     stand_ins: Sequence[Example] = ()
@@ -235,7 +235,8 @@ def _share(setting: Setting) -> TrainConfig:
 
 def _of_t(setting: Setting) -> TrainConfig:
     """Return the settings of a T, which may act on the input side of the network alone."""
-    return setting.config.model_copy(update={"layers": setting.stack_layers})
+    layers = setting.stack_layers or setting.config.layers
+    return setting.config.model_copy(update={"layers": layers})
 
 
 def maxent_job(
