@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from adapterhub_chat import mixed_bench
 from adapterhub_chat.backbone import load_backbone
 from adapterhub_chat.model import AdapterModel
 
 
+@pytest.mark.slow
 def test_the_table_has_every_way_and_ratio(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("ADAPTERHUB_PEERS", raising=False)

@@ -366,6 +366,7 @@ def test_servers_end_with_a_worker_that_is_told_to(folder, pico_folder, tmp_path
     assert become(pids, GONE) <= GONE
 
 
+@pytest.mark.slow
 def test_the_table_has_the_peers_rows_and_ratios(folder, pico_folder, tmp_path):
     found = mixed_bench.bench_mixed(
         backbone=str(pico_folder),

@@ -8,6 +8,7 @@ import pytest
 from adapterhub_chat import pool_bench
 
 
+@pytest.mark.slow
 def test_the_table_has_every_ratio(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found = pool_bench.bench_pool(

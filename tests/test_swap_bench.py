@@ -15,6 +15,7 @@ def settings(pico_folder, tmp_path):
     return {**given, "pool": str(tmp_path / "pool")}
 
 
+@pytest.mark.slow
 def test_the_table_has_every_number(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found = swap_bench.bench_swap(
@@ -45,6 +46,7 @@ def test_the_table_has_every_number(pico_folder, monkeypatch):
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_without_peft_its_number_is_null(pico_folder, monkeypatch):
     monkeypatch.setattr(swap_bench.importlib.util, "find_spec", lambda _name: None)
     found = swap_bench.bench_swap(backbone=str(pico_folder), rank=4, adapters=2, switches=1)
@@ -60,6 +62,7 @@ def test_adapters_differ_and_their_probes_are_answered(settings):
     assert told["parameters"] == pool.load("a0").weights.num_parameters
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_the_dtype(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = {"backbone": str(pico_folder), "rank": 4, "adapters": 2, "switches": 1}

@@ -47,6 +47,7 @@ def test_every_way_learns_from_the_same_examples(settings):
         assert [tokens for _, tokens in rows] == [tokens for _, tokens in peft[name]]
 
 
+@pytest.mark.slow
 def test_the_table_has_every_ratio(settings, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     del settings["total_steps"]  # follows from the others
