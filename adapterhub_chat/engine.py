@@ -241,6 +241,7 @@ class Engine:
             self._return(ticket, held)
             return False
         self._waiting.remove(ticket)
+        self._near.discard(ticket)
         try:
             self._batch.start(Row(ticket, held, self.model.backbone.tokenizer))
         except BaseException as error:  # no memory for its keys and values, or Ctrl-C
@@ -284,7 +285,7 @@ class Engine:
     def _bring_near(self, ticket: Ticket) -> None:
         """Have a request's adapters read from the disk, one request's at a time, behind what is fetched."""
         busy = self._nearing is not None and not self._nearing.done()
-        if self._beside and not busy and ticket not in self._near:
+        if self._beside and not busy and ticket not in self._near and len(self._near) < NEAR:
             self._near.add(ticket)
             self._nearing = self._loader.submit(self.model.prefetch, ticket.request.mix)
 

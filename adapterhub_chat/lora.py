@@ -175,7 +175,7 @@ class Plan:
         """
         if tokens in self._entries:
             return self._entries[tokens]
-        found = self._entries[tokens] = []
+        found = []
         for places, weights in self._alike:
             bank = places[0][0]
             sites = _SITES.get(bank.layout)
@@ -184,6 +184,7 @@ class Plan:
             found.append(
                 Entries(places, weights.repeat_interleave(tokens, 0), sites, many=tokens > 1)
             )
+        self._entries[tokens] = found
         return found
 
     def single(self) -> list[tuple[Place, float] | None] | None:

@@ -9,6 +9,8 @@ rows that mix several adapters, go through the fused decoder. Legend: N rows, pa
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ MOST_RECORDS = 1000
 WARM_UP = 3
 """Runs before a CUDA graph is captured, as libraries choose their kernels in the first ones."""
 
+_capturing = threading.Lock()
+"""torch captures one graph at a time."""
 Step = Callable[[], Tensor]
 
 
@@ -75,6 +79,7 @@ class RecordedDecoder:
         self._rank = 0
         self._stages: dict[tuple[int, bool], _Stage] = {}
         self._played: dict[tuple[int, bool], Step] = {}
+        self._refused: set[tuple[int, bool]] = set()
         self._memory: Tensor | None = None  # of the cache that the records know
         self._compiled = torch.compile(_call, backend=backend, fullgraph=True, dynamic=False)
 
@@ -88,13 +93,23 @@ class RecordedDecoder:
             self._played.clear()
             self._memory = cache.keys[0]
         size = min(1 << (rows - 1).bit_length(), cache.rows)
+        if (size, plan is not None) in self._refused:
+            return self.inner.forward(cache, feed, plan)
         with torch.inference_mode():
             stage = self._staged(size, plan, own)
             self._set(stage, cache, feed)
             key = size, plan is not None
-            if key not in self._played:
-                self._played[key] = self._record(partial(self._step, stage, cache, size))
-            return self._played[key]()[:rows]
+            try:
+                if key not in self._played:
+                    self._played[key] = self._record(partial(self._step, stage, cache, size))
+                return self._played[key]()[:rows]
+            except Exception as error:  # no memory for it, or something that cannot be recorded
+                warnings.warn(
+                    f"a step of {size} rows is not recorded: {error!s:.200}", stacklevel=2
+                )
+                self._played.pop(key, None)
+                self._refused.add(key)
+        return self.inner.forward(cache, feed, plan)
 
     def _staged(
         self, size: int, plan: Plan | None, own: Sequence[tuple[Place, float] | None]
@@ -137,19 +152,21 @@ class RecordedDecoder:
         rows = len(feed.ids)
         stage.ids.zero_()[:rows] = feed.ids[:, 0]
         stage.positions.fill_(cache.length - 1)[:rows] = feed.positions[:, 0]
-        cos, sin = self.inner.rotary(stage.cos, stage.positions[:, None])
-        stage.cos.copy_(cos)
-        stage.sin.copy_(sin)
+        # of these positions alone: some kinds of rotation depend on the largest one
+        cos, sin = self.inner.rotary(stage.cos, feed.positions)
+        stage.cos[:rows].copy_(cos)
+        stage.sin[:rows].copy_(sin)
 
     def _record(self, step: Step) -> Step:
         self.records += 1
         if self.backbone.device.type == "cuda":
-            return _captured(step)
+            return _captured(step, self.backbone.device)
         return partial(self._played_back, step)
 
     def _played_back(self, step: Step) -> Tensor:
         """Run what torch.compile made of a step: as many forms of it as there are records."""
-        with dynamo.patch(recompile_limit=MOST_RECORDS):
+        limits = {"recompile_limit": MOST_RECORDS, "accumulated_recompile_limit": MOST_RECORDS}
+        with dynamo.patch(limits):
             return self._compiled(step)
 
     def _step(self, stage: _Stage, cache: KeyValues, size: int) -> Tensor:
@@ -224,20 +241,27 @@ def _fill(bank: Bank, row: int, one: tuple[Place, float] | None) -> None:
             bank.B[member][row, : own.rank].copy_(own.B[member][slot])
 
 
-def _captured(step: Step) -> Step:
-    """Return what plays a CUDA graph of the step; it reads and writes the memory that the step did."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+def _captured(step: Step, device: torch.device) -> Step:
+    """Return what plays a CUDA graph of the step; it reads and writes the memory that the step did.
+
+    Other threads may load adapters meanwhile: what they do is no part of it.
+    """
+    before = torch.cuda.current_stream(device)
+    # entering the stream that is current anyway has it back whatever fails inside
+    with _capturing, torch.cuda.device(device), torch.cuda.stream(before):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(before)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                step()
+        before.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            out = step()
 
     def play() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return out
 
     return play

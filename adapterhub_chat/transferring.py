@@ -231,7 +231,7 @@ def _check_layers(shelf: Shelf, order: TransferOrder) -> None:
     """Raise UsageError for blocks that the backbone does not have."""
     targeted(shelf.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
     count = len(shelf.model.backbone.blocks)
-    if not -count <= order.layer < count:
+    if order.layer != -1 and not -count <= order.layer < count:
         raise UsageError(
             f"layer={order.layer}: {shelf.model.backbone.name} has {count} blocks; allowed are {-count} to "
             f"{count - 1}"
