@@ -10,10 +10,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-import torch
-
 from adapterhub_chat.atomic import version_of
-from adapterhub_chat.folder import fresh
 from adapterhub_chat.pool import FILES, Stored
 
 RAM_BYTES = 2**30
@@ -23,20 +20,13 @@ RAM_BYTES = 2**30
 class Ram:
     """Adapters by folder, under a budget of bytes. Safe from several threads."""
 
-    def __init__(self, budget: int, *, locked: bool = False) -> None:
-        """Start empty; `locked` keeps pages where they are, from which a GPU copies fastest."""
+    def __init__(self, budget: int) -> None:
+        """Start empty."""
         self.budget, self.nbytes = budget, 0
         self.hits = 0
         """How often an adapter was found here."""
-        self._locked = locked
         self._kept: OrderedDict[Path, tuple[Stored, object]] = OrderedDict()
         self._lock = threading.Lock()
-
-    def memory(self, size: int) -> torch.Tensor:
-        """Return memory for a file of so many bytes that is to be kept."""
-        return (
-            torch.empty(size, dtype=torch.uint8, pin_memory=True) if self._locked else fresh(size)
-        )
 
     def find(self, folder: Path) -> Stored | None:
         """Return what was read from a folder, None where that was never done or is out of date."""
@@ -54,6 +44,8 @@ class Ram:
     def keep(self, stored: Stored, version: object) -> None:
         """Keep what was read while its folder was of this version, if it fits the budget at all."""
         size = stored.weights.nbytes
+        if not version:
+            return  # its folder is gone by now
         with self._lock:
             if stored.path in self._kept:
                 self._drop(stored.path)

@@ -62,7 +62,7 @@ class _Stage:
 class RecordedDecoder:
     """See Decoder and the module. `records` counts what was recorded."""
 
-    def __init__(self, model: AdapterModel, inner: object, *, backend: str = "inductor") -> None:
+    def __init__(self, model: AdapterModel, inner: object, *, backend: Any = "inductor") -> None:
         """Stand before a fused decoder; `backend` is torch.compile's, where that is used.
 
         Raises UsageError for a backbone whose step cannot be recorded.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adapterhub_chat.atomic import version_of
 from adapterhub_chat.errors import AdapterError, AdapterHubError, NoRoomError, UsageError
-from adapterhub_chat.folder import ANYWHERE, Landing, Scratch, config_of
+from adapterhub_chat.folder import ANYWHERE, Landing, Scratch, config_of, fresh
 from adapterhub_chat.manifest import Manifest, read_manifest
 from adapterhub_chat.model import AdapterModel
 from adapterhub_chat.pool import FILES, Pool, Stored, check_name, read_stored
@@ -65,7 +65,7 @@ class Shelf:
     def __init__(self, model: AdapterModel, pool: Pool, ram_bytes: int = 0) -> None:
         """Start with nothing loaded; up to `ram_bytes` of what is read are kept in the host's memory."""
         self.model, self.pool = model, pool
-        self.ram = Ram(ram_bytes, locked=model.backbone.device.type == "cuda")
+        self.ram = Ram(ram_bytes)
         self._known: dict[str, Known] = {}
         self._answered: set[str] = set()
         self._scratch = Scratch()
@@ -104,14 +104,15 @@ class Shelf:
         """
         with self._changing, self._scratch.lent() as memory, self.model.ahead() as ahead:
             stored = self._read(source, name, Landing(memory, ahead.fill))
-            if note := self._accepted(stored, ahead):
-                warnings.warn(note, stacklevel=3)
             try:
+                if note := self._accepted(stored, ahead):
+                    warnings.warn(note, stacklevel=3)
                 self._hold(stored, ahead)
             except NoRoomError:
                 if not waiting:
                     raise
-                self._known[stored.name] = _known(stored)
+                if stored.name not in self.model.slots:  # else somebody has loaded it meanwhile
+                    self._known[stored.name] = _known(stored)
             return stored.name
 
     def prefetch(self, mix: Mix) -> None:
@@ -132,7 +133,7 @@ class Shelf:
         stored = self.ram.find(folder)
         if stored is None:
             version = version_of(folder, FILES)
-            stored = self.find(source, name, replace(landing, memory=self.ram.memory))
+            stored = self.find(source, name, replace(landing, memory=fresh))
             self.ram.keep(stored, version)
         own = name or (str(source) if member else folder.resolve().name)
         return replace(stored, name=check_name(own))

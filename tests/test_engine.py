@@ -17,7 +17,7 @@ from adapterhub_chat import AdapterHub, running
 from adapterhub_chat.backbone import load_backbone, pick_dtype
 from adapterhub_chat.cache import KeyValues
 from adapterhub_chat.decoder import ModuleDecoder
-from adapterhub_chat.engine import Engine
+from adapterhub_chat.engine import NEAR, Engine
 from adapterhub_chat.errors import (
     AdapterError,
     NoRoomError,
@@ -512,6 +512,7 @@ def test_who_waits_has_his_adapter_brought_near(model, make_weights):
     for _ in range(12):
         engine.step()
     assert near
+    assert len(engine._near) <= NEAR
     assert all(t.result().ids for t in tickets)
     assert len(near) == len({*near})
     assert not engine._near

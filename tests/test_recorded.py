@@ -126,6 +126,20 @@ def test_a_spare_row_leaves_a_new_ones_prompt_alone(loaded):
     assert texts[0] == texts[1]
 
 
+def test_a_step_that_fails_to_be_recorded_is_done_without(loaded):
+    reset()
+    plain, engine = (Engine(loaded, rows=8, prefix_bytes=0) for _ in range(2))
+
+    def broken(_graph, _inputs):
+        raise MemoryError("no memory for a record")
+
+    engine.decoder = engine._batch.decoder = RecordedDecoder(loaded, engine.decoder, backend=broken)
+    with pytest.warns(UserWarning, match="is not recorded"):
+        texts = ask(engine, "a0", "a1")
+    assert texts == ask(plain, "a0", "a1")
+    assert ask(engine, "a0", "a1") == texts
+
+
 def test_what_cannot_be_recorded_is_said(pico_folder, tmp_path, loaded):
     four = load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
     with pytest.raises(UsageError, match="Leave graphs out"):

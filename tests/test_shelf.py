@@ -218,6 +218,7 @@ def test_what_is_brought_near_is_loaded_without_the_disk(hub, bounded, monkeypat
 def test_a_request_waits_where_all_memory_is_in_use(hub, bounded):
     """Also the very first one for an adapter: its contract is known before it has a slot."""
     tight = bounded(1)
+    (hub.pool.root / ".probes").unlink()  # so that the probe, too, finds no slot
     running = tight.engine.submit(Request(PROMPT, tight._shelf.ready(["a"])[0], RULES))
     tight.engine.drive(lambda: tight.engine.running == 1)
     assert texts(tight, ["b"]) == texts(hub, ["b"])
