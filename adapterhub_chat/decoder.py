@@ -76,6 +76,14 @@ def limit_of(config: Any) -> int:
     return min((limit for limit in limits if limit), default=2**31)
 
 
+def mask_of(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask (N, 1, T, length) for tokens at `positions` (N, T): none sees a later one."""
+    columns = torch.arange(length, device=positions.device)
+    hidden = columns > positions[:, None, :, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)
+
+
 class View:
     """The cache as transformers' modules see it during one forward."""
 
@@ -89,10 +97,7 @@ class View:
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Return the additive mask (N, 1, T, seen): a token sees what stands at its position or before."""
-        columns = torch.arange(self.seen, device=self.positions.device)
-        hidden = columns > self.positions[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        return mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        return mask_of(self.positions, self.seen, dtype)
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any

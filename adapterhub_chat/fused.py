@@ -145,14 +145,12 @@ class FusedDecoder:
         packing = self.backbone.quantize is None and self.backbone.nbytes <= COPY_LIMIT
         self.blocks = [_Block(model, block, packing) for block in whole.model.layers]
         self._early = model.num_early
-        self._embed, self.last_norm = whole.model.embed_tokens, whole.model.norm
-        self.embedding, self.head_weight = self._embed.weight, whole.get_output_embeddings().weight
+        self.embed, self.last_norm = whole.model.embed_tokens, whole.model.norm
         self.rotary = whole.model.rotary_emb
-        head = whole.get_output_embeddings()
-        self._head, self._head_product = head.weight.detach(), functional.linear
-        if packing and head.bias is None:
+        self.head = whole.get_output_embeddings()
+        self._head, self._head_product = self.head.weight.detach(), functional.linear
+        if packing and self.head.bias is None:
             self._head, self._head_product = _packed(self._head)
-        self.head_bias = head.bias
         self._folder = folder
         self._step: tuple[tuple[int, int], native.Step] | None = None
 
@@ -172,7 +170,7 @@ class FusedDecoder:
             return self._one_token(self._products, cache, feed, plan)
         view = View(cache, feed)
         mask = view.mask(self.backbone.dtype)
-        x = self._embed(feed.ids).flatten(0, 1)
+        x = self.embed(feed.ids).flatten(0, 1)
         cos, sin = self.rotary(x, view.positions)
         add = self._adding(plan, rows, width)
         delta = None
@@ -191,7 +189,7 @@ class FusedDecoder:
     def early_states(self, ids: Tensor) -> Tensor:
         """See Decoder."""
         rows, width = ids.shape
-        x = self._embed(ids).flatten(0, 1)
+        x = self.embed(ids).flatten(0, 1)
         positions = torch.arange(width, device=ids.device).expand(rows, width)
         cos, sin = self.rotary(x, positions)
         attend = partial(self._attended, cos, sin, None, lambda k, v: (k, v))
@@ -272,7 +270,7 @@ class FusedDecoder:
         return lambda site, x, y: _plus(y, site, x, entries, products)
 
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._head_product(x, self._head, self.head_bias)
+        logits: Tensor = self._head_product(x, self._head, self.head.bias)
         return logits
 
     # -- a step of one token a row, by native products -----------------------------------------------
@@ -281,7 +279,7 @@ class FusedDecoder:
         self, products: native.Products, cache: KeyValues, feed: Feed, plan: Plan | None
     ) -> Tensor:
         rows = len(feed.ids)
-        x = self._embed(feed.ids[:, 0])
+        x = self.embed(feed.ids[:, 0])
         step = self._prepared(cache, rows)
         positions = feed.positions
         cos, sin = self.rotary(x.new_empty(0, dtype=torch.float32), positions)

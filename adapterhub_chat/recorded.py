@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from adapterhub_chat.bank import Bank, Site
 from adapterhub_chat.cache import KeyValues
-from adapterhub_chat.decoder import Feed
+from adapterhub_chat.decoder import Feed, mask_of
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.fused import FusedDecoder, rotated
 from adapterhub_chat.lora import Place, Plan
@@ -172,17 +172,14 @@ class RecordedDecoder:
     def _step(self, stage: _Stage, cache: KeyValues, size: int) -> Tensor:
         """Return the logits (N, V) after each row's token."""
         inner = self.inner
-        columns = torch.arange(cache.length, device=stage.positions.device)
-        hidden = columns > stage.positions[:, None, None, None]
-        mask = torch.zeros(hidden.shape, dtype=stage.cos.dtype, device=hidden.device)
-        mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        mask = mask_of(stage.positions[:, None], cache.length, stage.cos.dtype)
         index = torch.arange(size, device=stage.positions.device)
-        x = functional.embedding(stage.ids, inner.embedding)
+        x = inner.embed(stage.ids)
         for layer, block in enumerate(inner.blocks):
             keys, values = cache.keys[layer][:size], cache.values[layer][:size]
             q, k, v = (
                 part.view(size, 1, -1, inner.shape[2]).transpose(1, 2)
-                for part in _products(block.qkv, _norm(block.norm, x), stage)
+                for part in _products(block.qkv, block.norm(x), stage)
             )
             keys[index, :, stage.positions] = rotated(k, stage.cos, stage.sin)[:, :, 0]
             values[index, :, stage.positions] = v[:, :, 0]
@@ -196,10 +193,10 @@ class RecordedDecoder:
             )
             (delta,) = _products(block.out, attended.reshape(size, -1), stage)
             x = x + delta
-            gate, up = _products(block.gate_up, _norm(block.second_norm, x), stage)
+            gate, up = _products(block.gate_up, block.second_norm(x), stage)
             (delta,) = _products(block.down, functional.silu(gate) * up, stage)
             x = x + delta
-        return functional.linear(_norm(inner.last_norm, x), inner.head_weight, inner.head_bias)
+        return functional.linear(inner.last_norm(x), inner.head.weight, inner.head.bias)
 
 
 def _products(fused: Any, x: Tensor, stage: _Stage) -> list[Tensor]:
@@ -214,14 +211,6 @@ def _products(fused: Any, x: Tensor, stage: _Stage) -> list[Tensor]:
         y + torch.bmm(h[..., j * rank : (j + 1) * rank], stage.bank.B[member])[:, 0]
         for j, (member, y) in enumerate(zip(site.members, outs, strict=True))
     ]
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    """Return weight * x / rms(x) for x (N, W), computed in float32 (arXiv 1910.07467)."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    out: Tensor = norm.weight * wide.to(x.dtype)
-    return out
 
 
 def _fill(bank: Bank, row: int, one: tuple[Place, float] | None) -> None:
