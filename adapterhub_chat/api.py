@@ -49,10 +49,11 @@ class AdapterHub(Making, Sharing):
     adapters: the least recently used make room, and are loaded again when they are asked for (None: no
     bound). `ram_bytes` bounds what is kept of read adapters in the host's memory, from where they are
     loaded without the disk (None: 1 GiB for a GPU; none for a CPU, whose loaded adapters are in that memory
-    already). `graphs` records decoding steps as CUDA graphs; a swap records nothing anew. Methods may be
-    called from several threads. Wherever an adapter may be named, weights by name ({"qa": 0.5,
-    "generation": 0.5}) make a mixture and None or "backbone" means no adapter; in the rows of `chat`,
-    `generate` and `next_token_logits`, "auto" chooses by the row's message.
+    already). `graphs` records decoding steps as CUDA graphs (on a CPU torch.compile makes them, and slower
+    ones); a swap records nothing anew. Methods may be called from several threads. Wherever an adapter may
+    be named, weights by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means
+    no adapter; in the rows of `chat`, `generate` and `next_token_logits`, "auto" chooses by the row's
+    message.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """`bench mixed` on a pico model: every way decodes every case, and the ratios are there."""
 
 import json
+from shutil import which
 
 import pytest
 
@@ -30,6 +31,20 @@ def test_the_table_has_every_way_and_ratio(pico_folder, monkeypatch):
     assert ratios["mixed8_over_peft"] > 0
     assert ratios["single_over_generate"] > 0
     json.dumps(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
+def test_recorded_steps_are_a_way_of_their_own(pico_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("ADAPTERHUB_PEERS", raising=False)
+    monkeypatch.setattr(mixed_bench, "ASIDE", {})
+    monkeypatch.setattr(mixed_bench.importlib.util, "find_spec", lambda _name: None)
+    found = mixed_bench.bench_mixed(
+        backbone=str(pico_folder), rank=4, tokens=3, repeats=1, cases=((16, 8),), graphs=True
+    )
+    assert {row["kind"] for row in found["rows"]} == {"here", "graphs"}
+    assert found["ratios"]["graphs8_over_mixed8"] > 0
 
 
 def test_a_random_adapter_changes_what_is_said(pico_folder):
