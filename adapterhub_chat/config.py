@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
-from adapterhub_chat.errors import ConfigError
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-SHOWN = 100
-"""Misfits in one message."""
+from adapterhub_chat.validation import explain
 
 
 class TrainConfig(BaseModel):
@@ -152,63 +141,6 @@ class RunConfig(RunOptions):
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
-def read_run(
-    path: Path | None,
-    tasks: Sequence[str],
-    names: Sequence[str],
-    flags: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    sweep: Mapping[str, list[Any]] | None = None,
-) -> RunConfig:
-    """Return the run that a TOML file and the command line describe together; flags win.
-
-    Raises one ConfigError with every misfit: unknown keys at any depth, values out of range, an adapter
-    without a task, one name for two, nothing to train.
-    """
-    values = _toml(path) if path else {}
-    values |= {name: value for name, value in flags.items() if value is not None}
-    found: list[str] = []
-    titles = list(names or map(_stem, tasks))
-    if len(titles) != len(tasks):
-        found.append(f"{len(tasks)} tasks but {len(titles)} names: give one name per task")
-    if twice := sorted({title for title in titles if titles.count(title) > 1}):
-        found.append(f"two adapters are called {', '.join(twice)}: give each a name of its own")
-    adapters = {
-        name: {key: own[key] for key in own if key not in settings} if _is_table(own) else own
-        for name, own in _table(values, "adapters", found).items()
-    }
-    adapters |= {n: {"task": t} for n, t in zip(titles, tasks, strict=False)}
-    for own in adapters.values() if sweep else ():
-        if _is_table(own):
-            own["sweep"] = {**own.get("sweep", {}), **(sweep or {})}
-    values["adapters"] = adapters
-    values["settings"] = {**_table(values, "settings", found), **settings}
-    run = None
-    try:
-        run = RunConfig.model_validate(values)
-    except ValidationError as error:
-        found += explain(error, RunConfig)
-    found += _setting_misfits("settings", values["settings"])
-    for name, table in adapters.items():
-        found += _adapter_misfits(f"adapters.{name}", dict(table) if _is_table(table) else {})
-    if not adapters:
-        found.append("nothing to train: name tasks, or write [adapters.NAME] tables")
-    if found or run is None:
-        raise ConfigError(str(path) if path else "the command line", found)
-    return run
-
-
-def _adapter_misfits(where: str, own: dict[str, Any]) -> list[str]:
-    """Return what is wrong in the table of one adapter: its task or tasks, its sweep, its settings."""
-    found = []
-    one, several, sweep = own.pop("task", None), own.pop("tasks", None), own.pop("sweep", {})
-    if several is None and not isinstance(one, str):
-        found.append(f'{where} needs a task, as in task = "qa"')
-    elif several is not None and (one is not None or not _is_list(several, str)):
-        found.append(f'{where} needs one task, or tasks = ["a", "b"] alone')
-    return [*found, *sweep_misfits(f"{where}.sweep", sweep), *_setting_misfits(where, own)]
-
-
 def sweep_misfits(where: str, sweep: Any) -> list[str]:
     """Return what is wrong with lists of values to try, by setting."""
     if not _is_table(sweep) or not all(_is_list(values) for values in sweep.values()):
@@ -228,63 +160,8 @@ def _is_list(value: Any, kind: type = object) -> bool:
     )
 
 
-def read_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the lists that texts such as `rank=4,8` mean; raise ConfigError naming every misfit."""
-    sweep: dict[str, list[Any]] = {}
-    found = []
-    for text in texts:
-        key, sign, values = text.partition("=")
-        if not sign or not values:
-            found.append(f"{text!r} is no sweep; write a setting and its values: rank=4,8")
-            continue
-        sweep.setdefault(key, []).extend(_number(value) for value in values.split(","))
-    found += sweep_misfits("--sweep", sweep)
-    if found:
-        raise ConfigError("the command line", found)
-    return sweep
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text, text)
-
-
-def read_settings(model: type[Model], values: Mapping[str, Any], source: str) -> Model:
-    """Return `values` as a `model`; raise one ConfigError that lists every misfit in `source`."""
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(source, explain(error, model)) from error
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
-
-
-def _table(values: Mapping[str, Any], key: str, found: list[str]) -> dict[str, Any]:
-    """Return the table `key`; where it is something else, say so in `found` and return an empty one."""
-    value = values.get(key, {})
-    if _is_table(value):
-        return dict(value)
-    found.append(f"{key}: must be a table; got {value!r}")
-    return {}
-
-
 def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping)
-
-
-def _stem(task: str) -> str:
-    return Path(task).stem if task.endswith((".py", ".toml")) else task
 
 
 def _setting_misfits(where: str, values: Mapping[str, Any]) -> list[str]:
@@ -293,54 +170,3 @@ def _setting_misfits(where: str, values: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         return [f"{where}.{sentence}" for sentence in explain(error, TrainConfig)]
     return []
-
-
-# ---- misfits in sentences ------------------------------------------------------------------------
-
-_UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}
-_MISSING_KEY = {"missing", "missing_argument", "missing_keyword_only_argument"}
-
-
-def explain(error: ValidationError, model: type) -> list[str]:
-    """Return one sentence for each misfit of `model` (a pydantic model or dataclass), SHOWN at most."""
-    details = error.errors(include_url=False)
-    more = [f"and {len(details) - SHOWN} more"] if len(details) > SHOWN else []
-    return [*(_sentence(detail, model) for detail in details[:SHOWN]), *more]
-
-
-def _printable(part: int | str) -> str:
-    """Return a key as a message may hold it, whoever wrote it."""
-    text = "".join(c if c.isprintable() else "?" for c in str(part))
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _sentence(detail: ErrorDetails, model: type) -> str:
-    where = ".".join(_printable(part) for part in detail["loc"])
-    *path, last = detail["loc"] or ("",)
-    allowed = sorted(_fields_at(model, path))
-    if detail["type"] in _UNKNOWN_KEY:
-        close = get_close_matches(str(last), allowed, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        return f"{where}: no such key; allowed: {', '.join(allowed)}{hint}"
-    if detail["type"] in _MISSING_KEY:
-        return f"{where}: is missing"
-    message = detail["msg"].removeprefix("Value error, ")
-    given = repr(detail["input"])
-    given = given if len(given) <= 60 else given[:57] + "..."
-    return f"{where}: {message[:1].lower()}{message[1:]}; got {given}"
-
-
-def _fields_at(model: type, path: list[int | str]) -> Mapping[str, Any]:
-    """Return the fields of the model at `path` inside `model`; none where there is no model."""
-    fields: Mapping[str, Any] = getattr(model, "__pydantic_fields__", {})
-    for part in path:
-        found = fields.get(str(part))
-        options = _options(found.annotation) if found else ()
-        inner = (getattr(option, "__pydantic_fields__", {}) for option in options)
-        fields = next((f for f in inner if f), {})
-    return fields
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the annotation alone."""
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

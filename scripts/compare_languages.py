@@ -22,18 +22,20 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.evaluate import evaluate
-from adapterhub_chat.jobs import make_job, sample
-from adapterhub_chat.progress import Bars
-from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.train import train
-from adapterhub_chat.transfer.methods import make_setting
-from adapterhub_chat.transfer.run import transfer
-from adapterhub_chat.transferring import transfer_config
+from adapterhub_chat.cli.output import Bars
+from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.data.splits import sample
+from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.evaluation.scoring import evaluate
+from adapterhub_chat.events import SILENT, Listeners
+from adapterhub_chat.lora.weights import AdapterWeights
+from adapterhub_chat.training.job import make_job
+from adapterhub_chat.training.loop import train
+from adapterhub_chat.transfer.candidates import transfer
+from adapterhub_chat.transfer.setting import make_setting
+from adapterhub_chat.transfer.spec import transfer_config
 from adapterhub_chat.types import as_mix
-from adapterhub_chat.weights import AdapterWeights
-from adapterhub_chat.workshop import SILENT, Listeners
+from adapterhub_chat.validation import read_settings
 
 PAIRS = (
     "sentiment:sentiment-zh", "intents-en:intents-zh", "intents-en:intents-de", "intents-en:intents-fr",

@@ -28,16 +28,22 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterhub_chat import AdapterHub, Mix
-from adapterhub_chat.backbone import load_backbone
-from adapterhub_chat.merge import default_weights, merge, modules_of
-from adapterhub_chat.merge_methods import METHODS, Method
-from adapterhub_chat.moments import InputMoments
-from adapterhub_chat.progress import Bars
-from adapterhub_chat.retention import Yardstick, mean_and_lowest, retention, retentions, yardsticks
-from adapterhub_chat.task import load_task
+from adapterhub_chat.cli.output import Bars
+from adapterhub_chat.data.task import load_task
+from adapterhub_chat.evaluation.retention import (
+    Yardstick,
+    mean_and_lowest,
+    retention,
+    retentions,
+    yardsticks,
+)
+from adapterhub_chat.events import SILENT, Listeners
+from adapterhub_chat.lora.weights import AdapterWeights
+from adapterhub_chat.merge.combine import default_weights, merge, modules_of
+from adapterhub_chat.merge.methods import METHODS, Method
+from adapterhub_chat.merge.moments import InputMoments
+from adapterhub_chat.model.backbone import load_backbone
 from adapterhub_chat.types import Retention, as_mix
-from adapterhub_chat.weights import AdapterWeights
-from adapterhub_chat.workshop import SILENT, Listeners
 
 SOURCES = ("qa", "generation", "sentiment")
 PEFT_KINDS = (

@@ -31,22 +31,24 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterhub_chat import AdapterHub, Mix
-from adapterhub_chat.backbone import Backbone, load_backbone
-from adapterhub_chat.batches import epochs
-from adapterhub_chat.config import TrainConfig, read_settings
-from adapterhub_chat.evaluate import judge
-from adapterhub_chat.folder import read_folder
-from adapterhub_chat.jobs import Job, make_job, sample
-from adapterhub_chat.learner import schedule, total_steps
-from adapterhub_chat.metrics import METRICS, Rows, bootstrap_interval, paired_difference
-from adapterhub_chat.progress import Bars
-from adapterhub_chat.targets import targeted
-from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.train import train
-from adapterhub_chat.train_bench import padded
+from adapterhub_chat.artifact.folder import read_folder
+from adapterhub_chat.bench.train import padded
+from adapterhub_chat.cli.output import Bars
+from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.data.metrics import METRICS, Rows, bootstrap_interval, paired_difference
+from adapterhub_chat.data.packing import epochs
+from adapterhub_chat.data.splits import sample
+from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.evaluation.scoring import judge
+from adapterhub_chat.events import SILENT, Listeners
+from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.weights import AdapterWeights, initial_weights
+from adapterhub_chat.model.backbone import Backbone, load_backbone
+from adapterhub_chat.training.job import Job, make_job
+from adapterhub_chat.training.learner import schedule, total_steps
+from adapterhub_chat.training.loop import train
 from adapterhub_chat.types import as_mix
-from adapterhub_chat.weights import AdapterWeights, initial_weights
-from adapterhub_chat.workshop import SILENT, Listeners
+from adapterhub_chat.validation import read_settings
 
 TASKS = ("qa", "generation", "sentiment")
 POINT = 0.01

@@ -28,13 +28,13 @@ from skada import DensityReweightAdapter, KLIEPReweightAdapter, KMMReweightAdapt
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from adapterhub_chat.backbone import load_backbone
-from adapterhub_chat.bench import machine
-from adapterhub_chat.features import features
-from adapterhub_chat.jobs import sample
-from adapterhub_chat.metrics import METRICS, paired_difference
-from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.bench.harness import machine
+from adapterhub_chat.data.metrics import METRICS, paired_difference
+from adapterhub_chat.data.splits import sample
+from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import load_backbone
+from adapterhub_chat.model.features import features
 from adapterhub_chat.transfer.maxent import balanced, principal
 from adapterhub_chat.types import Mix
 

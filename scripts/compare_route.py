@@ -41,17 +41,17 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.assets import data_path
+from adapterhub_chat.assets.fetch import data_path
+from adapterhub_chat.data.metrics import METRICS, Rows, label_rows
+from adapterhub_chat.data.prompts import primary_field
+from adapterhub_chat.data.splits import sample
+from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.errors import AssetError
-from adapterhub_chat.evaluate import judge
-from adapterhub_chat.jobs import sample
-from adapterhub_chat.looks import glances, looks, read
-from adapterhub_chat.metrics import METRICS, Rows, label_rows
-from adapterhub_chat.pictures import draw_confusion
-from adapterhub_chat.prompt import primary_field
-from adapterhub_chat.prototypes import judges_of, learn_routing, message_of
-from adapterhub_chat.route import Cascade, Judges, Route
-from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.evaluation.scoring import judge
+from adapterhub_chat.report.plots import draw_confusion
+from adapterhub_chat.route.choice import Cascade, Judges, Route
+from adapterhub_chat.route.learn import judges_of, learn_routing, message_of
+from adapterhub_chat.route.message_features import glances, looks, read
 from adapterhub_chat.types import SPLITS, Example, PromptContract
 
 SHIPPED = ("qa", "generation", "sentiment")

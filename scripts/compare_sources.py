@@ -21,14 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.evaluate import Judged, judge, score
-from adapterhub_chat.jobs import sample
-from adapterhub_chat.pool import Pool, read_stored
-from adapterhub_chat.task import Task, load_task
-from adapterhub_chat.train import train
-from adapterhub_chat.transfer.methods import few_shot_jobs, make_setting
+from adapterhub_chat.data.splits import sample
+from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.evaluation.scoring import Judged, judge, score
+from adapterhub_chat.pool.pool import Pool
+from adapterhub_chat.pool.stored import read_stored
+from adapterhub_chat.training.loop import train
+from adapterhub_chat.transfer.methods import few_shot_jobs
 from adapterhub_chat.transfer.ranking import spearman
-from adapterhub_chat.transferring import transfer_config
+from adapterhub_chat.transfer.setting import make_setting
+from adapterhub_chat.transfer.spec import transfer_config
 from adapterhub_chat.types import as_mix
 
 SHIPPED = Path(__file__).parent.parent / "adapters"

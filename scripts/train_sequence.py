@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.progress import Bars
+from adapterhub_chat.cli.output import Bars
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

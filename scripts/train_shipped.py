@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.progress import Bars
+from adapterhub_chat.cli.output import Bars
 
 SHARED = {
     "rank": 8,

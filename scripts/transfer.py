@@ -26,20 +26,20 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.evaluate import Judged, judge, score
-from adapterhub_chat.jobs import sample
-from adapterhub_chat.metrics import Rows
-from adapterhub_chat.pool import Pool
-from adapterhub_chat.progress import Bars
-from adapterhub_chat.splits import Splits
-from adapterhub_chat.task import Task, list_tasks, load_task
-from adapterhub_chat.transfer.methods import METHODS, make_setting
-from adapterhub_chat.transfer.run import AS_IS, Outcome, transfer
-from adapterhub_chat.transfer.select import verdict
-from adapterhub_chat.transferring import transfer_config
+from adapterhub_chat.cli.output import Bars
+from adapterhub_chat.data.metrics import Rows
+from adapterhub_chat.data.splits import Splits, sample
+from adapterhub_chat.data.task import Task, list_tasks, load_task
+from adapterhub_chat.evaluation.scoring import Judged, judge, score
+from adapterhub_chat.events import Listeners
+from adapterhub_chat.lora.weights import AdapterWeights
+from adapterhub_chat.pool.pool import Pool
+from adapterhub_chat.transfer.candidates import AS_IS, Outcome, transfer
+from adapterhub_chat.transfer.gate import verdict
+from adapterhub_chat.transfer.methods import METHODS
+from adapterhub_chat.transfer.setting import make_setting
+from adapterhub_chat.transfer.spec import transfer_config
 from adapterhub_chat.types import BACKBONE, SPLITS, Mix, as_mix
-from adapterhub_chat.weights import AdapterWeights
-from adapterhub_chat.workshop import Listeners
 
 SHIPPED = Path(__file__).parent.parent / "adapters"
 FULL = "all labels"

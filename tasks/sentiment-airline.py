@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from adapterhub_chat.splits import Splits
-from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.data.splits import Splits
+from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.types import PromptContract
 
 CONTRACT = PromptContract(

@@ -1,6 +1,6 @@
 """The ends of long reviews of `sentiment` alone, in the same splits: another register than one sentence."""
 
-from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.data.task import Task, load_task
 
 
 def task() -> Task:

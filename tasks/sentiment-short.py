@@ -1,6 +1,6 @@
 """The short reviews of `sentiment` alone, in the same splits: one sentence each."""
 
-from adapterhub_chat.task import Task, load_task
+from adapterhub_chat.data.task import Task, load_task
 
 
 def task() -> Task:

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY, toy_answers, toy_talk, toy_task
+from pico import VOCABULARY, toy_answers, toy_talk, toy_task
 from transformers import AutoModelForCausalLM
 
 from adapterhub_chat import AdapterHub, Message, Mix, Score
+from adapterhub_chat.data.splits import Splits
 from adapterhub_chat.errors import (
     AdapterError,
     AdapterHubError,
@@ -22,9 +23,8 @@ from adapterhub_chat.errors import (
     UnknownNameError,
     UsageError,
 )
-from adapterhub_chat.task import Splits
+from adapterhub_chat.events import Listeners
 from adapterhub_chat.types import Example, PromptContract
-from adapterhub_chat.workshop import Listeners
 
 QUICK = {"max_steps": 3, "rows_per_step": 1, "row_length": 128, "learning_rate": 0.02}
 

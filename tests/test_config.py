@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterhub_chat.config import RunConfig, TrainConfig, read_run, read_settings
+from adapterhub_chat.config import RunConfig, TrainConfig
 from adapterhub_chat.errors import ConfigError
+from adapterhub_chat.training.run_file import read_run
+from adapterhub_chat.validation import read_settings
 
 
 def run_of(text="", tasks=(), names=(), flags=None, settings=None, *, folder=None):

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from conftest import toy_answers, toy_task
-from test_engine import alone, some_requests
-from test_train import close, job
+from pico import alone, close, job, some_requests, toy_answers, toy_task
 
-from adapterhub_chat.backbone import load_backbone
-from adapterhub_chat.engine import Engine
-from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.train import train
+from adapterhub_chat.inference.engine import Engine
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import load_backbone
+from adapterhub_chat.training.loop import train
 from adapterhub_chat.types import as_mix
 
 pytestmark = [

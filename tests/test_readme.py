@@ -11,18 +11,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from typer.main import get_command
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.assets import ASSETS
-from adapterhub_chat.cli import app
-from adapterhub_chat.config import TrainConfig, read_run
-from adapterhub_chat.task import load_task
+from adapterhub_chat.assets.catalogue import ASSETS
+from adapterhub_chat.cli.app import VERBS as NAMES
+from adapterhub_chat.cli.app import load_verb
+from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.data.task import load_task
+from adapterhub_chat.training.run_file import read_run
+from scripts import draw_architecture
 
 ROOT = Path(__file__).parent.parent
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 README = (ROOT / "README.md").read_text("utf-8")
-VERBS = get_command(app).commands
+VERBS = {name: load_verb(name) for name in NAMES}
 HUB_ID = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
 
 
@@ -181,7 +183,7 @@ def test_the_python_snippets_run(workplace, pico_folder, capsys):
 
 
 def test_the_data_table_names_every_source_with_its_licence():
-    told, names = dict.fromkeys((p.stem for p in (ROOT / "tasks").glob("*.py")), ""), []
+    told, names = dict.fromkeys((p.stem for p in (ROOT / "tasks").glob("[!_]*.py")), ""), []
     for row in README.partition("| task | data |")[2].partition("\n\n")[0].splitlines()[2:]:
         names = re.findall(r"`([\w-]+)`", row.split("|")[1]) or names  # an empty cell: as above
         for name in names:
@@ -203,7 +205,13 @@ def test_the_tree_names_every_folder():
     assert all((ROOT / name).exists() for name in named)
 
 
-def test_the_architecture_page_names_every_module():
-    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    modules = {p.name for p in (ROOT / "adapterhub_chat").glob("[!_]*.py")}
-    assert {name for name in modules if f"{name.removesuffix('.py')}" not in text} == set()
+def test_the_sentence_of_a_verb_is_its_functions_docstring():
+    for name, (_, sentence) in NAMES.items():
+        assert VERBS[name].help.partition("\n")[0] == sentence
+
+
+def test_the_architecture_page_is_drawn_from_the_docstrings():
+    page = draw_architecture.PAGE.read_text("utf-8")
+    assert draw_architecture.drawn(page) == page
+    for module in re.findall(r"`(\w+/\w+\.(?:py|cpp|h))`", page):
+        assert (ROOT / "adapterhub_chat" / module).is_file() or (ROOT / module).is_file(), module

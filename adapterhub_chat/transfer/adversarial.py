@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from adapterhub_chat.jobs import Seen
-from adapterhub_chat.losses import domain_loss, reversal_weight, reverse_gradient
+from adapterhub_chat.training.job import Seen
 
 SOURCE, TARGET = 0, 1
 WIDTH, MEMORY, TURNS = 64, 256, 4
@@ -121,3 +122,32 @@ def entropy_share(counts: Sequence[int], classes: int) -> float:
         return 1.0
     shares = [count / total for count in counts if count]
     return -sum(share * math.log(share) for share in shares) / math.log(classes)
+
+
+def reverse_gradient(values: Tensor, weight: float) -> Tensor:
+    """Return `values` as they are; the gradient that comes back is times -weight (arXiv 1505.07818)."""
+    reversed_: Tensor = _Reversed.apply(values, weight)  # type: ignore[no-untyped-call]
+    return reversed_
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * gradients[0], None
+
+
+def reversal_weight(progress: float) -> float:
+    """Return the weight of the reversed gradient, 0 at the start and near 1 at the end (arXiv 1505.07818)."""
+    return 2 / (1 + math.exp(-10 * progress)) - 1
+
+
+def domain_loss(logits: Tensor, domains: Tensor) -> Tensor:
+    """Return the cross-entropy of telling domains (n,) of 0 and 1 by logits (n,), both counting equally."""
+    each = functional.binary_cross_entropy_with_logits(logits, domains.to(logits), reduction="none")
+    means = [each[domains == domain].mean() for domain in domains.unique()]
+    return torch.stack(means).mean()

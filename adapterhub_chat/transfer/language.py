@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub_chat.batches import in_order, pack
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.features import ROWS, listening, pooled
-from adapterhub_chat.jobs import Job, Seen
-from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.template import Encoded, encode_prompts, fit, messages_of
+from adapterhub_chat.data.encoding import Encoded, encode_prompts, fit, messages_of
+from adapterhub_chat.data.packing import in_order, pack
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.features import ROWS, listening, pooled
+from adapterhub_chat.training.job import Job, Seen
 from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract
 
 LANGUAGE = "language"

@@ -10,19 +10,24 @@ features tell messages of source and target apart. It looks at no label.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapterhub_chat.errors import DataError
-from adapterhub_chat.evaluate import label_scores
-from adapterhub_chat.features import features
-from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.task import Task
-from adapterhub_chat.types import Example, Mix
+from adapterhub_chat.data.splits import sample
+from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.errors import AdapterError, AdapterHubError, DataError, UsageError
+from adapterhub_chat.inference.likelihood import label_scores
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.features import features
+from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.route.learn import messages_in
+from adapterhub_chat.types import NO_ADAPTER, Example, Mix, PromptContract
 
 ROUNDS, TINY = 50, 1e-9
 
@@ -156,3 +161,49 @@ def _ranks(values: Sequence[float]) -> Tensor:
     below = (table[:, None] > table[None, :]).sum(1)
     equal = (table[:, None] == table[None, :]).sum(1)
     return below + (equal + 1) / 2
+
+
+def rank_sources(
+    shelf: Shelf, target: Task, names: Sequence[str] | None, limit: int
+) -> list[Ranked]:
+    """Return adapters of the pool by how promising they are; see AdapterHub.rank_sources."""
+    mixes = _mixes(shelf) if names is None else shelf.ready(list(names))
+    if not mixes:
+        raise UsageError(f"there are no adapters in {shelf.pool.root} to rank as sources")
+    sources, examples = {str(mix): mix for mix in mixes}, sample(target.split("train"), limit)
+    distances = _distances(shelf, list(sources), target, limit)
+    return rank(shelf.model, target, examples, list(sources.items()), distances)
+
+
+def _mixes(shelf: Shelf) -> list[Mix]:
+    """Return the pool's adapters, each alone; warn of what cannot be loaded here."""
+    found: list[Mix] = []
+    for name in shelf.pool.names():
+        try:
+            (mix,) = shelf.ready([name])
+            shelf.whole(mix)
+        except AdapterError as error:
+            warnings.warn(f"{name} is left out: {error}", stacklevel=4)
+        else:
+            found.append(mix)
+    return found
+
+
+def _distances(shelf: Shelf, names: Sequence[str], target: Task, limit: int) -> dict[str, float]:
+    """Return the proxy A-distance to the target of each source whose tasks are here."""
+    found, its = {}, _features_of(shelf, [target], limit)
+    for name in names:
+        known = shelf.known(name)
+        trained = known.manifest.training.tasks if known and known.manifest else ()
+        with suppress(AdapterHubError):  # a task or its data is not here: then nothing is told
+            if tasks := [load_task(task) for task in trained]:
+                found[name] = a_distance(_features_of(shelf, tasks, limit), its)
+    return found
+
+
+def _features_of(shelf: Shelf, tasks: Sequence[Task], limit: int) -> Tensor:
+    """Return the bare backbone's mean features of some messages of tasks, (messages, hidden)."""
+    texts = messages_in(tasks, "train", limit)
+    return features(
+        shelf.model, PromptContract(), [Example({"text": text}, "") for text in texts], NO_ADAPTER
+    )

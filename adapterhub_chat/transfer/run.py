@@ -1,221 +1,189 @@
-"""A transfer from beginning to end: train every method, judge, choose. Returns values, writes nothing."""
+"""A transfer as it is asked for: from names to an adapter in the pool with its verdict."""
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from uuid import uuid4
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from adapterhub_chat.errors import DataError, UsageError
-from adapterhub_chat.evaluate import judge
-from adapterhub_chat.jobs import Job
-from adapterhub_chat.learner import Trained
-from adapterhub_chat.metrics import METRICS, Rows
-from adapterhub_chat.model import AdapterModel
-from adapterhub_chat.train import Event, train
-from adapterhub_chat.transfer.adversarial import Game
-from adapterhub_chat.transfer.language import LANGUAGE
-from adapterhub_chat.transfer.maxent import Weighting
-from adapterhub_chat.transfer.methods import (
-    BASELINE,
-    METHODS,
-    STACKS,
-    Setting,
-    adversarial_job,
-    few_shot_jobs,
-    finished,
-    language_job,
-    language_stack,
-    maxent_job,
-    stood_in,
-)
-from adapterhub_chat.transfer.select import Verdict, best, verdict
-from adapterhub_chat.types import BACKBONE, Mix, as_mix
-from adapterhub_chat.weights import AdapterWeights
+from adapterhub_chat.artifact.manifest import Manifest, Training, TransferReport, Under, hurt
+from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.evaluation.scoring import judge_task
+from adapterhub_chat.events import Listeners
+from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.pool.provenance import draft_of
+from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.stacks import flat
+from adapterhub_chat.pool.stored import Stored, check_name
+from adapterhub_chat.route.learn import learn_routing
+from adapterhub_chat.transfer.candidates import Outcome, check_method, transfer
+from adapterhub_chat.transfer.methods import STACKS
+from adapterhub_chat.transfer.setting import make_setting, warn_of_language
+from adapterhub_chat.transfer.spec import TransferOrder, _target
+from adapterhub_chat.types import as_mix
 
-SHARE = 0.3
-"""Least effective sample size of a reweighted source, as a share of it."""
-AS_IS = "source"
+BY_SOURCE = ("maxent", "adversarial")
+"""Methods that learn from the source's examples, too."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to serve the target, measured on its validation examples, or what stands for them."""
+class Transferred:
+    """What came of it."""
 
-    method: str
-    value: float
-    verdict: Verdict
-    weights: AdapterWeights | None = None
-    """None: the bare backbone."""
-    steps: int = 0
-    best_step: int = 0
-    own: AdapterWeights | None = None
-    """Of a stack: T alone, without the source under it."""
-    note: str = ""
-    """Why its training ended before its time."""
+    manifest: Manifest | None
+    """Of the new adapter; None when nothing is better than the bare backbone."""
+    outcome: Outcome
+    by_shots: Mapping[int, Outcome] = field(default_factory=dict)
+    """What each number of shots that was asked for comes to, in ascending order."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Every candidate, beside the baseline, and which one is chosen."""
-
-    baseline: str
-    candidates: dict[str, Candidate]
-    chosen: str
-    seconds: float
-    metric: str
-    weighting: Weighting | None = None
-    game: Game | None = None
-    proxy: str = ""
-    """What the verdicts rest on where the target has no labels."""
-    rows: dict[str, Rows] = field(default_factory=dict)
-
-
-def transfer(
-    model: AdapterModel,
-    setting: Setting,
-    method: str = "auto",
-    *,
-    on_event: Callable[[Event], None] = lambda _: None,
-) -> Outcome:
-    """Train what `method` needs (auto: all of METHODS), judge it beside the baseline, and choose.
-
-    The baseline is the few-shot target adapter, or the backbone where the target has no labelled training
-    examples. `auto` takes the candidate with the best lower bound of those that help, else the baseline.
-    Without any labelled example of the target all this rests on a proxy, which is told.
-    """
-    check_method(setting, method)
-    started = time.monotonic()
-    if setting.stand_ins:
-        setting = stood_in(model, setting)
-    wanted = _wanted(setting) if method == "auto" else (BASELINE, method)
-    jobs = _short_jobs(model, setting, wanted)
-    if method == LANGUAGE and not any(job.name == LANGUAGE for job in jobs):
-        raise UsageError("method 'language': the texts are too few or too short to learn from")
-    made = _learnt(model, jobs, method, on_event)
-    with _on_trial(model, made[BASELINE].weights if BASELINE in made else None) as teacher:
-        weighting, game, more = _long_jobs(model, setting, wanted, teacher)
-    if LANGUAGE in made and setting.shots:
-        learnt = made[LANGUAGE].weights
-        more.append(language_stack(model.backbone.tokenizer, setting, learnt))
-    made |= _learnt(model, more, method, on_event)
-    every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source}
-    every |= {name: finished(setting, name, done) for name, done in made.items()}
-    rows = {name: _rows(model, setting, own) for name, own in every.items()}
-    baseline = BASELINE if setting.shots else BACKBONE
-    metric = setting.target.metric
-    verdicts = {name: verdict(metric, own, rows[baseline]) for name, own in rows.items()}
-    candidates = {
-        name: _candidate(name, METRICS[metric].aggregate(rows[name]), verdicts[name], own, made)
-        for name, own in every.items()
-    }
-    chosen = best(verdicts, baseline) if method == "auto" else method
-    seconds = time.monotonic() - started
-    return Outcome(
-        baseline, candidates, chosen, seconds, metric, weighting, game, setting.proxy, rows
-    )
-
-
-def _learnt(
-    model: AdapterModel, jobs: Sequence[Job], method: str, on_event: Callable[[Event], None]
-) -> dict[str, Trained]:
-    """Train, and return what is sound.
-
-    Ctrl-C ends the whole transfer: beside what has half learnt, a verdict would be false.
-    """
-    made = train(model, jobs, on_event=on_event) if jobs else {}
-    if any(done.stopped == "interrupted" for done in made.values()):
-        raise KeyboardInterrupt
-    return _sound(made, method)
-
-
-def _sound(made: Mapping[str, Trained], method: str) -> dict[str, Trained]:
-    """Return what can be judged; warn of a candidate whose numbers went out of bounds.
-
-    Raises DataError where it is the one that is asked for, or the baseline.
-    """
-    lost = [name for name, done in made.items() if not done.weights.finite()]
-    text = f"{', '.join(lost)}: the training left numbers that are not finite; lower learning_rate"
-    if {BASELINE, method} & {*lost}:
-        raise DataError(text)
-    if lost:
-        warnings.warn(text, stacklevel=2)
-    return {name: done for name, done in made.items() if name not in lost}
-
-
-def check_method(setting: Setting, method: str) -> None:
-    """Raise UsageError for a method that there is not, or that the setting lacks something for."""
-    if method not in (*METHODS, "auto"):
-        raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
-    if not setting.shots and method in ("target", "finetune", "stack"):
-        raise UsageError(f"method {method!r} learns from the target's labels; give shots")
-    if not setting.unlabelled and method in ("adversarial", LANGUAGE):
+def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> Transferred:
+    """Train, judge, choose, keep and measure; see AdapterHub.transfer."""
+    stored = shelf.find(order.source)
+    task = order.source_task or _task_of(stored)
+    target, texts = _target(order, task)
+    name = check_name(order.name or f"{target.name}-from-{stored.name}")
+    if (found := hurt(stored.manifest)) and order.method in (*STACKS, "auto") and not order.force:
+        raise AdapterError(
+            f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
+        )
+    beneath = [one.name for one in stored.manifest.stack] if stored.manifest else []
+    if name in (order.source, *beneath):
         raise UsageError(
-            f"method {method!r} needs texts of the target without labels; give unlabelled"
+            f"{name!r} is what the new adapter learns from; choose another name for it"
+        )
+    _check_layers(shelf, order)
+    shelf.pool.check_writable()
+    labels = [*stored.manifest.contract.labels] if stored.manifest else None
+    source = flat(shelf.pool, stored)
+    settings = {
+        shots: replace(
+            make_setting(
+                source, task, target, shots, order.config, unlabelled=texts, labels=labels
+            ),
+            level=order.level,
+            stack_layers=order.stack_layers,
+            layer=order.layer,
+        )
+        for shots in sorted({order.shots, *order.also})
+    }
+    for setting in settings.values():
+        check_method(setting, order.method)
+    warn_of_language(shelf.model.backbone.tokenizer, settings[order.shots])
+    outcomes = {
+        shots: transfer(shelf.model, setting, order.method, on_event=listeners.on_event)
+        for shots, setting in settings.items()
+    }
+    outcome = outcomes[order.shots]
+    chosen = outcome.candidates[outcome.chosen]
+    if chosen.weights is None:
+        return Transferred(None, outcome, outcomes)
+    taught = [target, *([task] if outcome.chosen in BY_SOURCE else [])]
+    draft = _manifest(shelf, order, name, taught, stored, outcome)
+    under = _under(shelf, order, stored) if chosen.own is not None else ()
+    weights = chosen.own if chosen.own is not None and under else chosen.weights
+    manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
+    if target.split("test"):
+        scores = judge_task(shelf.model, target, [(name, as_mix(name))], 0, listeners)
+        shelf.describe(name, manifest := manifest.with_scores(scores))
+    return Transferred(manifest, outcome, outcomes)
+
+
+def flatten(shelf: Shelf, name: str, flat_name: str | None) -> Manifest:
+    """Keep a stack as one plain adapter; see AdapterHub.flatten."""
+    stored = shelf.find(name)
+    manifest = stored.manifest
+    if manifest is None or not manifest.stack:
+        raise UsageError(f"adapter {name!r} is no stack: it is one plain adapter already")
+    named = check_name(flat_name or f"{manifest.name}-flat")
+    parents = (*(under.sha256 for under in manifest.stack), manifest.sha256)
+    training = manifest.training.model_copy(
+        update={"parents": parents, "note": f"the stack {manifest.name} as one adapter"}
+    )
+    scores = tuple(replace(score, adapter=named) for score in manifest.scores)
+    changes = {"name": named, "stack": (), "training": training, "scores": scores, "published": ""}
+    return shelf.keep(flat(shelf.pool, stored), manifest.model_copy(update=changes))
+
+
+def _under(shelf: Shelf, order: TransferOrder, stored: Stored) -> tuple[Under, ...]:
+    """Return what a stack stands on, empty where the source is no pool member: it is flattened then."""
+    if order.source not in shelf.pool or stored.manifest is None:
+        return ()
+    return (*stored.manifest.stack, Under(name=order.source, sha256=stored.manifest.sha256))
+
+
+def _check_layers(shelf: Shelf, order: TransferOrder) -> None:
+    """Raise UsageError for blocks that the backbone does not have."""
+    targeted(shelf.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
+    count = len(shelf.model.backbone.blocks)
+    if order.layer != -1 and not -count <= order.layer < count:
+        raise UsageError(
+            f"layer={order.layer}: {shelf.model.backbone.name} has {count} blocks; allowed are {-count} to "
+            f"{count - 1}"
         )
 
 
-def _wanted(setting: Setting) -> Sequence[str]:
-    """Return the methods that `auto` tries: a language is learnt where it is another one."""
-    return [name for name in METHODS if name != LANGUAGE or setting.foreign]
+def _task_of(stored: Stored) -> Task:
+    """Return the task that a source adapter was trained on."""
+    tasks = stored.manifest.training.tasks if stored.manifest else ()
+    if len(tasks) != 1:
+        raise UsageError(
+            f"adapter {stored.name!r} does not say which one task it learnt; name it: source_task=..., "
+            "--source-task"
+        )
+    return load_task(tasks[0])
 
 
-def _short_jobs(model: AdapterModel, setting: Setting, wanted: Sequence[str]) -> list[Job]:
-    """Return the jobs that learn from the target alone: from its shots, and from its text."""
-    tokenizer = model.backbone.tokenizer
-    jobs = few_shot_jobs(tokenizer, setting, wanted)
-    if LANGUAGE in wanted and setting.unlabelled:
-        job = language_job(model, setting)
-        jobs += [job] if job.train else []
-    return jobs
-
-
-def _long_jobs(
-    model: AdapterModel, setting: Setting, wanted: Sequence[str], teacher: Mix
-) -> tuple[Weighting | None, Game | None, list[Job]]:
-    """Return the jobs that learn from the source's examples, too, with what they are watched by."""
-    weighting, game, jobs = None, None, []
-    if "maxent" in wanted:
-        job, weighting = maxent_job(model, setting, teacher, SHARE)
-        jobs.append(job)
-    if "adversarial" in wanted and setting.unlabelled:
-        job, game = adversarial_job(model, setting)
-        jobs.append(job)
-    return weighting, game, jobs
-
-
-def _candidate(
+def _manifest(
+    shelf: Shelf,
+    order: TransferOrder,
     name: str,
-    value: float,
-    judged: Verdict,
-    weights: AdapterWeights | None,
-    made: Mapping[str, Trained],
-) -> Candidate:
-    done = made.get(name)
-    if done is None:
-        return Candidate(name, value, judged, weights)
-    note = done.stopped if done.stopped != "finished" else ""
-    own = done.weights if name in STACKS else None
-    return Candidate(name, value, judged, weights, done.steps, done.best_step, own, note)
-
-
-def _rows(model: AdapterModel, setting: Setting, weights: AdapterWeights | None) -> Rows:
-    with _on_trial(model, weights) as mix:
-        return judge(model, setting.target, setting.validation, mix, details=False).rows
-
-
-@contextmanager
-def _on_trial(model: AdapterModel, weights: AdapterWeights | None) -> Iterator[Mix]:
-    """Load weights under a name that nobody uses, for as long as the block runs."""
-    if weights is None:
-        yield Mix()
-        return
-    name = f"candidate {uuid4().hex}"
-    model.load(name, weights)
-    try:
-        yield as_mix(name)
-    finally:
-        model.unload(name)
+    taught: Sequence[Task],
+    stored: Stored,
+    outcome: Outcome,
+) -> Manifest:
+    """Return what is known of the chosen adapter, which tasks have `taught`, the target first."""
+    target = taught[0]
+    chosen = outcome.candidates[outcome.chosen]
+    sha256 = stored.manifest.sha256 if stored.manifest else ""
+    weighting = outcome.weighting if outcome.chosen == "maxent" else None
+    game = outcome.game if outcome.chosen == "adversarial" else None
+    notes = [chosen.note, weighting.note if weighting else ""]
+    training = Training(
+        how="transfer",
+        tasks=(target.name,),
+        data_sha256=tuple(task.data_hash() for task in taught),
+        sources=tuple(dict.fromkeys(s for task in taught for s in task.sources)),
+        parents=(sha256,) if sha256 and outcome.chosen != "target" else (),
+        settings=order.config.model_dump(),
+        steps=chosen.steps,
+        best_step=chosen.best_step,
+        stopped=chosen.note,
+        seconds=round(outcome.seconds, 1),
+    )
+    report = TransferReport(
+        source=order.source,
+        source_sha256=sha256,
+        method=outcome.chosen,
+        shots=order.shots,
+        baseline=outcome.baseline,
+        verdict=chosen.verdict.word,
+        gain=chosen.verdict.gain,
+        low=chosen.verdict.low,
+        high=chosen.verdict.high,
+        values={n: c.value for n, c in outcome.candidates.items()},
+        verdicts={n: c.verdict.word for n, c in outcome.candidates.items()},
+        effective=weighting.effective if weighting else None,
+        lam=weighting.lam if weighting else None,
+        clipped=weighting.clipped if weighting else None,
+        residual=weighting.residual if weighting else None,
+        discriminator=game.recent if game else None,
+        proxy=outcome.proxy,
+        note="; ".join(filter(None, notes)),
+        seconds=round(outcome.seconds, 1),
+    )
+    draft = draft_of(name, shelf.model.backbone, [target], training)
+    licence = ", ".join(dict.fromkeys(task.licence for task in taught))
+    return draft.model_copy(
+        update={"routing": learn_routing(shelf, [target]), "transfer": report, "licence": licence}
+    )

@@ -1,0 +1,1 @@
+"""Measurements beside peers: the same work, in one run, as ratios."""

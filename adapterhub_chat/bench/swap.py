@@ -1,0 +1,228 @@
+"""`bench swap`: what it costs to turn to another adapter, one that is loaded and one that lies on the disk.
+
+A process of its own fills a pool with random adapters on all linear layers, probes and all. Then, in turn,
+here: `hub.load` of one after another, all of which stay loaded. peft: `load_adapter` of some of the same
+folders. Every other file is in the system's cache when it is loaded, the others have to come off the disk
+(where the system can be told to forget a file). At last here: `with hub.use(name)` among the loaded ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.artifact.safetensors_header import WEIGHTS
+from adapterhub_chat.bench.harness import Worker, machine, median, serve
+from adapterhub_chat.bench.mixed import random_adapter
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import load_backbone
+from adapterhub_chat.model.devices import pick_dtype
+from adapterhub_chat.pool.pool import Pool
+from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.types import PromptContract
+
+ENDS = 10
+"""How many of the first and of the last loads are compared."""
+
+PLACES = {"here": ("cached", "disk"), "peft": ("peft, cached", "peft, disk")}
+"""What a way's loads are called: with the file in the system's cache, and from the disk."""
+
+Work = Callable[[str], Mapping[str, Any]]
+
+
+def bench_swap(
+    *,
+    backbone: str = "smollm2-135m",
+    rank: int = 16,
+    adapters: int = 200,
+    switches: int = 500,
+    peft_every: int = 20,
+    repeats: int = 1,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Return the milliseconds of a switch and of a load, and the last loads' over the first ones'.
+
+    There are at least two `adapters`; `peft`, whose loads are slow, loads two of so many as
+    `peft_every` says. Each repeat starts with nothing loaded. `cold_ms` is a load, off the disk, of
+    what is in no slot, and `cold_read_ms` the disk's part of it; the file of a `cached_ms` is in the
+    system's cache. `dtype` is that of backbone and adapters, None the fastest one here: in fp32 there
+    are twice the bytes to hash.
+    """
+    pick_dtype(dtype, torch.device("cpu"))  # says what is allowed, before any process starts
+    settings = {"backbone": backbone, "rank": rank, "adapters": adapters, "switches": switches}
+    settings["dtype"] = dtype
+    with tempfile.TemporaryDirectory() as pool:
+        given = {**settings, "pool": pool}
+        saver = Worker(__name__, "save", given)
+        saver.close()
+        runs = [_run(given, peft_every) for _ in range(repeats)]
+    found = {kind: [s for run in runs for s in run[kind]] for kind in runs[0]}
+    ends = [_ends(run["cached"]) for run in runs]
+    size = {name: saver.ready[name] for name in ("parameters", "itemsize")}
+    more = {
+        "first_ms": 1000 * statistics.median(first for first, _ in ends),
+        "last_ms": 1000 * statistics.median(last for _, last in ends),
+    }
+    by_kind = {kind: {"kind": kind, **_milliseconds(times)} for kind, times in found.items()}
+    by_kind["cached"] |= {**size, **more}
+    by = {kind: row["ms"] for kind, row in by_kind.items()}
+    return {
+        "bench": "swap",
+        "machine": machine(),
+        "settings": {**settings, "peft_every": peft_every, "repeats": repeats},
+        "rows": list(by_kind.values()),
+        "ratios": {
+            "resident_ms": by["resident"],
+            "cold_ms": by["disk"],
+            "cold_read_ms": by["disk, read only"],
+            "cold_peft_ms": by.get("peft, disk"),
+            "cached_ms": by["cached"],
+            "cached_peft_ms": by.get("peft, cached"),
+            "cached_last_over_first": statistics.median(last / first for first, last in ends),
+        },
+    }
+
+
+def _run(settings: Mapping[str, Any], peft_every: int) -> dict[str, list[float]]:
+    """Return the seconds of every load and switch, in processes that have loaded nothing yet."""
+    workers = {"here": Worker(__name__, "here", settings)}
+    if importlib.util.find_spec("peft") is not None:
+        workers["peft"] = Worker(__name__, "peft", settings)
+    found: dict[str, list[float]] = defaultdict(list, cached=[])
+    for n in range(0, settings["adapters"] - 1, 2):
+        kinds = [kind for kind in workers if kind == "here" or n % peft_every == 0]
+        near, far = (Path(settings["pool"]) / f"a{m}" / WEIGHTS for m in (n, n + 1))
+        near.read_bytes()  # a while before it is loaded: it shall be in memory, not in the processor
+        forget(far)
+        found["disk, read only"].append(_timed(far.read_bytes))
+        for kind in kinds:
+            forget(far)
+            found[PLACES[kind][1]].append(workers[kind].measure(f"a{n + 1}")["seconds"])
+        for kind in kinds:
+            found[PLACES[kind][0]].append(workers[kind].measure(f"a{n}")["seconds"])
+    found["resident"] = workers["here"].measure("switch")["seconds"]
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def forget(file: Path) -> None:
+    """Have the system drop a file from its cache, where it can be told to."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
+def _ends(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the medians of the first loads and of the last ones."""
+    size = min(ENDS, len(seconds))
+    return statistics.median(seconds[:size]), statistics.median(seconds[-size:])
+
+
+def _milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "times": len(seconds),
+        "ms": 1000 * median([{"seconds": s} for s in seconds], "seconds"),
+        "worst_ms": 1000 * max(seconds),
+    }
+
+
+# ---- the workers ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Be a worker of the kind that the command line names."""
+    kind, settings = sys.argv[1], json.loads(sys.argv[2])
+    if kind == "save":
+        saved = save(settings)
+        serve(saved.__getitem__, saved)  # all its work was to get ready
+    else:
+        serve(KINDS[kind](settings), {})
+
+
+def save(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill the pool with random adapters in the backbone's dtype; return how large one is."""
+    backbone = load_backbone(settings["backbone"], dtype=settings.get("dtype"))
+    shelf = Shelf(AdapterModel(backbone), Pool(settings["pool"]))
+    size = 0
+    for n in range(settings["adapters"]):
+        weights = random_adapter(shelf.model, settings["rank"], n).to(backbone.dtype)
+        size = weights.num_parameters
+        manifest = Manifest(
+            name=f"a{n}",
+            backbone=backbone.name,
+            fingerprint=backbone.fingerprint,
+            contract=PromptContract(),
+        )
+        shelf.keep(weights, manifest)
+        shelf.unload(f"a{n}")
+    return {"parameters": size, "itemsize": backbone.dtype.itemsize}
+
+
+def here(settings: Mapping[str, Any]) -> Work:
+    """Load the adapter that is named; at "switch" use the loaded ones in turn."""
+    hub = AdapterHub(settings["backbone"], settings["pool"], dtype=settings.get("dtype"))
+
+    def told(what: str) -> Mapping[str, Any]:
+        if what != "switch":
+            return {"seconds": _timed(lambda: hub.load(what))}
+        names = hub.model.names
+        turns = [names[n % len(names)] for n in range(settings["switches"])]
+        return {"seconds": [_timed(partial(_switch, hub, name)) for name in turns]}
+
+    return told
+
+
+def _switch(hub: AdapterHub, name: str) -> None:
+    with hub.use(name):
+        pass
+
+
+def peft(settings: Mapping[str, Any]) -> Work:
+    """Load the adapter that is named with `peft`, by its fastest way, beside those loaded before."""
+    library: Any = importlib.import_module("peft")
+    backbone = load_backbone(settings["backbone"], dtype=settings.get("dtype"))
+    backbone.model.set_attn_implementation("sdpa")
+    folder, options = Path(settings["pool"]), {"low_cpu_mem_usage": True}
+    model = library.PeftModel.from_pretrained(
+        backbone.model, folder / "a0", adapter_name="start", autocast_adapter_dtype=False, **options
+    )
+
+    def told(what: str) -> Mapping[str, Any]:
+        def load() -> None:
+            model.load_adapter(folder / what, what, autocast_adapter_dtype=False, **options)
+
+        return {"seconds": _timed(load)}
+
+    return told
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+KINDS: Mapping[str, Callable[[Mapping[str, Any]], Work]] = {"here": here, "peft": peft}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The command line: `adapterhub-chat VERB`. A verb's module is imported when the verb is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from adapterhub_chat.cli.output import INTERRUPTED, tell, tell_warnings_and_logs
+from adapterhub_chat.errors import AdapterHubError
+
+VERBS = {
+    "demo": (
+        "demo:demo",
+        "Train qa, generation and sentiment jointly, judge them, swap them, mix them in one batch.",
+    ),
+    "train": (
+        "train:train",
+        "Train one adapter per task, jointly or one after another; save and measure them.",
+    ),
+    "eval": (
+        "pool:evaluate",
+        "Score adapters on test splits, with 95 % intervals and the backbone on the same items.",
+    ),
+    "predict": (
+        "predict:predict",
+        'Answer JSON lines {"text": ...} (or the task\'s own fields), in the same order.',
+    ),
+    "chat": (
+        "chat_session:chat",
+        "Talk in the terminal: /use NAME, /mix a=0.5 b=0.5, /list, /reset, /quit.",
+    ),
+    "list": ("pool:list_adapters", "List the adapters of the pool with their scores."),
+    "show": ("pool:show", "Show an adapter's card, or with --json its manifest."),
+    "rollback": (
+        "pool:rollback",
+        "Put an adapter's earlier version back; once more returns to the newer one.",
+    ),
+    "verify": (
+        "pool:verify",
+        "Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok.",
+    ),
+    "bench": (
+        "bench:bench",
+        "Measure this project, and the peers that are installed, in one interleaved run.",
+    ),
+    "merge": ("merge:merge", "Make one new adapter of several, and measure what it keeps of each."),
+    "export": (
+        "merge:export",
+        "Write the backbone with an adapter merged into it, as a model folder for plain transformers.",
+    ),
+    "transfer": (
+        "transfer:transfer",
+        "Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid.",
+    ),
+    "flatten": (
+        "transfer:flatten",
+        "Keep a stack as one plain PEFT adapter, which needs no source beside it.",
+    ),
+    "route": (
+        "route:route",
+        "Say which adapter each message is for, how sure that is, and why; or that the backbone answers.",
+    ),
+    "push": (
+        "remote:push",
+        "Publish an adapter with its card: one commit, and a version that never moves.",
+    ),
+    "pull": (
+        "remote:pull",
+        "Bring an adapter from a Hub into the pool, checked before anything of it is used.",
+    ),
+    "search": ("remote:search", "List adapters on a Hub that fit the backbone."),
+    "adopt": (
+        "remote:adopt",
+        "Measure an adapter that plain PEFT made, and give it manifest, probe and card.",
+    ),
+    "keygen": (
+        "remote:keygen",
+        "Make a key for push --sign, and print the public key for pull --require-signature.",
+    ),
+}
+"""Verb -> where its function is, and the first sentence of that function's docstring."""
+
+
+class VerbGroup(TyperGroup):
+    """Verbs by name and sentence; the one that is called is replaced by its function's command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that `args` begin with, its module imported."""
+        if args and args[0] in VERBS:
+            self.commands[args[0]] = load_verb(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def load_verb(name: str) -> Any:
+    """Import a verb's module; return its command (a click command as typer makes it)."""
+    module, _, function = VERBS[name][0].partition(":")
+    verb = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    verb.command(name)(getattr(importlib.import_module(f"adapterhub_chat.cli.{module}"), function))
+    return typer.main.get_command(verb)
+
+
+app = typer.Typer(
+    cls=VerbGroup,
+    help="One frozen backbone, many skills: train, mix, measure and publish LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb, (_, sentence) in VERBS.items():
+    app.command(verb, help=sentence)(lambda: None)
+
+
+def main() -> None:
+    """Run the command line; errors that a person can mend are one message and exit code 2."""
+    tell_warnings_and_logs()
+    try:
+        app()
+    except AdapterHubError as error:
+        tell("error", str(error))
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            tell("interrupted", "what was saved by then is kept")
+        raise

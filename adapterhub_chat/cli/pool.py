@@ -1,0 +1,131 @@
+"""The verbs over the pool: list, show, eval, verify and rollback."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapterhub_chat.artifact.card import render_card
+from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.cli.options import (
+    HERE,
+    JsonOption,
+    LimitOption,
+    PoolOption,
+    Where,
+    with_backbone,
+)
+from adapterhub_chat.cli.output import (
+    Bars,
+    Say,
+    adapter_row,
+    err,
+    print_json,
+    print_scores,
+    print_table,
+    tell,
+)
+from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.pool.pool import Pool
+
+
+@with_backbone
+def evaluate(
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Adapters, or 'backbone' (repeat the option; default: all of the pool)."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks (repeat the option; default: those of each adapter)."),
+    ] = None,
+    limit: LimitOption = 0,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the scores in the adapters' manifests and cards.")
+    ] = False,
+    where: Where = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Score adapters on test splits, with 95 % intervals and the backbone on the same items."""
+    hub = where.open(Say(quiet=as_json))
+    with Bars(err, show=not as_json) as bars:
+        scores = hub.evaluate(
+            adapter or None, task or None, limit=limit, save=save, listeners=bars.listeners
+        )
+    if as_json:
+        print_json({"scores": [asdict(s) for s in scores]})
+    else:
+        print_scores("Test split", scores)
+
+
+def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = False) -> None:
+    """List the adapters of the pool with their scores."""
+    folder, damaged = Pool(pool), {}
+    manifests: dict[str, Manifest | None] = {}
+    for name in folder.names():
+        try:
+            manifests[name] = folder.manifest(name)
+        except AdapterError as error:
+            damaged[name] = str(error)
+    if as_json:
+        dumped = {n: m.shown() if m else None for n, m in manifests.items()}
+        print_json({"adapters": dumped, "damaged": damaged})
+        return
+    for problem in damaged.values():
+        tell("damaged", problem)
+    if not manifests:
+        tell("note", f"there are no adapters in {pool}", "yellow")
+        return
+    columns = ("adapter", "task", "metric", "score", "backbone", "made on")
+    print_table(str(pool), columns, [adapter_row(n, m) for n, m in manifests.items()])
+
+
+def show(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
+    pool: PoolOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Show an adapter's card, or with --json its manifest."""
+    folder = Pool(pool)
+    path = folder.path(adapter)
+    manifest = folder.manifest(adapter)
+    if as_json:
+        print_json(manifest.shown() if manifest else {"status": "unverified"})
+    elif manifest is None:
+        typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
+    else:
+        typer.echo(render_card(manifest))
+
+
+def rollback(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
+    pool: PoolOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Put an adapter's earlier version back; once more returns to the newer one."""
+    manifest = Pool(pool).rollback(adapter).manifest
+    sha256, created = (manifest.sha256, manifest.created) if manifest else ("", "")
+    if as_json:
+        print_json({"adapter": adapter, "sha256": sha256, "created": created})
+    else:
+        made = f"made {created or 'at a time unknown'}, sha256 {sha256[:12] or 'unknown'}"
+        typer.echo(f"{adapter}: the other version is in its place now ({made})")
+
+
+@with_backbone
+def verify(
+    path: Annotated[str, typer.Argument(help="Adapter of the pool, or a folder.")],
+    where: Where = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok."""
+    hub = where.open(Say(quiet=True))
+    verdict = hub.verify(path)
+    if as_json:
+        print_json(asdict(verdict))
+    else:
+        typer.echo("\n  - ".join([f"{path}: {verdict.status}", *verdict.problems]))
+    raise typer.Exit(0 if verdict.ok else 1)

@@ -1,0 +1,31 @@
+"""`predict`: JSON lines in, answers out, in the same order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from adapterhub_chat.cli.json_lines import read_lines, sink
+from adapterhub_chat.cli.options import HERE, Where, with_backbone
+from adapterhub_chat.cli.output import Bars, Say, err
+
+
+@with_backbone
+def predict(
+    adapter: Annotated[str, typer.Option(help="Adapter, or 'backbone'.")],
+    input_: Annotated[str, typer.Option("--input", help="JSON lines; - is standard input.")] = "-",
+    output: Annotated[str, typer.Option(help="JSON lines; - is standard output.")] = "-",
+    task: Annotated[
+        str | None, typer.Option(help="Prompt and judge by this task, not by the adapter's own.")
+    ] = None,
+    where: Where = HERE,
+) -> None:
+    """Answer JSON lines {"text": ...} (or the task's own fields), in the same order."""
+    rows = read_lines(input_)
+    hub = where.open(Say(quiet=True))
+    with sink(output) as file, Bars(err, show=err.is_terminal) as bars:
+        for found in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
+            file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")

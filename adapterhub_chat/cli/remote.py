@@ -1,0 +1,199 @@
+"""The verbs of the command line that speak with a Hub, and those that make an adapter fit to be published."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapterhub_chat.cli.options import (
+    HERE,
+    BackboneOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LimitOption,
+    PoolOption,
+    QuantizeOption,
+    Where,
+    with_backbone,
+)
+from adapterhub_chat.cli.output import Bars, Say, err, print_json, print_scores, print_table
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.pool.pool import Pool
+from adapterhub_chat.remote import signing
+from adapterhub_chat.remote.client import Hub
+from adapterhub_chat.remote.push import push as publish
+
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The Hub's address; the token is HF_TOKEN.",
+        show_default="$HF_ENDPOINT, else huggingface.co",
+    ),
+]
+
+
+def push(
+    adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
+    repo: Annotated[str, typer.Argument(help="Where to: user/name.")],
+    version: Annotated[
+        str | None, typer.Option(help="A new tag for it.", show_default="the next of v1, v2, ...")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is private.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if it was not measured or loses to the backbone.")
+    ] = False,
+    sign: Annotated[Path | None, typer.Option(help="Private key of keygen.")] = None,
+    pool: PoolOption = Path("adapters"),
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish an adapter with its card: one commit, and a version that never moves."""
+    done = publish(
+        Pool(pool),
+        adapter,
+        repo,
+        Hub(endpoint),
+        version=version,
+        private=private,
+        force=force,
+        key=sign,
+    )
+    if as_json:
+        print_json(asdict(done))
+    else:
+        typer.echo(
+            f"{adapter} is {done.repo} {done.version} now (commit {done.commit[:12]}): {done.url}"
+        )
+
+
+@with_backbone
+def pull(
+    repo: Annotated[str | None, typer.Argument(help="user/name; none with --locked.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit.", show_default="main")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Its name in the pool.", show_default="the repository's")
+    ] = None,
+    require_signature: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Public key that must have signed it.")
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Over an adapter from elsewhere, or a past that changed."),
+    ] = False,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="All that adapters.lock.json names, to the byte.")
+    ] = False,
+    where: Where = HERE,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring an adapter from a Hub into the pool, checked before anything of it is used."""
+    others = {
+        "--revision": revision,
+        "--name": name,
+        "--require-signature": require_signature,
+        "--replace": replace,
+        "--endpoint": endpoint,
+    }
+    given = [flag for flag, value in others.items() if value]
+    if locked == (repo is not None) or (locked and given):
+        raise UsageError(
+            "pull takes either user/name, or --locked alone: adapters.lock.json says what is pulled then"
+        )
+    hub = where.open(Say(quiet=True))
+    if repo is None:
+        found = hub.pull_locked()
+    else:
+        found = [
+            hub.pull(
+                repo,
+                revision,
+                name=name,
+                require_signature=require_signature,
+                replace=replace,
+                endpoint=endpoint,
+            )
+        ]
+    if as_json:
+        print_json({"pulled": [asdict(one) for one in found]})
+        return
+    for one in found:
+        signed = f"signed by {one.signed_by}" if one.signed_by else "not signed"
+        done = "pulled" if one.changed else "there already"
+        typer.echo(f"{one.name}: {done}, {one.repo} at {one.commit[:12]}, {one.status}, {signed}")
+
+
+def search(
+    text: Annotated[str, typer.Argument(help="Words that its name contains.")] = "",
+    author: Annotated[str, typer.Option(help="Only this user's.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Most adapters to list.")] = 20,
+    backbone: BackboneOption = "smollm2-135m",
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List adapters on a Hub that fit the backbone."""
+    hub = Where(backbone, Path("adapters"), quantize, dtype, device).open(Say(quiet=True))
+    found = hub.search(text, author=author, limit=limit, endpoint=endpoint)
+    if as_json:
+        print_json({"adapters": [asdict(one) for one in found]})
+        return
+    rows = [
+        (
+            one.repo,
+            one.fit,
+            ", ".join(f"{t}: {m} {v:.3f}" for t, m, v in one.scores),
+            str(one.downloads),
+        )
+        for one in found
+    ]
+    print_table(
+        f"Adapters for {backbone}",
+        ("repository", "fit", "scores (as published)", "downloads"),
+        rows,
+    )
+
+
+@with_backbone
+def adopt(
+    source: Annotated[
+        str, typer.Argument(help="Folder, or adapter of the pool, without a manifest.")
+    ],
+    task: Annotated[str, typer.Option(help="How it is prompted and judged.")],
+    name: Annotated[
+        str | None, typer.Option(help="Its name in the pool.", show_default="the folder's")
+    ] = None,
+    limit: LimitOption = 0,
+    where: Where = HERE,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure an adapter that plain PEFT made, and give it manifest, probe and card."""
+    hub = where.open(Say(quiet=as_json))
+    with Bars(err, show=not as_json) as bars:
+        manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)
+    if as_json:
+        print_json(manifest.shown())
+    else:
+        print_scores(f"{manifest.name}, adopted into {where.pool}", list(manifest.scores))
+
+
+def keygen(
+    path: Annotated[Path, typer.Argument(help="File for the private key; it must not exist.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key for push --sign, and print the public key for pull --require-signature."""
+    public = signing.make_key(path)
+    if as_json:
+        print_json({"public_key": public, "private_key_file": str(path)})
+    else:
+        typer.echo(f"{public}\nThe private key is in {path}; keep it to yourself.")

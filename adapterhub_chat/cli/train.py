@@ -1,0 +1,143 @@
+"""`train`: tasks in, measured adapters out; `--config` and `--resume` read the run from files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapterhub_chat.api import AdapterHub
+from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    QuantizeOption,
+    Where,
+    with_settings,
+)
+from adapterhub_chat.cli.output import INTERRUPTED, Bars, Say, err, print_finished, print_json
+from adapterhub_chat.config import RunConfig, RunOptions
+from adapterhub_chat.events import SILENT, Candidate, Event, Ledger, Listeners
+from adapterhub_chat.files import write_json
+from adapterhub_chat.training.distributed import first_process, leave
+from adapterhub_chat.training.run import Finished
+from adapterhub_chat.training.run_file import FILE, _task, read_run, read_sweep, resumed
+
+
+@with_settings
+def train(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Names from tasks/, or paths of .py or .toml files.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML of a run: [settings] and [adapters.NAME] tables.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Adapter names, one per task (repeat the option).")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Values to try, the best is kept: rank=4,8 (repeat the option)."),
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(show_default="smollm2-135m")] = None,
+    pool: Annotated[Path | None, typer.Option(show_default="adapters")] = None,
+    quantize: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of log and state.", show_default="runs/<time>")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --run-dir, as it was ordered.")
+    ] = False,
+    as_json: JsonOption = False,
+    *,
+    run_options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> None:
+    """Train one adapter per task, jointly or one after another; save and measure them."""
+    say = Say(quiet=as_json or not first_process())
+    flags = {
+        **run_options,
+        "backbone": backbone,
+        "pool": str(pool) if pool else None,
+        "quantize": quantize,
+        "dtype": dtype,
+        "device": device,
+    }
+    if resume:
+        named = {"a task": tasks, "--config": config, "--name": name, "--sweep": sweep}
+        given = [what for what, value in {**named, **flags, **settings}.items() if value]
+        run = resumed(run_dir, given)
+    else:
+        run = read_run(config, tasks or [], name or [], flags, settings, read_sweep(sweep or []))
+    folder = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    hub = Where(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device).open(say)
+    with Bars(err, show=not say.quiet) as bars:
+        done = carry_out(hub, run, folder, resume=resume, listeners=bars.listeners)
+    first = first_process()
+    leave()
+    if first:
+        if as_json:
+            print_json({n: m.shown() for n, m in done.manifests.items()})
+        else:
+            print_finished(done, run.pool, folder, say)
+        raise typer.Exit(_training_code(run, done.manifests))
+
+
+def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:
+    """Return INTERRUPTED after Ctrl-C, 1 when an adapter learnt nothing and was not saved, else 0."""
+    if any(m.training.stopped == "interrupted" for m in manifests.values()):
+        return INTERRUPTED
+    grows = run.how == "sequence" and run.grow
+    return int(len(manifests) < (1 if grows else len(run.adapters) + (run.how == "shared")))
+
+
+def carry_out(
+    hub: AdapterHub,
+    run: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    listeners: Listeners = SILENT,
+) -> Finished:
+    """Train what `run` describes, with log and state in `folder`."""
+    done = Finished()
+
+    def on_sweep(table: Sequence[Candidate]) -> None:
+        done.sweep = table
+
+    def on_ledger(ledger: Ledger) -> None:
+        done.ledger = ledger
+
+    def on_event(event: Event) -> None:
+        if not written:  # the run has begun: nothing that was wrong with it left a trace
+            write_json(folder / FILE, run.model_dump(mode="json"))
+            written.append(True)
+        listeners.on_event(event)
+
+    written: list[bool] = []
+    tasks = [_task(name, entry) for name, entry in run.adapters.items()]
+    own = {name: dict(entry) for name, entry in run.adapters.items()}
+    sweeps = {name: entry.pop("sweep") for name, entry in own.items() if entry.get("sweep")}
+    for entry in own.values():
+        entry.pop("task", None)
+        entry.pop("tasks", None)
+    options = {key: getattr(run, key) for key in RunOptions.model_fields}
+    done.manifests = hub.train(
+        tasks,
+        names=list(run.adapters),
+        settings=own,
+        sweep=sweeps,
+        run_dir=folder,
+        resume=resume,
+        listeners=replace(listeners, on_event=on_event, on_sweep=on_sweep, on_ledger=on_ledger),
+        **options,
+        **run.settings,
+    )
+    return done

@@ -1,0 +1,1 @@
+"""Examples, their prompts and token ids, and what counts as right."""

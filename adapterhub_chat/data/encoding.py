@@ -1,0 +1,148 @@
+"""Messages to token ids: one prompt, and the continuations that the loss or a judge looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapterhub_chat.data.prompts import render_prompt
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.types import Example, Message, PromptContract
+
+PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+"""For tokenizers without a chat template (base models): the turns, a line each."""
+
+CLASSIFIES = "{# the answer is a label's number #}"
+"""How the chat template of an encoder's tokenizer begins: answers are no text there, but labels to choose."""
+ENCODER_TEMPLATE = (
+    CLASSIFIES + "{{ cls_token }}{% for m in messages if m['role'] != 'system' %}"
+    "{% if not loop.first %}{{ sep_token }}{% endif %}{{ m['content'] }}{% endfor %}{{ sep_token }}"
+)
+"""An encoder reads the turns with its own marks between them; a system turn tells it nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt with one continuation (the answer, in training) or several (labels to compare)."""
+
+    prompt: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    weight: float = 1.0
+    """How much its loss counts in training."""
+    domain: int = 0
+    """In an adversarial transfer: 0 for the source, 1 for the target."""
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that enter the model: a continuation's last token is only ever predicted."""
+        return len(self.prompt) + sum(len(c) - 1 for c in self.continuations)
+
+
+def messages_of(contract: PromptContract, example: Example) -> list[Message]:
+    """Return the conversation up to the model's turn, by the example's own contract if it has one."""
+    contract = example.contract or contract  # in a mixture every example keeps its own
+    system = [Message("system", contract.system)] if contract.system else []
+    user = Message("user", render_prompt(contract.template, example.fields))
+    return [*system, *example.history, user]
+
+
+def encode_prompts(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]]
+) -> list[tuple[int, ...]]:
+    """Return the ids of each conversation, opened for the assistant's turn."""
+    if not conversations:
+        return []
+    rendered = tokenizer.apply_chat_template(
+        [[{"role": m.role, "content": m.content} for m in turns] for turns in conversations],
+        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return [tuple(ids) for ids in tokenizer(rendered, add_special_tokens=False).input_ids]
+
+
+def encode_answers(
+    tokenizer: Any, answers: Sequence[str], *, end: bool = True
+) -> list[tuple[int, ...]]:
+    """Return the ids of each answer, with the end-of-turn token unless `end` is False."""
+    if not answers:
+        return []
+    tail = (int(tokenizer.eos_token_id),) if end else ()
+    return [(*ids, *tail) for ids in tokenizer(list(answers), add_special_tokens=False).input_ids]
+
+
+def encode_examples(
+    tokenizer: Any, contract: PromptContract, examples: Iterable[Example], *, max_length: int
+) -> list[Encoded]:
+    """Return each example with its answer (a label's words) as the one continuation, for training.
+
+    For an encoder's tokenizer the continuation is the label's number. Raises UsageError where there are none.
+    """
+    listed = list(examples)
+    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in listed])
+    if classifies(tokenizer):
+        numbers = [label_numbers(e.contract or contract)[e.answer] for e in listed]
+        return [fit(p, ((n,),), max_length) for p, n in zip(prompts, numbers, strict=True)]
+    words = [(e.contract or contract).labels.get(e.answer, e.answer) for e in listed]
+    answers = encode_answers(tokenizer, words)
+    return [fit(p, (a,), max_length) for p, a in zip(prompts, answers, strict=True)]
+
+
+def encode_choices(
+    tokenizer: Any, contract: PromptContract, examples: Iterable[Example], *, max_length: int
+) -> list[Encoded]:
+    """Return each example with every label as a continuation, in the order of the label set."""
+    labels = encode_labels(tokenizer, contract)
+    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
+    return [fit(p, tuple(labels), max_length) for p in prompts]
+
+
+def encode_labels(tokenizer: Any, contract: PromptContract) -> list[tuple[int, ...]]:
+    """Return the ids of each label's words; for an encoder's tokenizer, each label's number.
+
+    The end-of-turn token takes part only where one label's tokens begin another's.
+    """
+    if classifies(tokenizer):
+        return [(number,) for number in label_numbers(contract).values()]
+    words = list(contract.labels.values())
+    labels = encode_answers(tokenizer, words, end=False)
+    if any(a != b and b[: len(a)] == a for a in labels for b in labels):
+        labels = encode_answers(tokenizer, words)
+    return labels
+
+
+def classifies(tokenizer: Any) -> bool:
+    """Return whether a tokenizer is an encoder's: its answers are labels' numbers."""
+    return str(tokenizer.chat_template or "").startswith(CLASSIFIES)
+
+
+def label_numbers(contract: PromptContract) -> dict[str, int]:
+    """Return each label's number in a head; raise UsageError for a contract of free answers."""
+    if not contract.labels:
+        raise UsageError(
+            "an encoder chooses among labels and writes no text: give it a task with labels, or use a "
+            "language model as the backbone"
+        )
+    return {label: number for number, label in enumerate(contract.labels)}
+
+
+def unwritable(tokenizer: Any, texts: Sequence[str]) -> float:
+    """Return the share of the texts' tokens that are no text alone: unknown, or bytes of a letter."""
+    ids = [i for own in tokenizer(list(texts), add_special_tokens=False).input_ids for i in own]
+    alone = {i: tokenizer.decode([i]) for i in set(ids)}
+    bad = {i for i, text in alone.items() if i == tokenizer.unk_token_id or "\ufffd" in text}
+    return sum(i in bad for i in ids) / max(1, len(ids))
+
+
+def fit(
+    prompt: tuple[int, ...], continuations: tuple[tuple[int, ...], ...], max_length: int
+) -> Encoded:
+    """Return the Encoded cut to `max_length` inputs: answers lose their end, prompts their middle."""
+    room = max(2, max_length // (2 * len(continuations)))
+    kept = tuple(c if len(c) <= room else c[:room] for c in continuations)
+    space = max_length - sum(len(c) - 1 for c in kept)
+    if len(prompt) > space:
+        head = space // 4
+        prompt = prompt[:head] + prompt[len(prompt) - (space - head) :]
+    return Encoded(prompt, kept)

@@ -1,0 +1,1 @@
+"""How good an adapter is, on the same items as the backbone, with intervals."""

@@ -1,0 +1,1 @@
+"""An adapter in forms that other engines read."""

@@ -1,0 +1,1 @@
+"""Tokens and likelihoods for requests, many mixes in one batch."""

@@ -1,0 +1,108 @@
+"""Generate: texts for a list of requests, decoded together by the model's engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from adapterhub_chat.data.encoding import encode_prompts, messages_of
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.inference.engine import Engine
+from adapterhub_chat.inference.likelihood import Progress
+from adapterhub_chat.inference.requests import Request
+from adapterhub_chat.inference.sampling import Sampling
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.types import Example, Mix, PromptContract
+
+_making = threading.Lock()
+
+
+def engine_of(model: AdapterModel) -> Engine:
+    """Return the model's engine; the first call makes it. Raises UsageError for an encoder."""
+    check_writes(model)
+    with _making:
+        if model.engine is None:
+            model.engine = Engine(model, graphs=model.graphs)
+        engine: Engine = model.engine
+    return engine
+
+
+def check_writes(model: AdapterModel) -> None:
+    """Raise UsageError for an encoder: it has no next tokens."""
+    if model.backbone.encodes:
+        raise UsageError(
+            f"{model.backbone.name} is an encoder: it writes no text and has no next tokens; use predict or "
+            "chat with an adapter that chooses among labels, or a language model as the backbone"
+        )
+
+
+def generate(
+    model: AdapterModel,
+    requests: Sequence[Request],
+    *,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """Return the text that continues each request, all of them decoded in mixed batches.
+
+    `on_text(row, piece)` hears of every new piece of text as it comes (streaming). When one request
+    fails, or the caller is interrupted, all are cancelled.
+    """
+    engine = engine_of(model)
+    engine.check(requests)
+    tickets = []
+    try:
+        for row, request in enumerate(requests):
+            listener = None if on_text is None else partial(on_text, row)
+            tickets.append(engine.submit(request, listener, patient=True))
+        return [ticket.result().text for ticket in tickets]
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+        engine.drive(
+            lambda: all(ticket.done for ticket in tickets)
+        )  # they let go of their adapters
+
+
+GENERATE_BATCH = 32
+
+
+def answers(
+    model: AdapterModel,
+    contract: PromptContract,
+    examples: Sequence[Example],
+    mixes: Sequence[Mix],
+    *,
+    seed: int | None = None,
+    on_progress: Progress = lambda _n: None,
+) -> list[str]:
+    """Return the text that each example's contract gives, row i under mix i.
+
+    With a `seed`, what is sampled for an example depends on its place in the list alone.
+    """
+    prompts = encode_prompts(model.backbone.tokenizer, [messages_of(contract, e) for e in examples])
+    rules = [
+        sampling_of(e.contract or contract, None if seed is None else seed + i)
+        for i, e in enumerate(examples)
+    ]
+    requests = [Request(*row) for row in zip(prompts, mixes, rules, strict=True)]
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+    texts = [""] * len(requests)
+    for start in range(0, len(order), GENERATE_BATCH):
+        chosen = order[start : start + GENERATE_BATCH]
+        for i, text in zip(chosen, generate(model, [requests[i] for i in chosen]), strict=True):
+            texts[i] = text
+        on_progress(len(chosen))
+    return texts
+
+
+def sampling_of(contract: PromptContract, seed: int | None = None) -> Sampling:
+    """Return a contract's own decoding rules."""
+    return Sampling(
+        max_new_tokens=contract.max_new_tokens,
+        temperature=contract.temperature,
+        top_p=contract.top_p,
+        stop=contract.stop,
+        seed=seed,
+        strip=True,
+    )

@@ -1,0 +1,101 @@
+"""Losses as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adapterhub_chat.data.encoding import Encoded, encode_choices, encode_labels
+from adapterhub_chat.data.packing import in_order, pack
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.inference.requests import Request
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.types import Example, Mix, PromptContract
+
+CHUNK = 512
+"""Positions whose float32 logits exist at one time: 100 MB for a vocabulary of 49k."""
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p of each target, float32 (P,), for `logits` (P, V) in any dtype."""
+    parts = [
+        functional.cross_entropy(part.float(), wanted, reduction="none")
+        for part, wanted in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def sum_by_owner(values: Tensor, owners: Tensor, num_owners: int) -> Tensor:
+    """Return the sum of `values` (P,) for each owner, (num_owners,)."""
+    return values.new_zeros(num_owners).index_add(0, owners, values)
+
+
+ROW_LENGTH, ROWS = 256, 8
+"""Shape of a scoring batch, in tokens and rows."""
+ROW_STEP = 64
+"""Longer rows, for many labels, grow by so much."""
+
+
+Progress = Callable[[int], None]
+
+
+def sequence_losses(
+    model: AdapterModel,
+    encoded: Sequence[Encoded],
+    mix: Mix,
+    *,
+    row_length: int = ROW_LENGTH,
+    on_progress: Progress = lambda _n: None,
+) -> Tensor:
+    """Return -log p of every continuation given its prompt, (examples, continuations), float32."""
+    width = len(encoded[0].continuations) if encoded else 0
+    losses = torch.zeros(len(encoded), width)
+    for rows, indices in in_order(encoded, num_rows=ROWS, length=row_length):
+        batch = pack(rows, row_length)
+        with torch.inference_mode(), model.mixing([mix] * batch.num_rows):
+            logits = model.answer_logits(batch)
+            each = token_losses(logits, batch.targets.to(logits.device)).cpu()
+        summed = sum_by_owner(each, batch.owners, len(indices) * width)
+        losses[indices] = summed.view(len(indices), width)
+        on_progress(len(indices))
+    return losses
+
+
+def label_scores(
+    model: AdapterModel,
+    contract: PromptContract,
+    examples: Sequence[Example],
+    mix: Mix,
+    on_progress: Progress = lambda _n: None,
+) -> Tensor:
+    """Return each label's share of the labels' likelihood, (examples, labels), rows summing to 1."""
+    tokenizer = model.backbone.tokenizer
+    words = encode_labels(tokenizer, contract)
+    whole = 2 * len(words) * (1 + max(map(len, words)))  # at most half a row is labels, none is cut
+    length = max(ROW_LENGTH, -(-whole // ROW_STEP) * ROW_STEP)
+    length = min(length, model.backbone.max_length or length)
+    encoded = encode_choices(tokenizer, contract, examples, max_length=length)
+    losses = sequence_losses(model, encoded, mix, row_length=length, on_progress=on_progress)
+    return (-losses).softmax(-1)
+
+
+@torch.inference_mode()
+def next_token_logits(model: AdapterModel, requests: Sequence[Request]) -> Tensor:
+    """Return float32 logits (rows, vocab) of the token after each prompt, on the CPU.
+
+    They are transformers' own modules', under each row's mix. On an encoder, whose answer is a label's
+    number, they are the label logits (rows, labels).
+    """
+    if not requests:
+        return torch.zeros(0, model.backbone.model.config.vocab_size)
+    if empty := [str(i) for i, request in enumerate(requests) if not request.prompt]:
+        raise UsageError(f"prompt {', '.join(empty)} is empty: give at least one token of text")
+    order = sorted(range(len(requests)), key=lambda i: str(requests[i].mix))
+    rows = [[Encoded(requests[i].prompt, ((0,),))] for i in order]  # adapters side by side
+    with model.mixing([requests[i].mix for i in order]):
+        batch = pack(rows, max(len(row[0].prompt) for row in rows))
+        logits = model.answer_logits(batch).float().cpu()
+    return logits[torch.tensor(order).argsort()]

@@ -1,0 +1,1 @@
+"""The one equation: adapter weights, the bank of slots, and their products; knows no transformers model."""

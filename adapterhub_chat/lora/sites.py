@@ -1,0 +1,132 @@
+"""Targets: which of the backbone's linear layers an adapter changes, by name and by block."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from adapterhub_chat.errors import UsageError
+
+
+def targeted(
+    shapes: Mapping[str, tuple[int, int]], targets: str, layers: str = "all", field: str = "layers"
+) -> dict[str, tuple[int, int]]:
+    """Return the modules that the settings name.
+
+    `targets` is `all-linear`, or last names such as `q_proj,v_proj`; `layers` is `all`, or a slice of
+    block numbers such as `20:30` or `-8:`. Raises UsageError, naming the `field` and what is allowed.
+    """
+    wanted = [t.strip() for t in targets.split(",") if t.strip()]
+    known = {module.rpartition(".")[2] for module in shapes}
+    unknown = [t for t in wanted if t not in known]
+    if targets != "all-linear" and (unknown or not wanted):
+        what = f"has no linear layer named {', '.join(unknown)}" if unknown else "needs a name"
+        raise UsageError(
+            f"targets={targets!r}: the backbone {what}; "
+            f"allowed are all-linear, {', '.join(sorted(known))}"
+        )
+    blocks = _blocks(shapes, layers, field)
+    return {
+        module: shape
+        for module, shape in shapes.items()
+        if (targets == "all-linear" or module.rpartition(".")[2] in wanted)
+        and (blocks is None or _block(module) in blocks)
+    }
+
+
+def _blocks(shapes: Mapping[str, tuple[int, int]], layers: str, field: str) -> set[int] | None:
+    if layers == "all":
+        return None
+    numbers = sorted({n for module in shapes if (n := _block(module)) is not None})
+    try:
+        first, last = (int(part) if part.strip() else None for part in layers.split(":"))
+    except ValueError:
+        first, last = 0, 0
+    chosen = set(numbers[first:last])
+    if not chosen:
+        count = len(numbers)
+        raise UsageError(
+            f"{field}={layers!r} names no block; allowed are all, or a slice of the {count} blocks, "
+            f"such as 0:{count // 2} or -{max(1, count // 2)}:"
+        )
+    return chosen
+
+
+def _block(module: str) -> int | None:
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("w1", "w3"),
+)
+"""Last names of sibling modules that read the same tensor: together they are one site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Linears that share an input, so that their shrink products `A x` are one product."""
+
+    name: str
+    members: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in, out) features of a linear layer (GPT-2's Conv1D too), None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
+        return int(str(module.nx)), int(str(module.nf))
+    return None
+
+
+def find_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Return the sites of `model`: all its linear layers but the output head, in module order."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    shapes = {
+        name: shape
+        for name, module in model.named_modules()
+        if module is not head and (shape := linear_shape(module)) is not None
+    }
+    grouped_names: dict[tuple[str, object], list[str]] = defaultdict(list)
+    for name in shapes:
+        parent, _, last = name.rpartition(".")
+        family = next((f for f in SHARED_INPUT if last in f), last)
+        grouped_names[parent, (family, shapes[name][0])].append(name)
+    return tuple(
+        Site("|".join(names), tuple(names), shapes[names[0]][0], tuple(shapes[n][1] for n in names))
+        for names in grouped_names.values()
+    )
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (in, out) of every linear layer that can carry adapters, by module name."""
+    return {
+        member: (site.in_features, out)
+        for site in find_sites(model)
+        for member, out in zip(site.members, site.out_features, strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """A site's linear layers themselves."""
+
+    site: Site
+    linears: tuple[nn.Module, ...]
+    plain: bool
+    """Whether all are ordinary linear layers with frozen weights, whose products can be done together."""
+
+    @property
+    def weights(self) -> list[tuple[Any, Any]]:
+        """Each layer's weight (out, in) and bias (out,) or None."""
+        return [(linear.weight, linear.bias) for linear in self.linears]

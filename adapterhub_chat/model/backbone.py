@@ -1,0 +1,205 @@
+"""The frozen model and its tokenizer: the only door to transformers' loaders and to bitsandbytes.
+
+A name is looked up in this order: local folder or `.gguf` file, packaged name (assets.py), Hub id.
+GGUF files are de-quantized once into a cached folder: transformers needs half a minute for what the
+folder gives in half a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from torch import nn
+
+from adapterhub_chat.data.encoding import ENCODER_TEMPLATE, classifies
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.model.attention import PACKED, _attention
+from adapterhub_chat.model.devices import pick_device, pick_dtype
+from adapterhub_chat.model.encoders import Pooling, first_position, is_encoder, load_encoder
+from adapterhub_chat.model.quantization import keep_gradients
+from adapterhub_chat.model.resolve import _explained, _resolve, quiet
+from adapterhub_chat.types import Fingerprint
+
+Quantize = Literal["nf4", "int8"]
+
+
+ARCHITECTURE_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "layer_norm_eps",
+    "rope_parameters", "tie_word_embeddings", "sliding_window", "n_embd", "n_layer", "n_head",
+)  # fmt: skip
+"""Settings that decide what the weights mean; all others may differ between transformers versions."""
+PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好\uff0c世界 ε→∞ 🙂 don't"
+
+LIBRARIES = {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+"""The versions that decide how a forward is computed."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen language model or encoder with its tokenizer, both transformers' own objects."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    device: torch.device
+    quantize: Quantize | None
+    fingerprint: Fingerprint
+    pooling: Pooling | None = None
+    """How an encoder makes features of a text; None: a causal language model."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder: adapters choose a label by a head, and nothing is generated."""
+        return self.pooling is not None
+
+    @property
+    def width(self) -> int | None:
+        """The width of an encoder's features, None of a language model."""
+        return int(self.model.config.hidden_size) if self.encodes else None
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that an encoder can read at once."""
+        config = self.model.config
+        most = config.max_position_embeddings - first_position(config) if self.encodes else None
+        return most
+
+    @property
+    def precision(self) -> str:
+        """What the linear layers compute in: `nf4`, `int8`, `bfloat16`, ..."""
+        return self.quantize or str(self.dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights take, quantized ones as they are packed."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that transformers can re-compute in the backward pass."""
+        kind = transformers.modeling_layers.GradientCheckpointingLayer
+        return [module for module in self.model.modules() if isinstance(module, kind)]
+
+    @property
+    def end_of_turn(self) -> int:
+        """Token id that ends an answer."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def cache_name(self) -> str:
+        """The name by which `forward` takes a key-value cache: from transformers 5.24 on, another one."""
+        takes = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in takes else "past_key_values"
+
+
+def load_backbone(
+    name: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    quantize: Quantize | None = None,
+) -> Backbone:
+    """Load, freeze and fingerprint a backbone.
+
+    `dtype` None takes the best one that the hardware computes natively (bf16, else fp32); `quantize`
+    keeps the linear layers in 4-bit NF4 or int8 through bitsandbytes. Raises UsageError for options that
+    do not exist and UnknownNameError for a backbone that is nowhere to be found.
+    """
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise UsageError(f"quantize={quantize!r}: allowed are None, 'nf4' and 'int8'")
+    where = pick_device(device)
+    kind = pick_dtype(dtype, where)
+    folder = _resolve(name, kind)
+    options: dict[str, Any] = {"dtype": kind}
+    if quantize is not None:
+        options["quantization_config"] = _bits_and_bytes(quantize, kind)
+        options["device_map"] = {"": where}
+    with quiet(), _explained(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        pooling: Pooling | None = None
+        if is_encoder(folder):
+            model, pooling = load_encoder(folder, options)
+            if not classifies(tokenizer):
+                tokenizer.chat_template = ENCODER_TEMPLATE
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    if quantize is None:
+        model.to(where)
+    else:
+        keep_gradients(model)
+    if where.type == "cpu" and getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(PACKED)
+    model.requires_grad_(False).eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    fingerprint = fingerprint_of(model, tokenizer, quantize, kind, pooling)
+    return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint, pooling)
+
+
+transformers.AttentionInterface.register(PACKED, _attention)
+transformers.AttentionMaskInterface.register(PACKED, transformers.AttentionMaskInterface()["sdpa"])
+
+
+def _bits_and_bytes(quantize: Quantize, dtype: torch.dtype) -> Any:
+    if quantize == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def fingerprint_of(
+    model: Any,
+    tokenizer: Any,
+    quantize: str | None,
+    dtype: torch.dtype,
+    pooling: Pooling | None = None,
+) -> Fingerprint:
+    """Return what an adapter must find again: shapes, tokenizer, template, sampled weights, precision."""
+    config = model.config.to_dict()
+    settings = {key: config[key] for key in ARCHITECTURE_KEYS if config.get(key) is not None}
+    if pooling is not None:
+        settings["pooling"] = pooling
+    return Fingerprint(
+        architecture=type(model).__name__,
+        config=_digest(json.dumps(settings, sort_keys=True, default=str)),
+        tokenizer=_digest(
+            json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer(PROBE_TEXT).input_ids])
+        ),
+        template=_digest(tokenizer.chat_template or ""),
+        weights=_sampled_weights(model),
+        quantization=quantize or "none",
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _sampled_weights(model: nn.Module) -> str:
+    """Hash 256 values of each tensor that no quantization touches (embeddings, norms), as bf16.
+
+    Rounding to bf16 makes fp32, bf16 and 4-bit loads of the same weights agree.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not ("norm" in name or "embed" in name or "wte" in name or "ln_" in name):
+            continue
+        flat = tensor.flatten()
+        step = max(1, flat.numel() // 256)
+        sample = flat[::step][:256].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,73 @@
+"""Device and dtype of a backbone, and the memory that the process uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from adapterhub_chat.errors import UsageError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes used so far: on the GPU, else by this process (0 where nobody counts)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM")), 0)
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that this process has now (0 where nobody counts)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """Return the device asked for, else CUDA when there is one (each process its own), else the CPU."""
+    if device is None and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if device is None:
+        rank = os.environ.get("LOCAL_RANK")  # set by torchrun
+        return torch.device("cuda" if rank is None else f"cuda:{rank}")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device={str(device)!r} cannot be used here: {error}") from error
+    return chosen
+
+
+def pick_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype asked for, else bf16 where the device computes it natively, else fp32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Return whether matrix products in bf16 are native (AVX512-BF16 or AMX), not emulated."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)

@@ -1,0 +1,1 @@
+"""The folder of adapters, and its loaded part."""

@@ -1,0 +1,59 @@
+"""Manifests and the tasks they name: a draft of a derived adapter, the tasks of its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from adapterhub_chat.artifact.manifest import Manifest, Training
+from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.errors import UnknownNameError, UsageError
+from adapterhub_chat.model.backbone import Backbone
+from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.types import Mix
+
+
+def draft_of(name: str, backbone: Backbone, tasks: Sequence[Task], training: Training) -> Manifest:
+    """Return the manifest of a new adapter: not measured yet, and without its probe.
+
+    It is prompted by the last of its tasks.
+    """
+    task = tasks[-1]
+    return Manifest(
+        name=name,
+        about="; ".join(dict.fromkeys(t.about for t in tasks if t.about)),
+        language=", ".join(dict.fromkeys(t.language for t in tasks)),
+        licence=", ".join(dict.fromkeys(t.licence for t in tasks)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        backbone=backbone.name,
+        fingerprint=backbone.fingerprint,
+        contract=task.contract,
+        metric=task.metric,
+        training=training,
+    )
+
+
+def own_tasks(
+    shelf: Shelf, named: Sequence[tuple[str, Mix]]
+) -> list[tuple[Task, list[tuple[str, Mix]]]]:
+    """Return the tasks that adapters were trained on, each with the adapters that it is to judge."""
+    groups: dict[str, list[tuple[str, Mix]]] = {}
+    for name, mix in named:
+        held = shelf.known(name)
+        trained_on = held.manifest.training.tasks if held and held.manifest else ()
+        if not trained_on:
+            raise UsageError(f"adapter {name!r} does not say what it was trained on; name tasks")
+        for task in trained_on:
+            groups.setdefault(task, []).append((name, mix))
+    return [(trained_task(task, group[0][0]), group) for task, group in groups.items()]
+
+
+def trained_task(name: str, adapter: str) -> Task:
+    """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
+    try:
+        return load_task(name)
+    except UnknownNameError as error:
+        raise UsageError(
+            f"adapter {adapter!r} was trained on the task {name!r}, whose file is not here; give its "
+            f"path: --task path/to/{name}.toml, in Python evaluate(tasks=[...])"
+        ) from error

@@ -1,0 +1,1 @@
+"""Other people's Hubs: push, pull and search, within limits."""

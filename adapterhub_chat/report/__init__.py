@@ -1,0 +1,1 @@
+"""Measured results as pictures."""

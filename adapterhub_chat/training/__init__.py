@@ -1,0 +1,1 @@
+"""Training in one loop; only `run` and `checkpoint` write files."""

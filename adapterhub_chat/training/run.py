@@ -1,0 +1,272 @@
+"""Workshop: a training run from tasks to measured adapters in the pool."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from adapterhub_chat.artifact.manifest import How, Manifest, Training
+from adapterhub_chat.data.metrics import METRICS
+from adapterhub_chat.data.task import Task
+from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.evaluation.scoring import judge_task
+from adapterhub_chat.events import SILENT, Candidate, Event, Ledger, Listeners
+from adapterhub_chat.files import write_json
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import Backbone, load_backbone
+from adapterhub_chat.model.devices import peak_memory
+from adapterhub_chat.pool.provenance import draft_of
+from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.route.learn import learn_routing
+from adapterhub_chat.training.checkpoint import Checkpoints
+from adapterhub_chat.training.distributed import first_process, join
+from adapterhub_chat.training.job import Job, make_job
+from adapterhub_chat.training.learner import Trained
+from adapterhub_chat.training.run_log import RunLog
+from adapterhub_chat.training.spec import FINISHED, STATE, Order, _check
+from adapterhub_chat.training.strategies import Course, Made, Memory
+from adapterhub_chat.types import Mix, as_mix
+
+
+def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> dict[str, Manifest]:
+    """Train, save and measure what is ordered; return the manifests of what was saved.
+
+    Everything that can be wrong is looked at before the first step: names, data, the pool's folder.
+    Ctrl-C in training saves what was best until then, unmeasured, with a warning. What has learnt
+    nothing is not saved; when that is all there is, KeyboardInterrupt goes on its way. Of several
+    processes only the first one writes, measures and has manifests to return.
+    """
+    _check(shelf, order)
+    tokenizer = shelf.model.backbone.tokenizer
+    jobs = {n: make_job(tokenizer, n, t, order.configs[n]) for n, t in order.tasks.items()}
+    with contextlib.ExitStack() as stack:
+        heard = listeners if first_process() else SILENT
+        if order.run_dir is not None and first_process():
+            heard = _logged(stack.enter_context(RunLog(order.run_dir)), order.run_dir, heard)
+        run = _Run(shelf, order, heard)
+        course = Course(
+            shelf.model,
+            jobs,
+            order.options,
+            order.sweeps,
+            on_event=heard.on_event,
+            on_sweep=heard.on_sweep,
+            memory=run.memory,
+        )
+        if order.options.shard:
+            join(shelf.model.backbone.device)
+            shelf.model.shard()
+        for made in course.run():
+            run.take(made)
+        return run.finish()
+
+
+class _Run:
+    """What a run has made so far."""
+
+    def __init__(self, shelf: Shelf, order: Order, listeners: Listeners) -> None:
+        self.shelf, self.order, self.listeners = shelf, order, listeners
+        self.manifests: dict[str, Manifest] = {}
+        self.made: dict[str, Made] = {}
+        self.interrupted = False
+        self._matrix: list[tuple[float | None, ...]] = []
+        self._start: dict[str, float] = {}
+
+    def memory(self, stage: str) -> Memory:
+        """Return where a stage of the run keeps its state, and the state to go on from."""
+        order, options = self.order, self.order.options
+        if order.run_dir is None:
+            return Memory()
+        states = Checkpoints(
+            order.run_dir / STATE / stage, steps=options.save_steps, minutes=options.save_minutes
+        )
+        found = states.latest() if order.resume else None
+        return Memory(states, states.keep, found) if first_process() else Memory(resume=found)
+
+    def take(self, made: Made) -> None:
+        """Keep a finished adapter; after a stage of a sequence, look at all tasks so far."""
+        name, trained = made.job.name, made.trained
+        self.interrupted |= trained.stopped == "interrupted"
+        if not first_process():
+            return
+        if trained.best_step:
+            self._keep(made)
+        else:
+            _warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
+        if self.order.options.how == "sequence" and not self.interrupted:
+            self._look_back(made)
+
+    def _keep(self, made: Made) -> None:
+        """Save a finished adapter; where that fails, warn, so that the others are not lost."""
+        options, tasks = self.order.options, [self.order.tasks[task] for task in made.tasks]
+        draft = manifest_of(
+            tasks,
+            self.shelf.model.backbone,
+            made.job,
+            made.trained,
+            how=options.how,
+            beside=made.beside,
+            note=made.note,
+        )
+        common = options.how == "shared" and made.job.name == options.shared_name
+        if not (common or options.shard):  # a common one acts beside others, never by itself
+            draft = draft.model_copy(update={"routing": learn_routing(self.shelf, tasks)})
+        weights = made.weights.to(self.order.save_dtype)
+        try:
+            kept = self.shelf.keep(weights, draft, probing=not options.shard)
+        except AdapterError as error:
+            _warn(f"adapter {draft.name!r} is not saved: {error}")
+            return
+        self.manifests[kept.name] = kept
+        self.made[kept.name] = made
+
+    def finish(self) -> dict[str, Manifest]:
+        """Measure what was saved, unless the run was interrupted; return the manifests."""
+        if self.interrupted and not self.manifests:
+            raise KeyboardInterrupt
+        if self.interrupted:
+            names = ", ".join(self.manifests)
+            _warn(f"interrupted: the best so far of {names} is saved, not measured")
+            return self.manifests
+        if self.order.options.shard:
+            if self.manifests:
+                _warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
+        elif self.order.options.test_examples and first_process():
+            self._measure()
+        if self.order.run_dir is not None and first_process():
+            shutil.rmtree(self.order.run_dir / STATE, ignore_errors=True)
+            write_json(self.order.run_dir / FINISHED, {"adapters": list(self.manifests)})
+        return self.manifests
+
+    def _measure(self) -> None:
+        """Score the saved adapters on their tasks' test splits; write the scores into manifests."""
+        limit = self.order.options.test_examples
+        plain = _unquantized(self.shelf.model)
+        try:
+            for name, manifest in self.manifests.items():
+                scores = []
+                for task in (self.order.tasks[t] for t in self.made[name].tasks):
+                    pair = [(name, as_mix(name))]
+                    scores += judge_task(self.shelf.model, task, pair, limit, self.listeners)
+                    if plain is not None:
+                        plain.load(name, self.shelf.model.weights(name))
+                        scores += judge_task(plain, task, pair, limit, self.listeners)
+                self.manifests[name] = manifest.with_scores(scores)
+                self.shelf.describe(name, self.manifests[name])
+        except KeyboardInterrupt:
+            _warn(f"interrupted: {', '.join(self.manifests)} are saved, but not all are measured")
+            raise
+
+    def _look_back(self, made: Made) -> None:
+        """Add a row to the ledger: each task's score now, by the adapter that answers for it."""
+        options, tasks = self.order.options, self.order.tasks
+        if not options.test_examples or options.shard:
+            return
+        row: list[float | None] = []
+        for name, task in tasks.items():
+            learnt = name if name in self.manifests else None
+            grown = made.job.name if made.job.name in self.manifests else None
+            answering = grown if options.grow else learnt
+            if name not in self._start:
+                (bare,) = judge_task(self.shelf.model, task, [("", Mix())], options.test_examples)
+                self._start[name] = bare.value
+            if answering is None:
+                row.append(None)
+                continue
+            pair = [(answering, as_mix(answering))]
+            (found,) = judge_task(self.shelf.model, task, pair, options.test_examples)
+            row.append(found.value)
+        self._matrix.append(tuple(row))
+        self.listeners.on_ledger(
+            Ledger(
+                tasks=tuple(tasks),
+                metrics=tuple(task.metric for task in tasks.values()),
+                higher_is_better=tuple(METRICS[t.metric].higher_is_better for t in tasks.values()),
+                start=tuple(self._start[name] for name in tasks),
+                matrix=tuple(self._matrix),
+            )
+        )
+
+
+def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
+    """Return listeners that write into the run's folder, too."""
+
+    def on_event(event: Event) -> None:
+        listeners.on_event(event)
+        log(event)
+
+    def on_sweep(table: Sequence[Candidate]) -> None:
+        listeners.on_sweep(table)
+        rows = [asdict(row) for row in table]
+        for row in rows:  # JSON has no NaN
+            known = math.isfinite(row["validation_loss"])
+            row["validation_loss"] = row["validation_loss"] if known else None
+        write_json(folder / "sweep.json", {"candidates": rows})
+
+    def on_ledger(ledger: Ledger) -> None:
+        listeners.on_ledger(ledger)
+        write_json(folder / "ledger.json", ledger.as_json())
+
+    return replace(listeners, on_event=on_event, on_sweep=on_sweep, on_ledger=on_ledger)
+
+
+def _unquantized(model: AdapterModel) -> AdapterModel | None:
+    """Return the same backbone without quantization, None when this one has none."""
+    own = model.backbone
+    if own.quantize is None:
+        return None
+    return AdapterModel(load_backbone(own.name, dtype=own.dtype, device=own.device))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+@dataclass
+class Finished:
+    """What a run gave: adapters, the table of a sweep, the ledger of a sequence."""
+
+    manifests: Mapping[str, Manifest] = field(default_factory=dict)
+    sweep: Sequence[Candidate] = ()
+    ledger: Ledger | None = None
+
+
+def manifest_of(
+    tasks: Sequence[Task],
+    backbone: Backbone,
+    job: Job,
+    trained: Trained,
+    *,
+    how: How,
+    beside: Sequence[str] = (),
+    note: str = "",
+) -> Manifest:
+    """Return the draft of a freshly trained adapter's manifest."""
+    return draft_of(
+        job.name,
+        backbone,
+        tasks,
+        Training(
+            how=how,
+            tasks=tuple(name for t in tasks for name in t.members or (t.name,)),
+            data_sha256=tuple(t.data_hash() for t in tasks),
+            sources=tuple(dict.fromkeys(source for t in tasks for source in t.sources)),
+            beside=tuple(beside),
+            settings=job.config.model_dump(),
+            steps=trained.steps,
+            best_step=trained.best_step,
+            tokens=trained.tokens,
+            seconds=round(trained.seconds, 1),
+            backbone_bytes=backbone.nbytes,
+            peak_bytes=peak_memory(backbone.device),
+            validation_loss=trained.best_loss if math.isfinite(trained.best_loss) else None,
+            stopped=trained.stopped,
+            conflict=dict(trained.conflict),
+            note=note,
+        ),
+    )

@@ -1,0 +1,59 @@
+"""The gate: does a transfer help, and which one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from adapterhub_chat.data.metrics import METRICS, Rows, paired_difference
+from adapterhub_chat.errors import DataError
+
+FEWEST = 5
+"""Items below which nothing is proven: a bootstrap of one or two has hardly any width."""
+Word = Literal["helps", "neutral", "hurts"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A candidate beside the baseline on the same items; a gain is better whatever the metric."""
+
+    word: Word
+    gain: float
+    low: float
+    high: float
+
+
+def verdict(metric: str, candidate: Rows, baseline: Rows) -> Verdict:
+    """Return whether a candidate's rows are better, with the paired 95 % bootstrap interval of the gain.
+
+    helps: the whole interval is above zero. hurts: it is below. With less than FEWEST items it is neutral
+    whatever they say. Raises DataError without any.
+    """
+    if not len(candidate):
+        raise DataError("the gate has no target items with labels to judge by")
+    kind = METRICS[metric]
+    first, second = (candidate, baseline) if kind.higher_is_better else (baseline, candidate)
+    gain, low, high = paired_difference(first, second, kind.statistic)
+    word: Word = "helps" if low > 0 else "hurts" if high < 0 else "neutral"
+    word = word if len(candidate) >= FEWEST else "neutral"
+    return Verdict(word, gain, low, high)
+
+
+def best(verdicts: Mapping[str, Verdict], baseline: str) -> str:
+    """Return the candidate with the best lower bound among those that help, else the baseline."""
+    helping = {name: v for name, v in verdicts.items() if v.word == "helps" and name != baseline}
+    return max(helping, key=lambda name: helping[name].low) if helping else baseline
+
+
+def stratified(labels: Sequence[str], count: int, order: Sequence[int]) -> list[int]:
+    """Return the indices of `count` items, the labels in turn, each label's items in the given order."""
+    by_label: dict[str, list[int]] = {}
+    for index in order:
+        by_label.setdefault(labels[index], []).append(index)
+    chosen: list[int] = []
+    while len(chosen) < count and any(by_label.values()):
+        for own in by_label.values():
+            if own and len(chosen) < count:
+                chosen.append(own.pop(0))
+    return sorted(chosen)

@@ -1,0 +1,636 @@
+"""The engine: whatever joins, leaves, is cancelled, evicted or published anew, a row is what it is alone."""
+
+import math
+import random
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pico import VOCABULARY, alone, some_requests
+
+from adapterhub_chat import AdapterHub
+from adapterhub_chat.errors import (
+    AdapterError,
+    NoRoomError,
+    QueueFullError,
+    UnknownNameError,
+    UsageError,
+)
+from adapterhub_chat.inference import batch as running
+from adapterhub_chat.inference.decoder import ModuleDecoder
+from adapterhub_chat.inference.engine import NEAR, Engine
+from adapterhub_chat.inference.fused_decoder import FusedDecoder, _packed
+from adapterhub_chat.inference.kv_cache import KeyValues, shared_length
+from adapterhub_chat.inference.requests import Request
+from adapterhub_chat.inference.sampling import Sampling
+from adapterhub_chat.lora.slots import plan_of
+from adapterhub_chat.lora.weights import initial_weights
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import load_backbone
+from adapterhub_chat.model.devices import pick_dtype
+from adapterhub_chat.types import as_mix
+
+ROOT = Path(__file__).parents[2]
+LONG = Sampling(max_new_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture
+def loaded(model, make_weights):
+    for n in range(6):
+        model.load(f"a{n}", make_weights(seed=n, rank=3 + 2 * n))
+    return model
+
+
+@pytest.fixture
+def engine(loaded, tmp_path_factory):
+    return Engine(loaded, rows=8, chunk=32)
+
+
+# ---- rows are alone ------------------------------------------------------------------------------
+
+
+def test_requests_that_join_and_leave_give_what_they_give_alone(engine, loaded):
+    requests = some_requests(40)
+    tickets = [engine.submit(r) for r in requests[:10]]
+    for request in requests[10:]:
+        engine.step()  # the others are in the middle of their texts
+        tickets.append(engine.submit(request))
+    for request, ticket in zip(requests, tickets, strict=True):
+        assert ticket.result().ids == alone(loaded, request).ids
+    assert engine.running == engine.waiting == 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_decoders_agree(loaded, native, monkeypatch, tmp_path):
+    """Fused, with and without native products, and transformers' own modules: one row, one text."""
+    monkeypatch.setenv("ADAPTERHUB_NATIVE", "1" if native else "0")
+    engines = [Engine(loaded, folder=tmp_path), Engine(loaded, folder=tmp_path)]
+    decoder = engines[0].decoder
+    assert isinstance(decoder, FusedDecoder)
+    assert (decoder._products is not None) == native
+    engines[1].decoder = engines[1]._batch.decoder = ModuleDecoder(loaded)
+    for request in some_requests(12, seed=1):
+        first, second = (engine.submit(request).result().ids for engine in engines)
+        assert first == second
+    ids = torch.randint(3, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
+    first, second = (engine.decoder.early_states(ids) for engine in engines)
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    shorter = engines[0].decoder.early_states(ids[:, :9])  # what stands behind changes nothing
+    torch.testing.assert_close(shorter, first[:, :9], rtol=1e-5, atol=1e-5)
+
+
+def test_four_bits_give_one_text_together_and_alone(pico_folder, make_weights):
+    """The 4-bit backbone goes through its own layers' products; rows do not meet there either."""
+    model = AdapterModel(
+        load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
+    )
+    for n in range(6):
+        model.load(f"a{n}", make_weights(seed=n))
+    requests = some_requests(24, seed=2)
+    together = Engine(model, rows=8)
+    tickets = [together.submit(r) for r in requests]
+    for request, ticket in zip(requests, tickets, strict=True):
+        assert ticket.result().ids == alone(model, request).ids
+
+
+class Library:
+    """Adapters that are loaded when they are asked for, as a shelf does."""
+
+    def __init__(self, model, make_weights, count):
+        self.model, self.lock = model, threading.Lock()
+        self.weights = {f"a{n}": make_weights(seed=n, rank=4) for n in range(count)}
+        self.loaded = []
+
+    def load(self, name):
+        with self.lock:
+            self.loaded.append(name)
+            self.model.load(name, self.weights[name])
+
+    def acquire(self, mix):
+        return self.model.slots.gather(mix, self.load)
+
+
+def test_bf16_is_decoded_on_every_processor(pico_folder, tmp_path):
+    """oneDNN's own products refuse it where the processor has no instructions for it."""
+    hub = AdapterHub(str(pico_folder), tmp_path, dtype="bf16", device="cpu")
+    found = Engine(hub.model, rows=2).submit(
+        Request((5, 6, 7), sampling=Sampling(max_new_tokens=3))
+    )
+    assert len(found.result().ids) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 33, 200])
+def test_an_ordered_weight_gives_the_plain_product(rows):
+    torch.manual_seed(rows)
+    weight, bias, x = torch.randn(96, 40), torch.randn(96), torch.randn(rows, 40)
+    ordered, product = _packed(weight)
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(product(x, ordered, bias).double(), exact, atol=1e-4, rtol=1e-4)
+    assert ordered.is_mkldnn == torch.backends.mkldnn.is_available()  # else it is the slow one
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    pick_dtype(None, torch.device("cpu")) != torch.bfloat16,
+    reason="no bf16 instructions: fp32 is the default here, and it is held to equality",
+)
+def test_in_bf16_only_near_ties_differ():
+    """SmolLM2 with the shipped adapters: a text is what it is alone up to a token whose two likeliest
+    logits lie within a rounding step of bf16 (0.125 for logits from 16 on), which another batch may tip."""
+    hub = AdapterHub("smollm2-135m", ROOT / "adapters", dtype="bf16", device="cpu")
+    rng, rules = random.Random(0), Sampling(max_new_tokens=24, ignore_eos=True, logprobs=2)
+    questions = [f"Tell me about {word}." for word in ("Paris", "rivers", "old films", "bread")]
+    encoded = hub.backbone.tokenizer(questions).input_ids
+    requests = [
+        Request(tuple(rng.choice(encoded)), as_mix(name), rules)
+        for name in ["qa", "generation", "sentiment", None, {"qa": 0.5, "generation": 0.5}] * 5
+    ]
+    engine = Engine(hub.model, rows=16)
+    tickets = [engine.submit(request) for request in requests]
+    same = 0
+    for request, ticket in zip(requests, tickets, strict=True):
+        got, wanted = ticket.result(), alone(hub.model, request)
+        if got.ids == wanted.ids:
+            same += 1
+            continue
+        first = shared_length(got.ids, wanted.ids)
+        (_, best), (_, second) = wanted.logprobs[first].likeliest
+        assert best - second <= 0.25
+    assert same >= 12
+
+
+def make_size(model, weights):
+    """Bytes of a slot for such weights."""
+    return model.slots._layout(weights)[1]
+
+
+# ---- prompts in chunks, prefixes -------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(engine):
+    first = engine.submit(Request((5, 6), sampling=LONG), lambda piece: heard.append(piece))
+    heard = []
+    engine.step()
+    long = engine.submit(Request(tuple(range(3, 253)), sampling=Sampling(max_new_tokens=2)))
+    before = len(first.engine._batch.rows[0].writing.ids)
+    for _ in range(4):
+        engine.step()
+    assert len(engine._batch.rows[0].writing.ids) == before + 4  # a token a step, all along
+    assert not long.done
+    assert long.result().prompt_tokens == 250
+
+
+def test_a_shared_beginning_is_computed_once(loaded):
+    engine, start = Engine(loaded), tuple(range(3, 60))
+    first = engine.submit(Request((*start, 7), as_mix("a1"), LONG)).result()
+    again = Request((*start, 9, 11), as_mix("a1"), LONG)
+    second = engine.submit(again).result()
+    assert first.reused_tokens == 0
+    assert second.reused_tokens == len(start)
+    assert second.ids == alone(loaded, again).ids
+
+
+def test_a_prefix_belongs_to_the_content_not_to_the_name(loaded, make_weights):
+    engine, prompt = Engine(loaded), tuple(range(3, 60))
+    engine.submit(Request(prompt, as_mix("a1"), LONG)).result()
+    loaded.load("a1", make_weights(seed=99))
+    fresh = engine.submit(Request(prompt, as_mix("a1"), LONG)).result()
+    assert fresh.reused_tokens == 0
+    assert fresh.ids == alone(loaded, Request(prompt, as_mix("a1"), LONG)).ids
+    for other in (None, "a2", {"a1": 0.5}):
+        assert engine.submit(Request(prompt, as_mix(other), LONG)).result().reused_tokens == 0
+
+
+def test_the_same_content_under_two_names_shares_prefixes(model, make_weights):
+    weights, prompt = make_weights(seed=4), tuple(range(3, 60))
+    for name in ("one", "two"):
+        model.load(name, weights, identity="the same bytes")
+    engine = Engine(model)
+    engine.submit(Request(prompt, as_mix("one"), LONG)).result()
+    reused = engine.submit(Request(prompt, as_mix("two"), LONG)).result()
+    assert reused.reused_tokens == len(prompt) - 1  # the last one gives the logits
+
+
+def test_keys_and_values_keep_to_their_budget_and_a_long_row_narrows_it_for_no_one(loaded):
+    token_bytes = Engine(loaded)._batch._token_bytes
+    budget = 6 * 192 * token_bytes
+    engine = Engine(loaded, cache_bytes=budget, prefix_bytes=0)
+    for length in (8, 8, 300, 8, 8, 8, 300, 8):
+        tickets = [engine.submit(Request((44,) * length, sampling=LONG)) for _ in range(9)]
+        most = 0
+        while not all(ticket.done for ticket in tickets):
+            engine.step()
+            most = max(most, engine.running)
+            assert engine._batch.cache.nbytes <= budget
+        assert most >= (9 if length == 8 else 2)
+    alone_too_large = Engine(loaded, cache_bytes=1, prefix_bytes=0)
+    assert len(alone_too_large.submit(Request((44,), sampling=LONG)).result().ids) == 24
+
+
+# ---- rules ----------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models_own(engine, loaded):
+    rules = Sampling(max_new_tokens=5, ignore_eos=True, logprobs=3)
+    done = engine.submit(Request((44, 45), as_mix("a2"), rules)).result()
+    assert [p.token for p in done.logprobs] == list(done.ids)
+    ids = [44, 45]
+    for item in done.logprobs:
+        with torch.no_grad(), loaded.mixing([as_mix("a2")]):
+            wanted = loaded.backbone.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert item.logprob == pytest.approx(float(wanted[item.token]), abs=1e-4)
+        assert [t for t, _ in item.likeliest] == wanted.topk(3).indices.tolist()
+        assert item.likeliest[0] == (item.token, item.logprob)
+        ids.append(item.token)
+
+
+def test_top_k_leaves_the_likeliest_alone(engine, loaded):
+    greedy = engine.submit(Request((44,), sampling=LONG)).result()
+    hot = Sampling(max_new_tokens=24, ignore_eos=True, temperature=5.0, top_k=1, seed=1)
+    assert engine.submit(Request((44,), sampling=hot)).result().ids == greedy.ids
+    wide = Sampling(
+        max_new_tokens=24, ignore_eos=True, temperature=5.0, top_k=3, seed=1, logprobs=3
+    )
+    for item in engine.submit(Request((44,), sampling=wide)).result().logprobs:
+        assert item.token in {token for token, _ in item.likeliest}
+
+
+def test_a_strong_repetition_penalty_repeats_nothing(engine):
+    free = engine.submit(Request((44,), sampling=LONG)).result()
+    assert len(set(free.ids)) < len(free.ids)
+    rules = Sampling(max_new_tokens=24, ignore_eos=True, repetition_penalty=1e4)
+    done = engine.submit(Request((44,), sampling=rules)).result()
+    assert len({*done.ids, 44}) == 25
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("top_k", -1),
+        ("repetition_penalty", 0.0),
+        ("logprobs", 21),
+        ("repetition_penalty", math.inf),
+    ],
+)
+def test_a_rule_without_meaning_is_refused(field, value):
+    with pytest.raises(UsageError, match=field):
+        Sampling(**{field: value})
+
+
+# ---- ends ----------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_request_ends_with_what_there_is(engine, loaded):
+    request = Request((44, 5), as_mix("a1"), LONG)
+    running, waiting = engine.submit(request), engine.submit(request)
+    for _ in range(5):
+        engine.step()
+    running.cancel()
+    done = running.result()
+    assert done.reason == "cancelled"
+    assert 1 <= len(done.ids) < 24
+    assert done.ids == waiting.result().ids[: len(done.ids)]
+    assert not any(r.users for r in loaded.slots._names.values())
+
+
+def test_a_deadline_ends_a_request_wherever_it_is(loaded):
+    engine = Engine(loaded, rows=1)
+    slow = engine.submit(Request((44,), sampling=Sampling(max_new_tokens=400, ignore_eos=True)))
+    late = engine.submit(Request((44,), sampling=LONG, deadline=0.0))
+    time.sleep(0.01)
+    assert late.result().reason == "deadline"
+    assert late.result().text == ""
+    assert not slow.done
+    slow.cancel()
+    ends = engine.submit(Request((44,), sampling=Sampling(400, ignore_eos=True), deadline=0.05))
+    assert ends.result().reason in {"deadline", "length"}
+
+
+def test_a_full_queue_refuses_and_a_patient_caller_waits(loaded):
+    engine = Engine(loaded, rows=1, queue=2)
+    first = [engine.submit(Request((44,), sampling=LONG)) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        engine.submit(Request((44,)))
+    third = engine.submit(Request((44,), sampling=LONG), patient=True)
+    assert third.result().ids == first[0].result().ids
+
+
+def test_a_listener_that_fails_ends_its_own_request_alone(engine):
+    def broken(piece):
+        raise ValueError("no more")
+
+    bad = engine.submit(Request((44,), as_mix("a1"), LONG), broken)
+    good = engine.submit(Request((44,), as_mix("a1"), LONG))
+    assert len(good.result().ids) == 24
+    with pytest.raises(ValueError, match="no more"):
+        bad.result()
+
+
+def test_a_failed_step_ends_the_running_requests_and_the_next_ones_are_answered(engine, loaded):
+    request = Request((44, 5), as_mix("a1"), LONG)
+    running = engine.submit(request)
+    engine.step()
+    forward = engine._batch.decoder.forward
+
+    def fails(*_):
+        engine._batch.decoder.forward = forward
+        raise RuntimeError("out of memory")
+
+    engine._batch.decoder.forward = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        running.result()
+    assert not any(r.users for r in loaded.slots._names.values())
+    assert engine.submit(request).result().ids == alone(loaded, request).ids
+
+
+def overflowing(make_weights):
+    """An adapter whose numbers are finite, and whose answers are not."""
+    own = make_weights(seed=1)
+    return own.with_factors({m: (a, b * 1e30) for m, (a, b) in own.factors.items()})
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1}])
+def test_a_row_without_numbers_ends_alone_and_leaves_none_behind(loaded, make_weights, sampling):
+    """Attention weighs what is hidden by zero, and zero times a NaN that somebody left is a NaN."""
+    loaded.load("wild", overflowing(make_weights))
+    engine = Engine(loaded, rows=2, prefix_bytes=2**20)
+    rules = Sampling(max_new_tokens=40, ignore_eos=True, **sampling)
+    fine = Request(tuple(range(20, 30)), as_mix("a0"), rules)
+    wild = Request(tuple(range(40, 90)), as_mix("wild"), rules)
+    wanted = alone(loaded, fine).ids
+    tickets = [engine.submit(r) for r in (wild, fine, wild, fine, fine)]
+    for ticket in tickets:
+        if ticket.request is fine:
+            assert ticket.result().ids == wanted
+        else:
+            with pytest.raises(AdapterError, match="wild: the logits are not finite"):
+                ticket.result()
+    assert not any(bool(t.isnan().any()) for t in engine._batch.cache.keys)
+    assert {r.users for r in loaded.slots._names.values()} == {0}
+
+
+def test_a_request_without_memory_for_its_keys_fails_alone(loaded, monkeypatch):
+    engine = Engine(loaded)
+    rules = Sampling(max_new_tokens=30, ignore_eos=True)
+    short = Request(tuple(range(20, 30)), as_mix("a0"), rules)
+    wanted = alone(loaded, short).ids
+    going = engine.submit(short)
+    engine.step()
+    larger, count = KeyValues._larger, iter(range(100))
+
+    def fails(self, *args):
+        if next(count) == 1:  # in the middle
+            raise MemoryError("no memory")
+        return larger(self, *args)
+
+    monkeypatch.setattr(KeyValues, "_larger", fails)
+    long = engine.submit(Request(tuple(range(3, 290)), as_mix("a1"), rules))
+    with pytest.raises(MemoryError):
+        long.result()
+    assert going.result().ids == wanted
+    assert len(engine.submit(replace(long.request, mix=as_mix("a0"))).result().ids) == 30
+    assert {r.users for r in loaded.slots._names.values()} == {0}
+
+
+def test_unknown_adapters_fail_alone(engine):
+    lost, fine = (engine.submit(Request((44,), as_mix(name), LONG)) for name in ("nobody", "a1"))
+    with pytest.raises(UnknownNameError, match="nobody"):
+        lost.result()
+    assert len(fine.result().ids) == 24
+
+
+def test_prompts_that_cannot_be_answered_are_all_named(engine):
+    with pytest.raises(
+        UsageError, match=r"prompt 0 is empty.*prompt 2 has 600 tokens.*at most 511"
+    ):
+        engine.check([Request(()), Request((1,)), Request((1,) * 600)])
+
+
+def test_a_text_ends_where_the_backbone_ends(loaded):
+    engine = Engine(loaded)
+    done = engine.submit(
+        Request(tuple([7] * 500), sampling=Sampling(max_new_tokens=100, ignore_eos=True))
+    ).result()
+    assert (len(done.ids), done.reason) == (12, "length")
+
+
+def test_many_threads_share_one_engine(engine, loaded):
+    requests = some_requests(24, seed=5)
+    wanted = [alone(loaded, r).ids for r in requests]
+    got = [None] * len(requests)
+
+    def ask(n):
+        got[n] = engine.submit(requests[n]).result().ids
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert got == wanted
+
+
+def test_a_served_engine_answers_without_its_callers_help(engine):
+    stopping = threading.Event()
+    server = threading.Thread(target=engine.serve, args=(stopping,))
+    server.start()
+    try:
+        ticket = engine.submit(Request((44,), as_mix("a1"), LONG))
+        until = time.monotonic() + 30
+        while not ticket.done and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(ticket.completion.ids) == 24
+    finally:
+        stopping.set()
+        server.join(10)
+    assert not server.is_alive()
+
+
+# ---- adapters that are not there yet ---------------------------------------------------------------
+
+
+def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
+    gate = threading.Event()
+
+    def acquire(mix):
+        if "late" in mix.names and "late" not in loaded.slots:
+            assert gate.wait(30)
+            loaded.load("late", make_weights(seed=50))
+        return loaded.slots.hold(mix)
+
+    loaded.acquire = acquire
+    engine = Engine(loaded, beside=True)
+    late = engine.submit(Request((44,), as_mix("late"), LONG))
+    quick = engine.submit(Request((44,), as_mix("a1"), LONG))
+    assert len(quick.result().ids) == 24
+    assert not late.done
+    gate.set()
+    assert late.result().ids == alone(loaded, Request((44,), as_mix("late"), LONG)).ids
+
+
+def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_weights):
+    library = Library(model, make_weights, 4)
+    model.slots.budget = 2 * make_size(model, library.weights["a0"])
+    model.acquire = library.acquire
+    engine = Engine(model)
+    tickets = [engine.submit(Request((44, n), as_mix(f"a{n}"), LONG)) for n in range(4)]
+    assert [len(t.result().ids) for t in tickets] == [24] * 4
+    assert model.slots.nbytes <= model.slots.budget
+    three = as_mix({f"a{n}": 0.25 for n in range(3)})
+    with pytest.raises(NoRoomError, match=r"hub.unload"):
+        engine.submit(Request((44,), three, LONG)).result()
+
+
+def test_who_waits_has_his_adapter_brought_near(model, make_weights):
+    """Before there is a row, and while there is no slot: of the first ones in the queue, once each."""
+    library, near = Library(model, make_weights, 40), []
+    model.acquire, model.prefetch = library.acquire, lambda mix: near.append(str(mix))
+    model.slots.budget = 2 * make_size(model, library.weights["a0"])
+    engine = Engine(model, rows=1, beside=True)
+    tickets = [engine.submit(Request((44, n + 3), as_mix(f"a{n}"), LONG)) for n in range(30)]
+    for _ in range(12):
+        engine.step()
+    assert near
+    assert len(engine._near) <= NEAR
+    assert all(t.result().ids for t in tickets)
+    assert len(near) == len({*near})
+    assert not engine._near
+
+
+def test_the_least_recently_used_goes_first(model, make_weights):
+    library = Library(model, make_weights, 4)
+    model.acquire = library.acquire
+    model.slots.budget = 3 * make_size(model, library.weights["a0"])
+    engine = Engine(model)
+    for name in ("a0", "a1", "a2", "a0", "a3"):  # a1 has waited longest when a3 comes
+        engine.submit(Request((44,), as_mix(name), LONG)).result()
+    assert set(model.names) == {"a0", "a2", "a3"}
+    assert library.loaded == ["a0", "a1", "a2", "a3"]
+
+
+def test_ranks_share_a_budget_and_nobody_goes_in_vain(model, make_weights):
+    """Under a budget a slot that is free is free for every rank; where nothing helps, all stay."""
+    small, large = make_weights(rank=8), make_weights(rank=64)
+    model.slots.budget = make_size(model, large)  # eight small ones
+    for n in range(8):
+        model.load(f"s{n}", small)
+    assert len(model.names) == 8
+    held = model.slots.hold(as_mix("s3"))
+    with pytest.raises(NoRoomError):
+        model.load("large", large)
+    assert len(model.names) == 8
+    model.slots.release(held)
+    model.load("large", large)
+    assert model.names == ("large",)
+    model.load("s0", small)
+    assert model.names == ("s0",)
+    assert model.slots.nbytes <= model.slots.budget
+
+
+def test_a_plan_is_made_once_for_a_change_of_the_batch(loaded, monkeypatch):
+    made = []
+    monkeypatch.setattr(running, "plan_of", lambda held: made.append(len(held)) or plan_of(held))
+    engine = Engine(loaded, prefix_bytes=0)
+    tickets = [engine.submit(Request((44, 45), as_mix(f"a{n}"), LONG)) for n in range(3)]
+    for ticket in tickets:
+        ticket.result()
+    assert made == [3, 3]  # the prompts', and one for 23 steps
+    assert engine._batch._plan == ([], None)  # which nobody's slots are kept by
+
+
+def test_a_row_that_runs_ends_at_its_deadline(loaded):
+    engine = Engine(loaded)
+    rules = Sampling(max_new_tokens=400, ignore_eos=True)
+    late = engine.submit(Request((44,), as_mix("a1"), rules, deadline=0.2))
+    engine.drive(lambda: engine.running == 1)
+    stop = time.monotonic() + 20
+    while not late.done and time.monotonic() < stop:
+        engine.step()
+    done = late.result()
+    assert done.reason == "deadline"
+    assert 0 < len(done.ids) < 400
+
+
+def test_a_prompt_is_not_overtaken_for_ever(loaded):
+    """Rows of one mix are fed together, but the oldest row's mix is first."""
+    engine = Engine(loaded, rows=8, chunk=16, prefix_bytes=0)
+    long = tuple(range(3, 35))
+    engine.submit(Request(long, as_mix("a0"), LONG))
+    last = engine.submit(Request(long, as_mix("a5"), LONG))
+    for n in range(6):  # a0, whose name comes first, comes again and again
+        engine.step()
+        engine.submit(Request((*long, 40 + n), as_mix("a0"), LONG))
+    fed = next(row.fed for row in engine._batch.rows if row.ticket is last)
+    assert fed > 0
+    assert last.result().ids == alone(loaded, last.request).ids
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=30))
+def test_slots_keep_their_promises(slots_of, events):
+    slots, weights, size = slots_of
+    slots.budget, held = 3 * size, []
+    for n, what in events:
+        name = f"n{n}"
+        if what == 0:
+            try:
+                slots.load(name, weights)
+            except NoRoomError:
+                assert len({r for h in held for r, _ in h.weights}) >= 3
+        elif what >= 3:  # filled ahead, then taken or refused
+            with slots.ahead(lambda own: own is weights) as ahead:
+                before = slots.names
+                ahead.fill(weights)
+                ahead.fill(weights)
+                assert slots.names == before
+                if what == 3 and len({r for h in held for r, _ in h.weights}) < 3:
+                    slots.load(name, weights, None, ahead)
+        elif what == 1 and name in slots:
+            held.append(slots.hold(as_mix(name)))
+        elif held:
+            slots.release(held.pop(n % len(held)))
+        assert slots.nbytes <= slots.budget
+        places = [r.place for r in slots._names.values()]
+        places += [r.place for r in {r for h in held for r, _ in h.weights} if not r.current]
+        assert len({(id(bank), slot) for bank, slot in places}) == len(places)
+    for one in held:
+        slots.release(one)
+    for name in slots.names:
+        slots.unload(name)
+    assert all(len(s.free) == s.bank.slots for s in slots._segments)
+
+
+@pytest.fixture(scope="module")
+def slots_of(pico_folder):
+    model = AdapterModel(load_backbone(str(pico_folder), dtype="fp32", device="cpu"))
+    weights = initial_weights(model.shapes, rank=4, alpha=8, seed=0)
+    return model.slots, weights, make_size(model, weights)
+
+
+def test_a_pinned_adapter_stays(model, make_weights):
+    model.slots.budget = 2 * make_size(model, make_weights(rank=4))
+    model.slots.pinned.add("x0")
+    for n in range(5):
+        model.load(f"x{n}", make_weights(seed=n, rank=3))
+    assert model.names == ("x0", "x4")
+
+
+def test_ranks_have_buckets(model, make_weights):
+    """A large adapter does not make the small ones large, and rows of both kinds meet in one batch."""
+    model.load("small", make_weights(rank=4, seed=1))
+    before = model.slots.nbytes
+    model.load("large", make_weights(rank=60, seed=2))
+    assert {s.bank.rank for s in model.slots._segments} == {8, 64}
+    assert model.slots.nbytes == before * 9
+    names = ["small", "large", None, {"small": 0.5, "large": 2.0}]
+    engine = Engine(model)
+    tickets = [engine.submit(Request((44, 45), as_mix(n), LONG)) for n in names]
+    for name, ticket in zip(names, tickets, strict=True):
+        assert ticket.result().ids == alone(model, Request((44, 45), as_mix(name), LONG)).ids
+        with torch.no_grad(), model.mixing([as_mix(name)]):
+            logits = model.backbone.model(torch.tensor([[44, 45]])).logits[0, -1]
+        assert ticket.result().ids[0] == int(logits.argmax())

@@ -1,0 +1,163 @@
+"""Recorded steps: the texts are the plain ones, and whatever is swapped, nothing is recorded anew."""
+
+import gc
+from shutil import which
+
+import pytest
+import torch
+from torch._dynamo import reset
+from torch._dynamo.utils import counters
+
+from adapterhub_chat import AdapterHub
+from adapterhub_chat.errors import UsageError
+from adapterhub_chat.inference.engine import Engine
+from adapterhub_chat.inference.graph_decoder import RecordedDecoder
+from adapterhub_chat.inference.requests import Request
+from adapterhub_chat.inference.sampling import Sampling
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import load_backbone
+from adapterhub_chat.types import as_mix
+
+RULES = Sampling(max_new_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture
+def loaded(model, make_weights):
+    for n in range(4):
+        model.load(f"a{n}", make_weights(seed=n, rank=4))
+    model.load("attention", make_weights(seed=8, rank=3, only=("q_proj", "v_proj")))
+    return model
+
+
+COMPILED = [pytest.mark.slow, pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")]
+
+
+@pytest.fixture(params=["eager", pytest.param("inductor", marks=COMPILED)])
+def engine(loaded, request):
+    """What is traced is run as it is, or as compiled code; it is traced all the same."""
+    reset()
+    counters.clear()
+    made = Engine(loaded, rows=8, prefix_bytes=0)
+    made.decoder = made._batch.decoder = RecordedDecoder(
+        loaded, made.decoder, backend=request.param
+    )
+    return made
+
+
+def traced():
+    return counters["stats"]["unique_graphs"]
+
+
+def ask(engine, *choices, first=40):
+    asked = [Request((first, first + n), as_mix(c), RULES) for n, c in enumerate(choices)]
+    return [t.result().ids for t in [engine.submit(request) for request in asked]]
+
+
+def test_texts_are_the_plain_ones(engine, loaded):
+    plain = Engine(loaded, rows=8, prefix_bytes=0)
+    for choices in (
+        ["a0", "a1", "a2", "a3"],
+        [None, "a0", {"a1": -0.5}, "attention", None],
+        [None, None],
+        [{"a0": 0.5, "a1": 0.5}, "a2"],  # several adapters in a row: not recorded
+        ["attention"],
+    ):
+        assert ask(engine, *choices) == ask(plain, *choices)
+
+
+def test_a_swap_records_nothing_anew(engine, loaded, make_weights):
+    plain = Engine(loaded, rows=8, prefix_bytes=0)
+    ask(engine, "a0", "a1", "a2")
+    before = engine.decoder.records, traced()
+    assert before[0] > 0
+    assert before[0] == before[1]
+    loaded.load("a1", make_weights(seed=20, rank=4))  # published anew
+    loaded.unload("a0")
+    loaded.load("new", make_weights(seed=21, rank=2))  # into the slot of another
+    for choices in (["a1", "new", "a3"], ["a3", None, "attention"], ["a2", "a2", "a2"]):
+        assert ask(engine, *choices, first=50) == ask(plain, *choices, first=50)
+    assert (engine.decoder.records, traced()) == before
+
+
+def test_other_shapes_are_recorded_once_each(engine, loaded, make_weights):
+    ask(engine, "a0")
+    once = engine.decoder.records
+    loaded.load("wide", make_weights(seed=30, rank=30))
+    plain = Engine(loaded, rows=8, prefix_bytes=0)
+    assert ask(engine, "wide", "a0") == ask(plain, "wide", "a0")
+    wide = engine.decoder.records
+    assert wide > once
+    ask(engine, "a1", "wide")
+    ask(engine, "a1", "a2")
+    assert engine.decoder.records == wide == traced()
+    ask(engine, "a1")
+    assert engine.decoder.records == wide + 1 == traced()
+    long = Request(tuple(range(3, 150)), as_mix("a1"), RULES)  # for which the cache grows
+    assert engine.submit(long).result().ids == plain.submit(long).result().ids
+    assert engine.decoder.records == wide + 2 == traced()
+
+
+def test_a_row_without_an_adapter_has_nothing_of_the_last_one(engine, loaded):
+    plain = Engine(loaded, rows=8, prefix_bytes=0)
+    ask(engine, "a0", "a1")
+    gc.collect()
+    (stage,) = engine.decoder._stages.values()
+    assert stage.filled() is None  # the last batch's slots are nobody's
+    with torch.inference_mode():
+        stage.bank.flat[0] = float("nan")  # as an adapter may make of a text
+    assert ask(engine, None, "a1") == ask(plain, None, "a1")
+
+
+def test_a_spare_row_leaves_a_new_ones_prompt_alone(loaded):
+    """A request whose prompt is still being read lies where the padding of the others is."""
+    reset()
+    engine = Engine(loaded, rows=8, chunk=16, prefix_bytes=0)
+    engine.decoder = engine._batch.decoder = RecordedDecoder(
+        loaded, engine.decoder, backend="eager"
+    )
+    plain = Engine(loaded, rows=8, chunk=16, prefix_bytes=0)
+    long = tuple(range(3, 90))
+    asked = [Request((40, n), as_mix("a1"), RULES) for n in range(3, 6)]
+    asked.append(Request(long, as_mix("a2"), RULES))
+    texts = []
+    for one in (engine, plain):
+        tickets = [one.submit(request) for request in asked]
+        texts.append([ticket.result().ids for ticket in tickets])
+    assert texts[0] == texts[1]
+
+
+def test_a_step_that_fails_to_be_recorded_is_done_without(loaded):
+    reset()
+    plain, engine = (Engine(loaded, rows=8, prefix_bytes=0) for _ in range(2))
+
+    def broken(_graph, _inputs):
+        raise MemoryError("no memory for a record")
+
+    engine.decoder = engine._batch.decoder = RecordedDecoder(loaded, engine.decoder, backend=broken)
+    with pytest.warns(UserWarning, match="is not recorded"):
+        texts = ask(engine, "a0", "a1")
+    assert texts == ask(plain, "a0", "a1")
+    assert ask(engine, "a0", "a1") == texts
+
+
+def test_what_cannot_be_recorded_is_said(pico_folder, tmp_path, loaded):
+    four = load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
+    with pytest.raises(UsageError, match="Leave graphs out"):
+        Engine(AdapterModel(four), graphs=True)
+    own = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", graphs=True)
+    assert isinstance(own.engine.decoder, RecordedDecoder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_gives_the_plain_texts(pico_folder, make_weights):
+    model = AdapterModel(load_backbone(str(pico_folder), dtype="fp32", device="cuda"))
+    for n in range(4):
+        model.load(f"a{n}", make_weights(seed=n, rank=4))
+    plain, graphs = Engine(model, prefix_bytes=0), Engine(model, prefix_bytes=0, graphs=True)
+    for choices in (["a0", "a1", None], ["a3", "a2", "a2"], [None]):
+        assert ask(graphs, *choices) == ask(plain, *choices)
+    records = graphs.decoder.records
+    model.load("a0", make_weights(seed=30, rank=4))
+    assert ask(graphs, "a0", "a3", None) == ask(plain, "a0", "a3", None)
+    assert graphs.decoder.records == records
