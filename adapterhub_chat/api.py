@@ -16,7 +16,7 @@ from torch import Tensor
 from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.data.inputs import asked, listed, text
 from adapterhub_chat.data.task import Task, as_task
-from adapterhub_chat.errors import UsageError
+from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.adopt import adopt
 from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import SILENT, Listeners
@@ -555,15 +555,18 @@ class AdapterHub(Making, Sharing):
     ) -> list[Score]:
         """Score adapters on the test splits of tasks, with intervals and the backbone's own value.
 
-        Without `adapters`: all of the pool. Without `tasks`: each adapter on the tasks it was trained
-        on. `limit` bounds the items (0: all). With `save`, adapters of the pool keep their scores in
-        manifest and card.
+        Without `adapters`: all of the pool, but those that are refused here: `listeners.on_refused` is told
+        of each, and AdapterError is raised when no other is left. Without `tasks`: each adapter on the
+        tasks it was trained on. `limit` bounds the items (0: all). With `save`, adapters of the pool keep
+        their scores in manifest and card.
         """
         chosen = self.pool.names() if adapters is None else listed(adapters, "adapters")
         if not chosen:
             raise UsageError(
                 f"nothing to evaluate: name adapters, or train some into {self.pool.root}"
             )
+        if adapters is None:
+            chosen = self._usable(chosen, listeners)
         named = [(str(mix), mix) for mix in self._shelf.ready(chosen)]
         if tasks is None:
             pairs = own_tasks(self._shelf, named)
@@ -579,6 +582,24 @@ class AdapterHub(Making, Sharing):
         return scores
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _usable(self, names: Sequence[str], listeners: Listeners) -> list[str]:
+        """Return the adapters that may be used here; raise AdapterError when none of them may."""
+        usable = []
+        for name in names:
+            try:
+                self._shelf.ready([name])
+            except AdapterError as error:
+                listeners.on_refused(name, str(error))
+                if len(names) == 1:
+                    raise
+            else:
+                usable.append(name)
+        if not usable:
+            raise AdapterError(
+                f"no adapter of {self.pool.root} may be used here: {', '.join(names)}"
+            )
+        return usable
 
     def _mixes(
         self, adapters: Sequence[AdapterChoice] | None, rows: Sequence[Sequence[str]]

@@ -82,6 +82,8 @@ class Listeners:
     on_judged: Callable[[str, int], None] = lambda _what, _n: None
     on_sweep: Callable[[Sequence[Candidate]], None] = lambda _: None
     on_ledger: Callable[[Ledger], None] = lambda _: None
+    on_refused: Callable[[str, str], None] = lambda _name, _reason: None
+    """Is told of each adapter of the pool that may not be used here, and why; the others are used."""
 
 
 SILENT = Listeners()

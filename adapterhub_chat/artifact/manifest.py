@@ -111,6 +111,9 @@ class Probe(BaseModel):
     shift: FiniteFloat = Field(
         ge=0, description="Largest change of a next-token logit against the backbone."
     )
+    dtype: Literal["", "float32"] = Field(
+        default="", description="What it was computed in; empty: in the fingerprint's dtype."
+    )
 
     @model_validator(mode="after")
     def _same_length(self) -> Probe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,16 +49,26 @@ def evaluate(
     where: Where = HERE,
     as_json: JsonOption = False,
 ) -> None:
-    """Score adapters on test splits, with 95 % intervals and the backbone on the same items."""
+    """Score adapters on test splits, with 95 % intervals and the backbone on the same items.
+
+    An adapter of the pool that is refused here is named with its reason; the exit code is 1 then.
+    """
     hub = where.open(Say(quiet=as_json))
+    refused: dict[str, str] = {}
     with Bars(err, show=not as_json) as bars:
+        listeners = replace(bars.listeners, on_refused=refused.__setitem__)
         scores = hub.evaluate(
-            adapter or None, task or None, limit=limit, save=save, listeners=bars.listeners
+            adapter or None, task or None, limit=limit, save=save, listeners=listeners
         )
     if as_json:
-        print_json({"scores": [asdict(s) for s in scores]})
+        print_json(
+            {"scores": [asdict(s) for s in scores], **({"refused": refused} if refused else {})}
+        )
     else:
         print_scores("Test split", scores)
+    for reason in refused.values():
+        tell("refused", reason)
+    raise typer.Exit(1 if refused else 0)
 
 
 def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,21 @@ def test_eval_takes_the_whole_pool_on_its_own_tasks(run):
     table = run("eval", "--limit", 3)
     assert table.code == 0
     assert all(word in table.out for word in ("perplexity", "generation", "95 % interval"))
+
+
+def test_one_refused_adapter_does_not_end_eval(run, here):
+    weights = here / "adapters" / "qa" / "adapter_model.safetensors"
+    numbers = bytearray(weights.read_bytes())
+    numbers[-4] ^= 1  # the last bit of the last number
+    weights.write_bytes(numbers)
+    done = run("eval", "--limit", 2, "--json")
+    assert done.code == 1
+    assert {score["adapter"] for score in done.json["scores"]} == {"sentiment", "generation"}
+    assert "is not the file that adapterhub.json describes" in done.json["refused"]["qa"]
+    assert "refused" in done.err
+    shutil.rmtree(here / "adapters" / "generation")
+    shutil.rmtree(here / "adapters" / "sentiment")
+    assert run("eval", "--limit", 2).code == 2
 
 
 def test_eval_keeps_scores_only_when_told_to(run, here):

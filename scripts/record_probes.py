@@ -1,0 +1,24 @@
+"""Record the probes of the shipped adapters anew, in float32; their weights stay as they are.
+
+python scripts/record_probes.py qa generation sentiment
+"""
+
+import sys
+
+from adapterhub_chat import AdapterHub
+from adapterhub_chat.pool.probe import make_probe
+
+
+def main() -> None:
+    """Replace the probe in each named adapter's manifest."""
+    hub = AdapterHub(pool="adapters", dtype="bf16", device="cpu")
+    for name in sys.argv[1:]:
+        stored = hub.pool.load(name)
+        hub.model.load(f"{name} again", stored.weights)
+        probe = make_probe(hub.model, f"{name} again")
+        hub.pool.describe(name, stored.manifest.model_copy(update={"probe": probe}))
+        print(f"{name}: {probe}")
+
+
+if __name__ == "__main__":
+    main()
