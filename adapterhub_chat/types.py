@@ -16,6 +16,8 @@ BACKBONE = "backbone"
 """Reserved adapter name: no adapter at all."""
 AUTO = "auto"
 """Reserved adapter name: the one that the message is for."""
+HEAD = "classifier"
+"""What PEFT and transformers call the module that makes label logits of an encoder's features."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ DOORS = {
     "datasets": "data.readers data.task_file",
     "gguf": "export.gguf_adapter",
     "huggingface_hub": "remote.client remote.limits",
-    "numpy": "artifact.guard artifact.safetensors_header data.metrics merge.weight_search model.e5s1",
+    "numpy": "artifact.guard artifact.prototype artifact.safetensors_header data.metrics "
+    "merge.weight_search model.e5s1",
     "pydantic": "artifact.manifest artifact.prototype cli.options config data.task_file pool.lockfile "
     "remote.signing training.run_file validation",
     "pydantic_core": "validation",
@@ -47,7 +48,7 @@ DOORS = {
     "transformers": "export.merged_model model.attention model.backbone model.e5s1 model.encoders "
     "model.resolve",
     "typer": "cli.app cli.bench cli.chat_session cli.demo cli.merge cli.options "
-    "cli.pool cli.predict cli.remote cli.route cli.train cli.transfer",
+    "cli.pool cli.predict cli.remote cli.rollback cli.route cli.train cli.transfer",
     "yaml": "artifact.card",
 }
 LAZY = {
@@ -275,7 +276,16 @@ def test_a_cycle_is_seen():
 # ---- start-up ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["list", "--help"],
+        ["list", "--pool", "{pool}"],
+        ["list", "--pool", str(ROOT / "adapters")],  # with prototypes in their manifests
+        ["show", "qa", "--pool", str(ROOT / "adapters")],
+    ],
+)
 def test_help_and_list_import_neither_torch_nor_transformers(arguments, tmp_path):
     words = [word.format(pool=tmp_path) for word in arguments]
     command = [sys.executable, "-X", "importtime", "-m", PACKAGE, *words]

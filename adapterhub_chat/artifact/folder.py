@@ -24,7 +24,8 @@ from adapterhub_chat.artifact.peft_config import CONFIG, plain_config
 from adapterhub_chat.artifact.safetensors_header import HEAD_PLACES, PREFIX, WEIGHTS, Place
 from adapterhub_chat.artifact.untrusted import opened, read_bytes
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.lora.weights import HEAD, AdapterWeights, Factors, Head, Packed
+from adapterhub_chat.lora.weights import AdapterWeights, Factors, Head, Packed
+from adapterhub_chat.types import HEAD
 
 DTYPES = {
     "F16": torch.float16,

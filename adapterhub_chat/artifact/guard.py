@@ -37,7 +37,7 @@ from adapterhub_chat.artifact.safetensors_header import (
 )
 from adapterhub_chat.artifact.untrusted import parse_json
 from adapterhub_chat.errors import AdapterError, join_misfits
-from adapterhub_chat.lora.weights import HEAD
+from adapterhub_chat.types import HEAD
 
 MAX_CONFIG, MAX_WEIGHTS = 64 * 2**10, 2 * 2**30
 """Bytes of the config and of the weights."""

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from adapterhub_chat.artifact.untrusted import shown
-from adapterhub_chat.lora.weights import HEAD
+from adapterhub_chat.types import HEAD
 
 CONFIG = "adapter_config.json"
 MAX_RANK = 1024

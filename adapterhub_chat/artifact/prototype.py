@@ -5,52 +5,38 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from itertools import accumulate
+from typing import Annotated, Literal, NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+
+Numbers = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Cloud:
-    """Messages as Gaussians with one covariance, factors^T factors + diag(rest), rounded to float16."""
+class CloudNumbers(NamedTuple):
+    """Gaussians with one covariance: K centres of W numbers, and R factors."""
 
-    centres: Tensor
+    centres: Numbers
     """(K, W)"""
-    shares: Tensor
-    """(K,): how many of the messages are around each; above 0, sum 1."""
-    factors: Tensor
+    shares: Numbers
+    """(K,)"""
+    factors: Numbers
     """(R, W)"""
-    rest: Tensor
-    """(W,): variances, >= 0."""
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return self.rest.shape[0]
-
-    def narrowed(self, width: int) -> Cloud:
-        """Return the cloud of the first numbers of the same messages."""
-        return Cloud(
-            self.centres[:, :width], self.shares, self.factors[:, :width], self.rest[:width]
-        )
+    rest: Numbers
+    """(W,)"""
 
 
-@dataclass(frozen=True)
-class Prototype:
-    """What an adapter's messages look like."""
+class PrototypeNumbers(NamedTuple):
+    """All numbers of a prototype, each in its shape."""
 
-    own: Cloud
-    background: Cloud
-    """Of the first B numbers."""
-    ratios: Tensor
-    """(Q,): quantiles over the held-out messages, ascending."""
-    densities: Tensor
+    own: CloudNumbers
+    background: CloudNumbers
+    ratios: Numbers
     """(Q,)"""
-    count: int = 0
-    """Messages that it was learnt from."""
+    densities: Numbers
+    """(Q,)"""
 
 
 MAX_TEXT = 800_000
@@ -90,7 +76,7 @@ class StoredPrototype(BaseModel):
         sizes, found = self._sizes(), len(self.numbers)
         if found != (wanted := -(-HALF * sum(sizes) // 3) * 4):
             raise ValueError(f"numbers: {found} characters, not {wanted}, as the sizes say")
-        if problem := _problem(self.prototype()):
+        if problem := _problem(self.decoded()):
             raise ValueError(f"numbers: {problem}")
         return self
 
@@ -104,17 +90,19 @@ class StoredPrototype(BaseModel):
     def _behind(self) -> int:
         return self.background_width or self.width
 
-    def prototype(self) -> Prototype:
+    def decoded(self) -> PrototypeNumbers:
         """Return the numbers; raise ValueError where they are no base64."""
         try:
-            raw = bytearray(base64.b64decode(self.numbers, validate=True))
+            raw = base64.b64decode(self.numbers, validate=True)
         except binascii.Error as error:
             raise ValueError(f"numbers: {error}") from error
-        if len(raw) != HALF * sum(self._sizes()):
-            raise ValueError(f"numbers: {len(raw)} bytes, not {HALF * sum(self._sizes())}")
-        parts = torch.frombuffer(raw, dtype=torch.float16).double().split(self._sizes())
-        own, background = _cloud(parts[:4]), _cloud(parts[4:8])
-        return Prototype(own, background, parts[8], parts[9], self.count)
+        sizes = self._sizes()
+        if len(raw) != HALF * sum(sizes):
+            raise ValueError(f"numbers: {len(raw)} bytes, not {HALF * sum(sizes)}")
+        with np.errstate(invalid="ignore"):  # a signalling NaN, which `_problem` names
+            flat = np.frombuffer(raw, "<f2").astype(np.float64)
+        parts = np.split(flat, [*accumulate(sizes)][:-1])
+        return PrototypeNumbers(_cloud(parts[:4]), _cloud(parts[4:8]), parts[8], parts[9])
 
 
 class Glance(StoredPrototype):
@@ -137,43 +125,22 @@ class Routing(StoredPrototype):
     )
 
 
-def routing_of(prototype: Prototype, glance: Prototype | None = None) -> Routing:
-    """Return what a manifest keeps of prototypes."""
-    return Routing(**_kept(prototype), glance=None if glance is None else Glance(**_kept(glance)))
-
-
-def _kept(prototype: Prototype) -> dict[str, Any]:
-    own, background = prototype.own, prototype.background
-    clouds = (part for c in (own, background) for part in (c.centres, c.shares, c.factors, c.rest))
-    flat = torch.cat([t.flatten() for t in (*clouds, prototype.ratios, prototype.densities)])
-    return {
-        "width": own.width,
-        "background_width": background.width,
-        "centres": len(own.centres),
-        "rank": len(own.factors),
-        "background_rank": len(background.factors),
-        "quantiles": len(prototype.ratios),
-        "count": prototype.count,
-        "numbers": base64.b64encode(flat.half().numpy().tobytes()).decode("ascii"),
-    }
-
-
-def _cloud(parts: Sequence[Tensor]) -> Cloud:
+def _cloud(parts: Sequence[Numbers]) -> CloudNumbers:
     centres, shares, factors, rest = parts
-    return Cloud(centres.view(-1, len(rest)), shares, factors.view(-1, len(rest)), rest)
+    width = len(rest)
+    return CloudNumbers(centres.reshape(-1, width), shares, factors.reshape(-1, width), rest)
 
 
-def _problem(prototype: Prototype) -> str:
+def _problem(prototype: PrototypeNumbers) -> str:
     """Return what numbers of a stranger's prototype cannot be; empty where all is well."""
     clouds = (prototype.own, prototype.background)
-    numbers = [t for c in clouds for t in (c.centres, c.shares, c.factors, c.rest)]
     ranks = (prototype.ratios, prototype.densities)
-    if not all(bool(t.isfinite().all()) for t in (*numbers, *ranks)):
+    if not all(np.isfinite(part).all() for part in (*clouds[0], *clouds[1], *ranks)):
         return "not all are finite"
-    if any(bool((c.rest < 0).any()) for c in clouds):
+    if any((c.rest < 0).any() for c in clouds):
         return "a variance is negative"
-    if any(bool((c.shares <= 0).any()) or float(c.shares.sum()) > 1.01 for c in clouds):
+    if any((c.shares <= 0).any() or c.shares.sum() > 1.01 for c in clouds):
         return "shares of centres must be above 0 and sum to 1"
-    if any(bool((t.diff() < 0).any()) for t in ranks):
+    if any((np.diff(part) < 0).any() for part in ranks):
         return "quantiles do not ascend"
     return ""

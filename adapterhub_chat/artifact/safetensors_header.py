@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from adapterhub_chat.artifact.peft_config import NAME
 from adapterhub_chat.artifact.untrusted import parse_json, shown
-from adapterhub_chat.lora.weights import HEAD
+from adapterhub_chat.types import HEAD
 
 WEIGHTS = "adapter_model.safetensors"
 MAX_HEADER = 4 * 2**20

@@ -36,7 +36,7 @@ VERBS = {
     "list": ("pool:list_adapters", "List the adapters of the pool with their scores."),
     "show": ("pool:show", "Show an adapter's card, or with --json its manifest."),
     "rollback": (
-        "pool:rollback",
+        "rollback:rollback",
         "Put an adapter's earlier version back; once more returns to the newer one.",
     ),
     "verify": (

@@ -1,4 +1,4 @@
-"""The verbs over the pool: list, show, eval, verify and rollback."""
+"""The verbs over the pool: list, show, eval and verify."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from adapterhub_chat.cli.output import (
     tell,
 )
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.pool.pool import Pool
+from adapterhub_chat.pool.index import PoolIndex
 
 
 @with_backbone
@@ -73,7 +73,7 @@ def evaluate(
 
 def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = False) -> None:
     """List the adapters of the pool with their scores."""
-    folder, damaged = Pool(pool), {}
+    folder, damaged = PoolIndex(pool), {}
     manifests: dict[str, Manifest | None] = {}
     for name in folder.names():
         try:
@@ -99,7 +99,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an adapter's card, or with --json its manifest."""
-    folder = Pool(pool)
+    folder = PoolIndex(pool)
     path = folder.path(adapter)
     manifest = folder.manifest(adapter)
     if as_json:
@@ -108,21 +108,6 @@ def show(
         typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
     else:
         typer.echo(render_card(manifest))
-
-
-def rollback(
-    adapter: Annotated[str, typer.Argument(help="Adapter of the pool.")],
-    pool: PoolOption = Path("adapters"),
-    as_json: JsonOption = False,
-) -> None:
-    """Put an adapter's earlier version back; once more returns to the newer one."""
-    manifest = Pool(pool).rollback(adapter).manifest
-    sha256, created = (manifest.sha256, manifest.created) if manifest else ("", "")
-    if as_json:
-        print_json({"adapter": adapter, "sha256": sha256, "created": created})
-    else:
-        made = f"made {created or 'at a time unknown'}, sha256 {sha256[:12] or 'unknown'}"
-        typer.echo(f"{adapter}: the other version is in its place now ({made})")
 
 
 @with_backbone

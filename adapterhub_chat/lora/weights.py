@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.types import HEAD
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A (r, in), B (out, r))."""
@@ -48,10 +49,6 @@ class Packed(Mapping[str, tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         """Return the number of modules."""
         return len(self.shapes)
-
-
-HEAD = "classifier"
-"""What PEFT and transformers call the module that makes label logits of an encoder's features."""
 
 
 @dataclass(frozen=True, slots=True)

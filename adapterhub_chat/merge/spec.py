@@ -14,10 +14,11 @@ from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.merge.combine import Merged, default_weights, merge, setting_misfits
 from adapterhub_chat.merge.methods import METHODS, Moments
+from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.provenance import trained_task
 from adapterhub_chat.pool.registry import Shelf
 from adapterhub_chat.pool.stacks import flat
-from adapterhub_chat.pool.stored import Stored, check_name
+from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.validation import read_settings
 

@@ -1,22 +1,18 @@
 """Pool: the folder that keeps adapters, one sub-folder each. A save is all or nothing.
 
-A new version is written beside the old one and takes its place in one rename; whatever a killed run left
-behind is swept up by the next one that opens the pool. The version before it lies in a sub-folder of the
-new one, so that one rename changes both; `rollback` exchanges them.
+A new version is written beside the old one and takes its place in one rename. The version before it lies in a
+sub-folder of the new one, so that one rename changes both; `rollback` exchanges them.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +20,18 @@ from typing import Any
 from adapterhub_chat.artifact.card import render_card
 from adapterhub_chat.artifact.folder import ANYWHERE, Landing, read_folder, write_weights
 from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest, dump_manifest, read_manifest
+from adapterhub_chat.artifact.manifest import Manifest, dump_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
-from adapterhub_chat.errors import (
-    AdapterError,
-    AdapterHubError,
-    PoolError,
-    UnknownNameError,
-    UsageError,
-)
-from adapterhub_chat.files import exchange, file_sha256, link, remove_left, same_file, sync
+from adapterhub_chat.errors import AdapterError, PoolError, UsageError
+from adapterhub_chat.files import file_sha256, link, same_file
 from adapterhub_chat.lora.weights import AdapterWeights
-from adapterhub_chat.pool.lockfile import NEXT, STEP, Pinned, plan_lock, settle_lock
-from adapterhub_chat.pool.stored import CARD, NAME, Stored, check_name, read_stored
+from adapterhub_chat.pool.index import PoolIndex
+from adapterhub_chat.pool.lockfile import Pinned, plan_lock, settle_lock
+from adapterhub_chat.pool.names import check_name
+from adapterhub_chat.pool.stored import CARD, Stored, read_stored
+from adapterhub_chat.pool.transaction import TEMPORARY, alone, changing, put_in_place, quarantine
 
-TEMPORARY, ASIDE, INCOMING = ".tmp-", ".old-", ".incoming-"
-LEFT = (TEMPORARY, ASIDE, INCOMING, NEXT, STEP)
-"""What a killed run may leave, by how it begins."""
 EARLIER = ".earlier"
 """Sub-folder of an adapter with the version before it."""
 PROBES, MOST_PROBES = ".probes", 10_000
@@ -49,46 +39,12 @@ PROBES, MOST_PROBES = ".probes", 10_000
 PROBE_KEY = re.compile(r"[0-9a-f]{64}")
 
 
-class Pool:
+class Pool(PoolIndex):
     """A folder of adapters."""
-
-    def __init__(self, root: Path | str) -> None:
-        """Open (not create) the pool at `root`; sweep up after killed runs."""
-        self.root = Path(root).expanduser()
-        if self.root.exists() and not self.root.is_dir():
-            raise PoolError(f"the pool {self.root} is a file, not a folder; name another folder")
-        self._sweep()
-
-    def names(self) -> list[str]:
-        """Return the adapters in the pool, by name."""
-        try:
-            entries = [path.name for path in self.root.iterdir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise PoolError(f"the pool {self.root} cannot be read: {error.strerror}") from error
-        return sorted(name for name in entries if name in self)
-
-    def __contains__(self, name: object) -> bool:
-        """Return whether an adapter of that name is in the pool."""
-        is_name = isinstance(name, str) and NAME.fullmatch(name)
-        return bool(is_name) and (self.root / str(name) / CONFIG).is_file()
-
-    def path(self, name: str) -> Path:
-        """Return an adapter's folder; raise UnknownNameError when there is none."""
-        if name not in self:
-            raise UnknownNameError(
-                "adapter", name, self.names(), f"(pool: {self.root}) Train it or load it by folder."
-            )
-        return self.root / name
 
     def load(self, name: str, landing: Landing = ANYWHERE) -> Stored:
         """Read an adapter; raise AdapterError when its bytes are not what its manifest says."""
         return read_stored(self.path(name), name, landing=landing)
-
-    def manifest(self, name: str) -> Manifest | None:
-        """Return an adapter's manifest without reading its weights."""
-        return read_manifest(self.path(name))
 
     def save(
         self,
@@ -105,7 +61,7 @@ class Pool:
         a folder, AdapterError for what could not be loaded again.
         """
         check_name(name)
-        with self._changing(f"saving {name!r}") as scratch:
+        with changing(self.root, f"saving {name!r}") as scratch:
             write_weights(scratch / WEIGHTS, weights)
             (scratch / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
             sha256 = _read_back(scratch, name)
@@ -113,7 +69,7 @@ class Pool:
             _write_words(scratch, final)
             self._keep_earlier(scratch, name)
             plan_lock(self.root, name, None)
-            self._replace(scratch, name)
+            put_in_place(self.root, scratch, name)
         return Stored(name, self.root / name, weights, dict(config), final)
 
     def install(
@@ -125,30 +81,17 @@ class Pool:
         `may` is asked while nobody else can write, and raises when the name is not free.
         """
         check_name(name)
-        with self._changing(f"installing {name!r}") as scratch:
+        with changing(self.root, f"installing {name!r}") as scratch:
             may()
             for file in pinned.installed:
                 os.rename(folder / file, scratch / file)
             self._keep_earlier(scratch, name)
             plan_lock(self.root, name, pinned)
-            self._replace(scratch, name)
+            put_in_place(self.root, scratch, name)
 
-    @contextmanager
-    def quarantine(self) -> Iterator[Path]:
+    def quarantine(self) -> AbstractContextManager[Path]:
         """Give a folder for files that nobody has checked; what is left in it at the end is gone."""
-        with self._alone("a download"):
-            folder = Path(tempfile.mkdtemp(dir=self.root, prefix=INCOMING))  # for the owner alone
-            mine = os.open(folder, os.O_RDONLY)
-            fcntl.flock(mine, fcntl.LOCK_EX)  # tells others that somebody is at work there
-        try:
-            yield folder
-        except AdapterHubError:
-            raise
-        except OSError as error:
-            raise PoolError(_explain(error, self.root, "a download")) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(mine)
+        return quarantine(self.root)
 
     def describe(self, name: str, manifest: Manifest) -> None:
         """Replace an adapter's manifest and card; its weights and all other files stay as they are.
@@ -156,14 +99,14 @@ class Pool:
         Raises AdapterError when the pool has other weights by now than the manifest describes.
         """
         source = self.path(name)
-        with self._changing(f"describing {name!r}") as scratch:
+        with changing(self.root, f"describing {name!r}") as scratch:
             if file_sha256(source / WEIGHTS) != manifest.sha256:
                 raise AdapterError(
                     f"adapter {name!r} was saved anew since it was loaded; load it again first"
                 )
             shutil.copytree(source, scratch, copy_function=link, dirs_exist_ok=True)
             _write_words(scratch, manifest)
-            self._replace(scratch, name)
+            put_in_place(self.root, scratch, name)
 
     def earlier(self, name: str) -> Stored:
         """Read the version of an adapter that `rollback` would put back.
@@ -184,12 +127,12 @@ class Pool:
         A second call returns to the newer version. Raises as `earlier` does, with nothing changed.
         """
         source = self.path(name)
-        with self._changing(f"rolling back {name!r}") as scratch:
+        with changing(self.root, f"rolling back {name!r}") as scratch:
             restored = self.earlier(name)
             _link_version(source / EARLIER, scratch)
             _link_version(source, scratch / EARLIER)
             plan_lock(self.root, name, None)
-            self._replace(scratch, name)
+            put_in_place(self.root, scratch, name)
         return replace(restored, path=source)
 
     def answered(self) -> list[str]:
@@ -204,7 +147,7 @@ class Pool:
         """Note that the probe with this key was answered rightly, where the pool can be written to."""
         if not self.root.is_dir():
             return
-        with suppress(PoolError), self._changing("noting a probe") as scratch:
+        with suppress(PoolError), changing(self.root, "noting a probe") as scratch:
             kept = [*dict.fromkeys((*self.answered(), key))][-MOST_PROBES:]
             (scratch / PROBES).write_text("\n".join(kept) + "\n", "ascii")
             os.replace(scratch / PROBES, self.root / PROBES)
@@ -212,7 +155,7 @@ class Pool:
     def delete(self, name: str) -> None:
         """Remove an adapter, and its earlier version with it."""
         source = self.path(name)
-        with self._alone(f"deleting {name!r}"):
+        with alone(self.root, f"deleting {name!r}"):
             # renamed, not moved into a new folder: the disk may be full
             gone = self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
             plan_lock(self.root, name, None)
@@ -222,61 +165,8 @@ class Pool:
 
     def check_writable(self) -> None:
         """Raise PoolError when nothing can be saved here; better before an hour of training."""
-        with self._changing("a trial"):
+        with changing(self.root, "a trial"):
             pass
-
-    @contextmanager
-    def _changing(self, what: str) -> Iterator[Path]:
-        """Hold the pool's lock; give a scratch folder inside it that is gone afterwards."""
-        with self._alone(what):
-            scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=TEMPORARY))
-            try:
-                scratch.chmod(0o755)
-                yield scratch
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """Hold the pool's lock; turn what the system says into a PoolError about `what`."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with self._locked():
-                settle_lock(self.root)
-                yield
-        except AdapterHubError:
-            raise
-        except OSError as error:
-            raise PoolError(_explain(error, self.root, what)) from error
-
-    @contextmanager
-    def _locked(self, *, wait: bool = True) -> Iterator[bool]:
-        with (self.root / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
-
-    def _replace(self, scratch: Path, name: str) -> None:
-        """Put the folder `scratch` where the adapter is or shall be, in one rename.
-
-        Folders cannot be overwritten by a rename; Linux can exchange two in one call. Where it cannot,
-        the old folder steps aside first: the only moment in which a reader could find neither.
-        """
-        for path in (*scratch.rglob("*"), scratch):
-            sync(path)
-        target, aside = self.root / name, self.root / f"{ASIDE}{name}"
-        if not target.exists():
-            os.rename(scratch, target)
-        elif not exchange(scratch, target):
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-            os.rename(scratch, target)
-            shutil.rmtree(aside, ignore_errors=True)
-        settle_lock(self.root)
-        sync(self.root)
 
     def _keep_earlier(self, scratch: Path, name: str) -> None:
         """Put into a new version's folder the version before it: the pool's, when that has other content."""
@@ -286,23 +176,6 @@ class Pool:
         again = all(same_file(old / file, scratch / file) for file in (WEIGHTS, CONFIG))
         if (source := old / EARLIER if again else old).is_dir():
             _link_version(source, scratch / EARLIER)
-
-    def _sweep(self) -> None:
-        """Remove what killed runs left, unless another process is at work here right now."""
-        if not any(next(self.root.glob(f"{left}*"), None) for left in LEFT):
-            return
-        try:
-            with self._locked(wait=False) as mine:
-                if not mine:
-                    return
-                for old in self.root.glob(f"{ASIDE}*"):
-                    if not (target := self.root / old.name.removeprefix(ASIDE)).exists():
-                        os.rename(old, target)
-                settle_lock(self.root)
-                for path in (p for left in LEFT for p in self.root.glob(f"{left}*")):
-                    remove_left(path)
-        except OSError:
-            return  # a pool that may only be read stays as it is
 
 
 def _read_back(scratch: Path, name: str) -> str:
@@ -325,12 +198,3 @@ def _link_version(source: Path, target: Path) -> None:
     """Give the files of one version, without those of its earlier one, a second place."""
     without = shutil.ignore_patterns(EARLIER)
     shutil.copytree(source, target, copy_function=link, ignore=without, dirs_exist_ok=True)
-
-
-def _explain(error: OSError, root: Path, what: str) -> str:
-    before = f"{what} failed, and the pool {root} is as it was"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{before}: the disk is full. Free some space and try again."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{before}: no permission to write there. Choose another pool folder."
-    return f"{before}: {error}."

@@ -21,10 +21,11 @@ from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.admission import Verdict, check_fit, fingerprint_misfits, status_of
 from adapterhub_chat.pool.host_cache import Ram
+from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.probe import make_probe, probe_key, probe_problem
 from adapterhub_chat.pool.stacks import standing
-from adapterhub_chat.pool.stored import FILES, Status, Stored, check_name, read_stored
+from adapterhub_chat.pool.stored import FILES, Status, Stored, read_stored
 from adapterhub_chat.types import AUTO, AdapterChoice, Mix, PromptContract, Score, as_mix
 
 

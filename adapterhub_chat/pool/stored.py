@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,10 @@ from adapterhub_chat.artifact.manifest import FILE as MANIFEST
 from adapterhub_chat.artifact.manifest import Manifest, read_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
-from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.files import version_of
 from adapterhub_chat.lora.weights import AdapterWeights
-from adapterhub_chat.types import AUTO, BACKBONE
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-RESERVED = (BACKBONE, AUTO)
 CARD = "README.md"
 FILES = (WEIGHTS, CONFIG, MANIFEST)
 """What an adapter is read from."""
@@ -36,18 +32,6 @@ class Stored:
     config: Mapping[str, Any]
     manifest: Manifest | None
     """None: made by plain PEFT, nothing about it is verified."""
-
-
-def check_name(name: str) -> str:
-    """Return `name` when it can name an adapter, else raise UsageError."""
-    if name in RESERVED:
-        raise UsageError(f"{name!r} is a reserved word; choose another name for the adapter")
-    if not NAME.fullmatch(name):
-        raise UsageError(
-            f"adapter name {name!r}: allowed are 1 to 96 letters, digits, '.', '_' and '-', "
-            "starting with a letter or digit"
-        )
-    return name
 
 
 def read_stored(

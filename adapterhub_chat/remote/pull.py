@@ -22,8 +22,9 @@ from adapterhub_chat.assets.fetch import cache_dir
 from adapterhub_chat.errors import AdapterError, HubError, UsageError
 from adapterhub_chat.files import file_sha256
 from adapterhub_chat.pool.lockfile import Lock, Pinned, is_installed, read_lock
+from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Shelf
-from adapterhub_chat.pool.stored import CARD, Status, Stored, check_name
+from adapterhub_chat.pool.stored import CARD, Status, Stored
 from adapterhub_chat.remote import signing
 from adapterhub_chat.remote.client import Hub, Snapshot
 from adapterhub_chat.remote.names import check_repo

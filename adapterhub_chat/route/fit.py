@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub_chat.artifact.prototype import Cloud, Prototype
 from adapterhub_chat.route.gaussians import Densities, cloud_of, rounded
+from adapterhub_chat.route.prototype import Cloud, Prototype
 
 CENTRES, RANK, BACKGROUND_RANK, QUANTILES = 2, 64, 64, 33
 """Size of what is kept of an adapter's messages, and of the background."""

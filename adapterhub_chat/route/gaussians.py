@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterhub_chat.artifact.prototype import Cloud
+from adapterhub_chat.route.prototype import Cloud
 
 ROUNDS = 15
 """Of k-means."""

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from adapterhub_chat.artifact.manifest import Manifest
-from adapterhub_chat.artifact.prototype import Cloud, Routing, routing_of
+from adapterhub_chat.artifact.prototype import Routing
 from adapterhub_chat.data.prompts import placeholders
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.data.task import Task
@@ -22,6 +22,7 @@ from adapterhub_chat.route.choice import Judges
 from adapterhub_chat.route.fit import BACKGROUND_RANK, FEWEST, GLANCE_RANK, Judge, learn
 from adapterhub_chat.route.gaussians import cloud_of
 from adapterhub_chat.route.message_features import glances, looks, read, width, wordless
+from adapterhub_chat.route.prototype import Cloud, prototype_of, routing_of
 from adapterhub_chat.types import NO_ADAPTER, Example, Split
 
 LEARNT, HELD_OUT, IMAGINED = 1400, 250, 480
@@ -47,8 +48,8 @@ def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
 
 def judges_of(routing: Routing) -> Judges:
     """Return who judges by a manifest's routing."""
-    glance = routing.glance
-    return Judges(Judge(routing.prototype()), None if glance is None else Judge(glance.prototype()))
+    glance = None if routing.glance is None else Judge(prototype_of(routing.glance))
+    return Judges(Judge(prototype_of(routing)), glance)
 
 
 def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
@@ -92,7 +93,7 @@ def _backgrounds(shelf: Shelf) -> tuple[Cloud, Cloud]:
         except AdapterError:
             continue
         if routing is not None and routing.glance is not None:
-            return routing.glance.prototype().background, routing.prototype().background
+            return prototype_of(routing.glance).background, prototype_of(routing).background
     model, narrow = shelf.model, wordless(shelf.model)
     texts = read(model, imagined(model, IMAGINED))
     return (

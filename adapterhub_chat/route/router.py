@@ -16,9 +16,9 @@ from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.inputs import listed, text
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
+from adapterhub_chat.pool.names import NAME
 from adapterhub_chat.pool.provenance import trained_task
 from adapterhub_chat.pool.registry import Shelf
-from adapterhub_chat.pool.stored import NAME
 from adapterhub_chat.route.arrow import alignment, arrows
 from adapterhub_chat.route.choice import Cascade, Judges, Route, abstention
 from adapterhub_chat.route.learn import judges_of, learn_routing, usable_routing

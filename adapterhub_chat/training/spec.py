@@ -14,8 +14,8 @@ from adapterhub_chat.data.inputs import listed
 from adapterhub_chat.data.task import Task, as_task
 from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Shelf
-from adapterhub_chat.pool.stored import check_name
 from adapterhub_chat.training.distributed import first_process, processes
 from adapterhub_chat.validation import read_settings
 

@@ -11,10 +11,11 @@ from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import Listeners
 from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.provenance import draft_of
 from adapterhub_chat.pool.registry import Shelf
 from adapterhub_chat.pool.stacks import flat
-from adapterhub_chat.pool.stored import Stored, check_name
+from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.route.learn import learn_routing
 from adapterhub_chat.transfer.candidates import Outcome, check_method, transfer
 from adapterhub_chat.transfer.methods import STACKS

@@ -31,8 +31,9 @@ from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
 from adapterhub_chat.files import file_sha256
 from adapterhub_chat.lora.weights import AdapterWeights
+from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.pool import EARLIER, PROBES, Pool
-from adapterhub_chat.pool.stored import check_name, read_stored
+from adapterhub_chat.pool.stored import read_stored
 from adapterhub_chat.types import Fingerprint, PromptContract, Score
 
 UNIT = 2.0**-16

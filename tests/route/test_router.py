@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from adapterhub_chat import AdapterHub, Message, Route
 from adapterhub_chat.artifact.manifest import MAX_BYTES, dump_manifest, read_manifest
-from adapterhub_chat.artifact.prototype import Routing, routing_of
+from adapterhub_chat.artifact.prototype import Routing
 from adapterhub_chat.cli.chat_session import ChatSession
 from adapterhub_chat.data.splits import Splits
 from adapterhub_chat.data.task import Task
@@ -28,6 +28,7 @@ from adapterhub_chat.route.gaussians import cloud_of
 from adapterhub_chat.route.learn import imagined, message_of, messages_in
 from adapterhub_chat.route.message_features import WIDEST, glances, looks, read
 from adapterhub_chat.route.message_features import _folded as folded
+from adapterhub_chat.route.prototype import prototype_of, routing_of
 from adapterhub_chat.route.text_features import LENGTH, NUM_LETTERS, NUM_WORDS, letters, words
 from adapterhub_chat.types import Example, Mix, PromptContract
 
@@ -485,7 +486,7 @@ def test_words_choose_and_do_not_tell_the_fit(prototype):
     panel = Panel({"a": Judge(wide), "b": Judge(other)})
     assert {r.adapter for r in panel.routes(points)} == {"a"}
     assert {r.adapter for r in panel.routes(turned)} == {"b"}
-    assert routing_of(wide).prototype().background.width == 12
+    assert prototype_of(routing_of(wide)).background.width == 12
 
 
 def test_wide_states_are_folded_and_keep_their_distances():
@@ -754,8 +755,8 @@ def test_a_prototype_without_a_glance_is_still_used(copied):
 def test_what_is_stored_is_what_was_learnt(prototype):
     glance = learn(normal(90, 1.0, 7), normal(90, 1.0, 8), prototype.background, GLANCE_RANK)
     stored = routing_of(prototype, glance)
-    assert torch.equal(stored.glance.prototype().own.factors, glance.own.factors)
-    again = stored.prototype()
+    assert torch.equal(prototype_of(stored.glance).own.factors, glance.own.factors)
+    again = prototype_of(stored)
     for cloud, other in ((again.own, prototype.own), (again.background, prototype.background)):
         for name in ("centres", "shares", "factors", "rest"):
             assert torch.equal(getattr(cloud, name), getattr(other, name)), name
