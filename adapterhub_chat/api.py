@@ -293,8 +293,8 @@ class AdapterHub(Making, Sharing):
     """One frozen backbone, a pool of adapters, and every way to use them together.
 
     `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that keeps
-    adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the best that the hardware computes
-    natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of loaded
+    adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the fastest that the hardware
+    computes natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of loaded
     adapters: the least recently used make room, and are loaded again when they are asked for (None: no
     bound). `ram_bytes` bounds what is kept of read adapters in the host's memory, from where they are
     loaded without the disk (None: 1 GiB for a GPU; none for a CPU, whose loaded adapters are in that memory

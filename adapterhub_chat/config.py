@@ -135,7 +135,7 @@ class RunConfig(RunOptions):
     backbone: str = Field("smollm2-135m", description="Packaged name, folder, .gguf or Hub id.")
     pool: str = Field("adapters", description="Folder that keeps the adapters.")
     quantize: Literal["nf4", "int8"] | None = Field(None, description="Precision of the backbone.")
-    dtype: str | None = Field(None, description="Default: the best that the hardware has.")
+    dtype: str | None = Field(None, description="Default: the fastest that the hardware has.")
     device: str | None = Field(None, description="Default: CUDA when there is one.")
     settings: dict[str, Any] = Field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)

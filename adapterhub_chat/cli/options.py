@@ -27,7 +27,7 @@ QuantizeOption = Annotated[
     str | None, typer.Option(help="Keep the backbone in nf4 or int8 (bitsandbytes).")
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="bf16, fp16 or fp32; default: the best that is native here.")
+    str | None, typer.Option(help="bf16, fp16 or fp32; default: the fastest here.")
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA when there is one.")
@@ -105,6 +105,8 @@ class Where:
         kind = shown["quantize"] or shown["dtype"]
         size = hub.backbone.nbytes / 2**20
         where = f"{kind} on {shown['device']}, {size:.0f} MiB"
+        if hub.backbone.why and not self.quantize:
+            where += f"; {kind}: {hub.backbone.why}"
         say(f"{self.backbone} in {where} (change with --dtype, --quantize, --device)")
         return hub
 

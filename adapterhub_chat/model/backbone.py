@@ -20,7 +20,7 @@ from torch import nn
 from adapterhub_chat.data.encoding import ENCODER_TEMPLATE, classifies
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model.attention import PACKED, _attention
-from adapterhub_chat.model.devices import pick_device, pick_dtype
+from adapterhub_chat.model.devices import explain_dtype, pick_device
 from adapterhub_chat.model.encoders import Pooling, first_position, is_encoder, load_encoder
 from adapterhub_chat.model.quantization import keep_gradients
 from adapterhub_chat.model.resolve import _explained, _resolve, quiet
@@ -54,6 +54,8 @@ class Backbone:
     fingerprint: Fingerprint
     pooling: Pooling | None = None
     """How an encoder makes features of a text; None: a causal language model."""
+    why: str = ""
+    """Why it has this dtype, in a few words; empty where nothing was measured."""
 
     @property
     def encodes(self) -> bool:
@@ -110,14 +112,16 @@ def load_backbone(
 ) -> Backbone:
     """Load, freeze and fingerprint a backbone.
 
-    `dtype` None takes the best one that the hardware computes natively (bf16, else fp32); `quantize`
-    keeps the linear layers in 4-bit NF4 or int8 through bitsandbytes. Raises UsageError for options that
-    do not exist and UnknownNameError for a backbone that is nowhere to be found.
+    `dtype` None takes bf16 on a GPU that has it, fp32 on a CPU without bf16 instructions, and on one with
+    them the faster of the two by a short measurement (`choose_dtype`); `quantize` keeps the linear layers
+    in 4-bit NF4 or int8 through bitsandbytes. Raises UsageError for options that do not exist and
+    UnknownNameError for a backbone that is nowhere to be found.
     """
     if quantize is not None and quantize not in get_args(Quantize):
         raise UsageError(f"quantize={quantize!r}: allowed are None, 'nf4' and 'int8'")
     where = pick_device(device)
-    kind = pick_dtype(dtype, where)
+    choice = explain_dtype(dtype, where)
+    kind = choice.dtype
     folder = _resolve(name, kind)
     options: dict[str, Any] = {"dtype": kind}
     if quantize is not None:
@@ -142,7 +146,7 @@ def load_backbone(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     fingerprint = fingerprint_of(model, tokenizer, quantize, kind, pooling)
-    return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint, pooling)
+    return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint, pooling, choice.why)
 
 
 transformers.AttentionInterface.register(PACKED, _attention)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from adapterhub_chat.errors import UsageError
+from adapterhub_chat.model.native_speed import Choice, Timings, choose_dtype, timings_here
 
 DTYPES = {
     "float32": torch.float32,
@@ -55,19 +57,27 @@ def pick_device(device: torch.device | str | None) -> torch.device:
 
 
 def pick_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype asked for, else bf16 where the device computes it natively, else fp32."""
+    """Return the dtype asked for, else the best one of the device."""
+    return explain_dtype(dtype, device).dtype
+
+
+def explain_dtype(
+    dtype: torch.dtype | str | None,
+    device: torch.device,
+    timed: Callable[[], Timings | None] = timings_here,
+) -> Choice:
+    """Return the dtype asked for, else the best one of the device, and why it was taken.
+
+    On CUDA that is bf16 where it is native, else fp32. On a CPU without bf16 instructions it is fp32;
+    on one with them, both are `timed` (once for each machine), and `choose_dtype` decides.
+    """
     if isinstance(dtype, torch.dtype):
-        return dtype
+        return Choice(dtype)
     if dtype is not None:
         if dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
-        return DTYPES[dtype]
+        return Choice(DTYPES[dtype])
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    """Return whether matrix products in bf16 are native (AVX512-BF16 or AMX), not emulated."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
+        return Choice(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
+    timings = timed()
+    return Choice(torch.float32) if timings is None else choose_dtype(timings)
