@@ -38,7 +38,7 @@ class TrainConfig(BaseModel):
     max_minutes: float = Field(
         0.0,
         ge=0,
-        description="End after so many minutes, the schedule with them; 0 sets no limit.",
+        description="End within so many minutes, the schedule with them; 0 sets no limit.",
     )
     rows_per_step: int = Field(2, ge=1, description="Packed rows of each adapter in one step.")
     row_length: int = Field(

@@ -115,9 +115,18 @@ class Family:
         return parts
 
     def learn(
-        self, parts: Sequence[Part], losses: Sequence[float], total: Sum, elapsed: float
+        self,
+        parts: Sequence[Part],
+        losses: Sequence[float],
+        total: Sum,
+        elapsed: float,
+        next_end: float,
     ) -> dict[str, dict[str, float]]:
-        """Step every learner that had rows; return what each did, by name, for the log."""
+        """Step every learner that had rows; return what each did, by name, for the log.
+
+        The step began after `elapsed` seconds; another one as long would end after `next_end`. One that
+        the clock has no room for is not begun.
+        """
         if not all(math.isfinite(loss) for loss in losses):
             self.now.stopped = "diverged"  # its rows touch nobody else's gradient
             return {}
@@ -136,7 +145,7 @@ class Family:
         if self.shared is not None:
             self.shared.tokens = sum(m.tokens for m in self.members)
         self.now.step += 1
-        self.now.over = self.progress(elapsed) >= 1
+        self.now.over = self.progress(next_end) >= 1
         return told
 
     def judge(self, loss: float) -> None:

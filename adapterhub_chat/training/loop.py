@@ -131,9 +131,10 @@ class Run:
         live = [family for family in self.families if not family.now.stopped]
         drawn = [family.draw() for family in live]
         losses = iter(self._backward([part for parts in drawn for part in parts]))
+        next_end = 2 * self._clock() - elapsed
         for family, parts in zip(live, drawn, strict=True):
             own = [next(losses) for _ in parts]
-            for name, values in family.learn(parts, own, self._total, elapsed).items():
+            for name, values in family.learn(parts, own, self._total, elapsed, next_end).items():
                 self._tell(family, name, "step", values)
         for family in live:
             if family.validation_due:

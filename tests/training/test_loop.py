@@ -138,6 +138,17 @@ def test_a_clock_can_end_the_run(model):
     assert done.seconds < 10
 
 
+def test_the_clock_begins_no_step_that_it_has_no_room_for(model):
+    endless = {"max_steps": 0, "epochs": 1e6, "eval_examples": 0}
+    done = train(model, [job(model, toy_task(), max_minutes=1.5 / 60, **endless)])["toy"]
+    assert done.steps > 1
+    assert done.seconds < 1.5 + 0.5  # a busy machine is no failure
+    done = train(model, [job(model, toy_task(), max_minutes=1e-6, **endless)])["toy"]
+    assert done.steps == 1
+    done = train(model, [job(model, toy_task(), max_steps=3, max_minutes=60)])["toy"]
+    assert done.steps == 3
+
+
 def test_sequence_trains_each_as_if_alone(model):
     jobs = three_jobs(model)[:2]
     for name, done in train_sequence(model, jobs):
