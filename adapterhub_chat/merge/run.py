@@ -63,7 +63,7 @@ def merge_adapters(
     merged = merged_by(order, sources, moments)
     _check_identity(shelf, order, sources, moments)
     draft = _draft(shelf, order, sources, merged, tried)
-    with shelf.on_trial(order.name, merged.weights) as trial:
+    with shelf.model.temporarily_loaded(merged.weights, order.name) as trial:
         draft = _measured(shelf, order, draft, trial, own, listeners)
     done = shelf.keep(merged.weights, draft)
     _check_saved(shelf, done.name, merged)
@@ -148,7 +148,7 @@ def _check_identity(
                 f"out as itself: its update is off by {off:.1%}"
             )
         probe = make_probe(shelf.model, source.name)
-        with shelf.on_trial(source.name, alone.weights) as trial:
+        with shelf.model.temporarily_loaded(alone.weights, source.name) as trial:
             if problem := probe_problem(shelf.model, trial, probe, "exact"):
                 raise AdapterError(
                     f"{order.method} is not trusted here: {source.name!r} alone, with weight 1, "

@@ -58,7 +58,9 @@ def choose(
             continue
         one = _by(order, method)
         even = replace(one, weights=None) if order.weights == LEARN else one
-        with shelf.on_trial(order.name, merged_by(even, sources, moments).weights) as trial:
+        with shelf.model.temporarily_loaded(
+            merged_by(even, sources, moments).weights, order.name
+        ) as trial:
             found = retentions(shelf.model, sticks, as_mix(trial), told)
         mean, lowest = mean_and_lowest(found)
         tried.append(Tried(method=method.name, mean=mean, lowest=lowest))
@@ -78,7 +80,7 @@ def keeps_floor(
 ) -> bool:
     """Return whether a merge leaves every task above the floor, on the validation items."""
     sticks = yardsticks(shelf.model, own, "validation", order.options.limit, listeners.on_judged)
-    with shelf.on_trial(order.name, merged_by(order, sources).weights) as trial:
+    with shelf.model.temporarily_loaded(merged_by(order, sources).weights, order.name) as trial:
         found = retentions(shelf.model, sticks, as_mix(trial), listeners.on_judged)
     return mean_and_lowest(found)[1] >= order.options.floor
 
@@ -126,7 +128,7 @@ def learn(
         loss = float("inf")
         if any(weights):
             merged = merged_by(replace(order, weights=tuple(weights)), sources)
-            with shelf.on_trial(order.name, merged.weights) as trial:
+            with shelf.model.temporarily_loaded(merged.weights, order.name) as trial:
                 loss = excess(shelf.model, items, as_mix(trial))
         listeners.on_event(Event(order.name, "step", next(tries), budget, {"loss": loss}))
         return loss

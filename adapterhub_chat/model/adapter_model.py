@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,22 @@ class AdapterModel:
     def unload(self, name: str) -> None:
         """Free an adapter's slot; forwards that are running end undisturbed."""
         self.slots.unload(name)
+
+    @contextmanager
+    def temporarily_loaded(
+        self, weights: AdapterWeights, label: str = "candidate"
+    ) -> Iterator[str]:
+        """Load weights under a name that nobody else uses, for as long as the block runs; give that name.
+
+        The name is pinned: no load of another adapter evicts it.
+        """
+        name = f"{label} on trial {uuid4().hex}"
+        with self.slots.kept(name):
+            self.load(name, weights)
+            try:
+                yield name
+            finally:
+                self.unload(name)
 
     @contextmanager
     def mixing(self, mixes: Sequence[Mix]) -> Iterator[None]:

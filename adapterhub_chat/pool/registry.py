@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -278,7 +277,7 @@ class Shelf:
         """
         probe = None
         if probing:
-            with self.on_trial(manifest.name, weights) as trial:
+            with self.model.temporarily_loaded(weights, manifest.name) as trial:
                 probe = make_probe(self.model, self._beside(trial, manifest))
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
@@ -288,20 +287,6 @@ class Shelf:
             self._replace(stored)
         assert stored.manifest is not None
         return stored.manifest
-
-    @contextmanager
-    def on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
-        """Load weights under a name that nobody uses, for as long as the block runs."""
-        trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
-        self.model.slots.pinned.add(trial)  # another's load must not evict it
-        try:
-            self.model.load(trial, weights)
-            try:
-                yield trial
-            finally:
-                self.model.unload(trial)
-        finally:
-            self.model.slots.pinned.discard(trial)
 
     def record(self, scores: Sequence[Score]) -> None:
         """Write scores into the manifests and cards of the pool members that they belong to."""
@@ -373,7 +358,7 @@ class Shelf:
         probe = stored.manifest.probe if stored.manifest else None
         if probe is None:
             return ""
-        with self.on_trial(stored.name, stored.weights) as trial:
+        with self.model.temporarily_loaded(stored.weights, stored.name) as trial:
             mix = self._beside(trial, stored.manifest)
             return probe_problem(self.model, mix, probe, verdict.status)
 

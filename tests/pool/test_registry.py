@@ -16,6 +16,7 @@ from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.pool.registry import _identity
+from adapterhub_chat.transfer.candidates import _on_trial as on_trial
 from adapterhub_chat.types import Mix, as_mix
 
 RULES = Sampling(max_new_tokens=6, ignore_eos=True)
@@ -54,6 +55,20 @@ def test_an_adapter_whose_probe_was_never_asked_needs_no_second_slot(hub, bounde
     for name in "abc":
         tight.load(name)
         assert tight.model.names == (name,)
+
+
+def test_a_candidate_of_a_transfer_stays_while_other_adapters_come_and_go(bounded, make_weights):
+    tight = bounded(2)
+    with on_trial(tight.model, make_weights(seed=9)) as mix:
+        before = tight.model.slots.loads
+        chat = threading.Thread(target=lambda: [texts(tight, [name]) for name in "abc"])
+        chat.start()
+        chat.join()
+        assert tight.model.slots.loads > before + 2
+        with tight.model.mixing([mix]):
+            assert mix.names[0] in tight.model.names
+    assert tight.model.names == ("c",)
+    assert not tight.model.slots.pinned
 
 
 def test_a_stack_for_which_there_never_is_room_is_said(hub, bounded):
