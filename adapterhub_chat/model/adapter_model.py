@@ -118,7 +118,8 @@ class AdapterModel:
                 f"{BACKBONE!r} is reserved: it means no adapter; choose another name"
             )
         if found := misfits(weights, self.shapes, self.backbone.width):
-            raise AdapterError(joined(f"adapter {name!r} does not fit {self.backbone.name}", found))
+            message = joined(f"adapter {name!r} does not fit {self.backbone.name}", found)
+            raise AdapterError(message, found)
         self.slots.load(name, weights, identity, ahead)
 
     def unload(self, name: str) -> None:

@@ -155,12 +155,12 @@ class Shelf:
         try:
             stored = self.find(source, "candidate")  # what the folder is called is no matter here
         except AdapterError as error:
-            return Verdict(False, "refused", tuple(str(error).split("\n  - ")))
+            return Verdict(False, "refused", error.misfits)
         verdict = check_fit(stored, self.model)
         try:
             problem = self._asked(stored, verdict) if verdict.ok else ""
         except AdapterError as error:  # of what it stands on
-            problem = str(error)
+            return Verdict(False, "refused", error.misfits)
         return Verdict(False, "refused", (problem,)) if problem else verdict
 
     def find(
@@ -185,12 +185,13 @@ class Shelf:
         try:
             return read_stored(folder, name, self.model.shapes, landing)
         except AdapterError as error:
-            found = [str(error)]
+            more: list[str] = []
             with suppress(AdapterError):
                 manifest = read_manifest(folder)
                 fingerprint = self.model.backbone.fingerprint
-                found += fingerprint_misfits(manifest, fingerprint) if manifest else []
-            raise AdapterError("\n  - ".join(found)) from error
+                more = fingerprint_misfits(manifest, fingerprint) if manifest else []
+            message = "\n  - ".join([str(error), *more])
+            raise AdapterError(message, [*error.misfits, *more]) from error
 
     def ready(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
         """Return the mixes, after loading from the pool what they name and is not loaded yet."""

@@ -32,7 +32,7 @@ def standing(pool: Pool, manifest: Manifest) -> list[str]:
         else:
             names.append(name)
     if lost:
-        raise AdapterError(join_misfits(f"stack {manifest.name!r} cannot be used", lost))
+        raise AdapterError(join_misfits(f"stack {manifest.name!r} cannot be used", lost), lost)
     return names
 
 

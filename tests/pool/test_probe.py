@@ -91,6 +91,26 @@ def edit_tensors(folder, change):
     edit_json(folder / MANIFEST, lambda values: values.update(sha256=sha256))
 
 
+def test_a_problem_is_one_whatever_the_folder_is_called(hub, kept, tmp_path):
+    folder = tmp_path / "one\n  - two"
+    shutil.copytree(kept, folder)
+    edit_json(folder / MANIFEST, lambda values: values.update(sha256="0" * 64))
+    (problem,) = hub.verify(folder).problems
+    assert str(folder / WEIGHTS) in problem
+    with pytest.raises(AdapterError) as refused:
+        hub.load(folder, "b")
+    assert refused.value.misfits == (problem,)
+
+
+def test_each_problem_of_a_folder_stands_alone(hub, kept):
+    edit_json(kept / CONFIG, lambda values: values.update(r=0, bias="all"))
+    with pytest.raises(AdapterError) as refused:
+        hub.load(kept)
+    assert len(refused.value.misfits) > 1
+    assert hub.verify(kept).problems == refused.value.misfits
+    assert all(problem in str(refused.value) for problem in refused.value.misfits)
+
+
 # ---- the four answers ----------------------------------------------------------------------------
 
 
