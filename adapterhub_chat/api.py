@@ -42,7 +42,7 @@ from adapterhub_chat.pool.admission import Verdict
 from adapterhub_chat.pool.host_cache import RAM_BYTES
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.provenance import own_tasks
-from adapterhub_chat.pool.registry import AdapterInfo, Shelf
+from adapterhub_chat.pool.registry import AdapterInfo, Registry
 from adapterhub_chat.remote.client import Hub
 from adapterhub_chat.remote.pull import Pulled, pull, pull_locked
 from adapterhub_chat.remote.push import Published, push
@@ -61,7 +61,7 @@ from adapterhub_chat.types import AUTO, NO_ADAPTER, AdapterChoice, Mix, Score, T
 class Making:
     """What AdapterHub makes of adapters that it has."""
 
-    _shelf: Shelf
+    _registry: Registry
 
     def transfer(  # noqa: PLR0913 - what a transfer is made of, each by its name
         self,
@@ -122,7 +122,7 @@ class Making:
             also=counts[1:],
             config=config,
         )
-        return make_transfer(self._shelf, order, listeners)
+        return make_transfer(self._registry, order, listeners)
 
     def rank_sources(
         self, target: str | Path | Task, names: Sequence[str] | None = None, *, limit: int = 100
@@ -138,14 +138,14 @@ class Making:
             raise UsageError(
                 f"sources are ranked for a task, and {goal} is a table: a .toml file beside it makes it one"
             )
-        return rank_sources(self._shelf, goal, names, limit)
+        return rank_sources(self._registry, goal, names, limit)
 
     def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
         """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.
 
         Raises UsageError for what is no stack, AdapterError when what it stands on is gone or has changed.
         """
-        return flatten(self._shelf, name, flat_name)
+        return flatten(self._registry, name, flat_name)
 
     def merge(
         self,
@@ -168,7 +168,7 @@ class Making:
         "auto" finds no method that keeps the floor.
         """
         order = merge_order(listed(names, "names"), method, weights, name, options)
-        return merge_adapters(self._shelf, order, tasks or {}, listeners)
+        return merge_adapters(self._registry, order, tasks or {}, listeners)
 
     def export(
         self,
@@ -184,8 +184,8 @@ class Making:
         tokens on the probe prompts are at most `most_drift` nats of KL from the adapter's as it runs. Raises
         AdapterError when none is, UsageError for a folder that exists; nothing half written is left.
         """
-        (mix,) = self._shelf.ready([adapter])
-        return export(self._shelf, mix, Path(folder), form, most_drift)
+        (mix,) = self._registry.ready([adapter])
+        return export(self._registry, mix, Path(folder), form, most_drift)
 
 
 class Sharing:
@@ -193,7 +193,7 @@ class Sharing:
 
     pool: Pool
     backbone: Backbone
-    _shelf: Shelf
+    _registry: Registry
 
     def adopt(
         self,
@@ -209,7 +209,7 @@ class Sharing:
         `task` says how it is to be prompted and judged. Raises UsageError for one that has a manifest.
         """
         return adopt(
-            self._shelf,
+            self._registry,
             source,
             as_task(task),
             name,
@@ -240,7 +240,7 @@ class Sharing:
         done = push(
             self.pool, name, repo, hub, version=version, private=private, force=force, key=key
         )
-        self._shelf.refresh(name)
+        self._registry.refresh(name)
         return done
 
     def pull(
@@ -263,7 +263,7 @@ class Sharing:
         """
         hub = Hub(endpoint, token)
         return pull(
-            self._shelf,
+            self._registry,
             repo,
             hub,
             revision=revision,
@@ -274,7 +274,7 @@ class Sharing:
 
     def pull_locked(self, token: str | None = None) -> list[Pulled]:
         """Bring the pool to what its `adapters.lock.json` says, to the byte."""
-        return pull_locked(self._shelf, token)
+        return pull_locked(self._registry, token)
 
     def search(
         self,
@@ -324,8 +324,8 @@ class AdapterHub(Making, Sharing):
         self.model.graphs = graphs
         if ram_bytes is None:
             ram_bytes = 0 if self.backbone.device.type == "cpu" else RAM_BYTES
-        self._shelf = Shelf(self.model, self.pool, ram_bytes)
-        self._router = Router(self._shelf)
+        self._registry = Registry(self.model, self.pool, ram_bytes)
+        self._router = Router(self._registry)
         self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 
     # -- loading -----------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ class AdapterHub(Making, Sharing):
         longer answers its recorded probe; warns when it is only compatible (another precision) or
         unverified (no manifest).
         """
-        return self._shelf.load(source, name)
+        return self._registry.load(source, name)
 
     @property
     def engine(self) -> Engine:
@@ -346,11 +346,11 @@ class AdapterHub(Making, Sharing):
 
     def unload(self, name: str) -> None:
         """Free the adapter's slot; the pool keeps it."""
-        self._shelf.unload(name)
+        self._registry.unload(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is in the pool and what is loaded."""
-        return self._shelf.overview()
+        return self._registry.overview()
 
     def rollback(self, name: str) -> Manifest | None:
         """Put the earlier version of a pool member back; return its manifest (None: plain PEFT's).
@@ -360,11 +360,11 @@ class AdapterHub(Making, Sharing):
         is checked and loaded, and new requests get it. Raises UsageError when there is no earlier version
         and AdapterError when it may not be loaded here, with nothing changed.
         """
-        return self._shelf.rollback(name)
+        return self._registry.rollback(name)
 
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter against this backbone: bytes, shapes, fingerprint, and the recorded probe."""
-        return self._shelf.verify(source)
+        return self._registry.verify(source)
 
     @contextlib.contextmanager
     def use(self, adapter: AdapterChoice) -> Iterator[AdapterHub]:
@@ -372,7 +372,7 @@ class AdapterHub(Making, Sharing):
 
         Also reaches direct calls of `hub.backbone.model`, transformers' own object.
         """
-        (mix,) = self._shelf.ready([adapter])
+        (mix,) = self._registry.ready([adapter])
         token = self._default.set(mix)
         try:
             with self.model.mixing([mix]):
@@ -399,7 +399,7 @@ class AdapterHub(Making, Sharing):
         """
         rows = listed(conversations, "conversations")
         mixes = self._mixes(adapters, [asked(row) for row in rows])
-        contracts = [self._shelf.contract(mix) for mix in mixes]
+        contracts = [self._registry.contract(mix) for mix in mixes]
         changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         given = {name: value for name, value in changes.items() if value is not None}
         requests = replies(self.model, rows, mixes, contracts, seed, given)
@@ -446,7 +446,7 @@ class AdapterHub(Making, Sharing):
         """
         chosen = self.pool.names() if names is None else listed(names, "names")
         given = None if tasks is None else [as_task(task) for task in listed(tasks, "tasks")]
-        return describe_routes(self._shelf, chosen, given)
+        return describe_routes(self._registry, chosen, given)
 
     def generate(  # noqa: PLR0913 - the options of every engine, by their usual names
         self,
@@ -500,8 +500,8 @@ class AdapterHub(Making, Sharing):
         Label tasks are decided by the likelihood of each label, all others by generating the answer.
         Inputs are texts, or the contract's fields by name; raises one DataError for all that do not fit.
         """
-        (mix,) = self._shelf.ready([adapter])
-        own = self._shelf.contract(mix)
+        (mix,) = self._registry.ready([adapter])
+        own = self._registry.contract(mix)
         contract = own if task is None else as_task(task).contract
         if contract is None:
             raise UsageError(
@@ -542,7 +542,7 @@ class AdapterHub(Making, Sharing):
         order = replace(
             order, sweeps=sweep or {}, save_dtype=save_dtype, run_dir=folder, resume=resume
         )
-        return make_adapters(self._shelf, order, with_picture(listeners, order.run_dir))
+        return make_adapters(self._registry, order, with_picture(listeners, order.run_dir))
 
     def evaluate(
         self,
@@ -564,18 +564,18 @@ class AdapterHub(Making, Sharing):
             raise UsageError(
                 f"nothing to evaluate: name adapters, or train some into {self.pool.root}"
             )
-        named = [(str(mix), mix) for mix in self._shelf.ready(chosen)]
+        named = [(str(mix), mix) for mix in self._registry.ready(chosen)]
         if tasks is None:
-            pairs = own_tasks(self._shelf, named)
+            pairs = own_tasks(self._registry, named)
         else:
             pairs = [(as_task(task), named) for task in listed(tasks, "tasks")]
         for task, mixes in pairs:
             for _, mix in mixes:
-                check_labels(self.model, self._shelf.contract(mix), task.contract)
+                check_labels(self.model, self._registry.contract(mix), task.contract)
         judged = [judge_task(self.model, task, group, limit, listeners) for task, group in pairs]
         scores = [score for group in judged for score in group]
         if save:
-            self._shelf.record(scores)
+            self._registry.record(scores)
         return scores
 
     # -- inside ------------------------------------------------------------------------------------
@@ -585,7 +585,7 @@ class AdapterHub(Making, Sharing):
     ) -> list[Mix]:
         """Return one mix a row, by what its user has said for "auto"; without `adapters`, the default."""
         if adapters is None:
-            return self._shelf.ready([self._default.get()]) * len(rows)
+            return self._registry.ready([self._default.get()]) * len(rows)
         choices = listed(adapters, "adapters")
         if len(choices) != len(rows):
             raise UsageError(f"{len(rows)} rows but {len(choices)} adapters: give one per row")
@@ -593,7 +593,7 @@ class AdapterHub(Making, Sharing):
             found = self._router.conversations([rows[i] for i in auto])
             for i, route in zip(auto, found, strict=True):
                 choices[i] = route.mix
-        return self._shelf.ready(choices)
+        return self._registry.ready(choices)
 
     def _raw(
         self,

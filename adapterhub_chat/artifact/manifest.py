@@ -256,7 +256,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.model_validate(parse_json(data, MAX_VALUES))
     except ValidationError as error:
         misfits = explain(error, Manifest)
-        raise AdapterError(join_misfits(str(path), misfits), misfits) from error
+        message = join_misfits(str(path), misfits)
+        raise AdapterError(message, [f"{FILE}: {misfit}" for misfit in misfits]) from error
     except ValueError as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
 

@@ -217,15 +217,6 @@ class Slots:
         finally:
             self.release(held)
 
-    @contextmanager
-    def kept(self, name: str) -> Iterator[None]:
-        """Never evict the adapter of that name while the block runs, also where it is loaded later."""
-        self.pinned.add(name)
-        try:
-            yield
-        finally:
-            self.pinned.discard(name)
-
     def _like(self, weights: AdapterWeights) -> AdapterWeights:
         """Return modules, shapes and alphas without numbers, one object for all that agree in them."""
         key = (*weights.shapes.items(), *weights.alphas.items()), weights.rslora, weights.labels
