@@ -23,7 +23,7 @@ from adapterhub_chat.route.arrow import alignment, arrows
 from adapterhub_chat.route.choice import Cascade, Judges, Route, abstention
 from adapterhub_chat.route.learn import judges_of, learn_routing, usable_routing
 from adapterhub_chat.route.message_features import glances, looks, read
-from adapterhub_chat.types import Mix
+from adapterhub_chat.types import AUTO, AdapterChoice, Mix
 
 MEMORY = 8
 """Earlier messages of a conversation that are asked when nobody is close to the last one."""
@@ -94,6 +94,19 @@ class Router:
                 why = f"no adapter is close, so the conversation stays with {route.adapter}"
                 found[i] = replace(route, confidence=found[i].confidence, reason=why)
         return found
+
+    def choose(
+        self, choices: Sequence[AdapterChoice], rows: Sequence[Sequence[str]]
+    ) -> list[AdapterChoice]:
+        """Return one choice a row, with "auto" replaced by whom the row's messages are for."""
+        chosen = list(choices)
+        if len(chosen) != len(rows):
+            raise UsageError(f"{len(rows)} rows but {len(chosen)} adapters: give one per row")
+        if auto := [i for i, choice in enumerate(chosen) if choice == AUTO]:
+            routes = self.conversations([rows[i] for i in auto])
+            for i, route in zip(auto, routes, strict=True):
+                chosen[i] = route.mix
+        return chosen
 
     def _chosen(self, among: Iterable[str]) -> list[str]:
         """Return names that are loaded or in the pool; raise UnknownNameError for another."""
