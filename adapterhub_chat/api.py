@@ -24,6 +24,7 @@ from adapterhub_chat.export.merged_model import MOST_DRIFT, Exported, export
 from adapterhub_chat.inference.contracts import (
     Prediction,
     check_labels,
+    checked_contract,
     choices,
     predictions,
     replies,
@@ -37,12 +38,12 @@ from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.merge.run import merge_adapters
 from adapterhub_chat.merge.spec import merge_order
 from adapterhub_chat.model.adapter_model import AdapterModel
-from adapterhub_chat.model.backbone import Backbone, Quantize, load_backbone
+from adapterhub_chat.model.backbone import Quantize, load_backbone
 from adapterhub_chat.pool.admission import Verdict
 from adapterhub_chat.pool.host_cache import RAM_BYTES
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.provenance import own_tasks
-from adapterhub_chat.pool.registry import AdapterInfo, Shelf
+from adapterhub_chat.pool.registry import AdapterInfo, Registry
 from adapterhub_chat.remote.client import Hub
 from adapterhub_chat.remote.pull import Pulled, pull, pull_locked
 from adapterhub_chat.remote.push import Published, push
@@ -54,242 +55,11 @@ from adapterhub_chat.training.run import make_adapters
 from adapterhub_chat.training.spec import order_of
 from adapterhub_chat.transfer.ranking import Ranked, rank_sources
 from adapterhub_chat.transfer.run import Transferred, flatten, make_transfer
-from adapterhub_chat.transfer.spec import TransferOrder, target_of, transfer_config
-from adapterhub_chat.types import AUTO, NO_ADAPTER, AdapterChoice, Mix, Score, Turn
+from adapterhub_chat.transfer.spec import ranked_task, transfer_order
+from adapterhub_chat.types import NO_ADAPTER, AdapterChoice, Mix, Score, Turn
 
 
-class Making:
-    """What AdapterHub makes of adapters that it has."""
-
-    _shelf: Shelf
-
-    def transfer(  # noqa: PLR0913 - what a transfer is made of, each by its name
-        self,
-        source: str,
-        target: str | Path | Task,
-        method: str = "auto",
-        *,
-        name: str | None = None,
-        shots: int | Sequence[int] = 16,
-        source_task: str | Path | Task | None = None,
-        unlabelled: Sequence[str | Mapping[str, str]] | None = None,
-        force: bool = False,
-        level: float | None = None,
-        stack_layers: str | None = None,
-        layer: int = -1,
-        listeners: Listeners = SILENT,
-        **settings: Any,
-    ) -> Transferred:
-        """Make an adapter for a target task out of a source adapter; keep it when it is not worse.
-
-        `target` is a task, or a table (.csv, ...) with the columns of the source's task and `label`, which
-        may be empty.
-
-        `method` is target (few-shot, the baseline), finetune, stack, language, maxent, adversarial, or auto:
-        the one with the best lower bound of those that help, else the baseline. `shots` labelled target
-        examples are learnt from; of several numbers the first makes the adapter, the others are judged for a
-        report and not kept. `unlabelled` are texts of the target (None: its other training inputs). A stack
-        is kept as one, on the source by its content. A source that was judged to hurt is refused unless
-        `force`.
-        The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
-        manifest and card; where no example of the target has a label, it rests on a proxy, and both say so
-        (`outcome.proxy`). `settings` are fields of TrainConfig, one budget for all methods. `source_task`
-        None: the task that the source was trained on. `level` is the mean log-likelihood, by the few-shot
-        adapter, that maxent weighs the source's examples up to (None: as far as the effective sample size
-        allows); DataError names the nearest when there is none. A stack's T acts in the blocks that
-        `stack_layers` slices ("0:8": the first eight; None: as `layers` says); `layer` is the block whose
-        states the discriminator and the entropy balancing look at.
-        """
-        config = transfer_config(settings)
-        teacher = None if source_task is None else as_task(source_task)
-        texts = None if unlabelled is None else listed(unlabelled, "unlabelled")
-        goal = target_of(target)
-        counts = [shots] if isinstance(shots, int) else list(shots)
-        if not counts or min(counts) < 0:
-            raise UsageError(f"shots={shots}: one number that is at least 0, or several")
-        order = TransferOrder(
-            source,
-            goal,
-            method,
-            name,
-            counts[0],
-            source_task=teacher,
-            unlabelled=texts,
-            force=force,
-            level=level,
-            stack_layers=stack_layers,
-            layer=layer,
-            also=counts[1:],
-            config=config,
-        )
-        return make_transfer(self._shelf, order, listeners)
-
-    def rank_sources(
-        self, target: str | Path | Task, names: Sequence[str] | None = None, *, limit: int = 100
-    ) -> list[Ranked]:
-        """Return adapters of the pool by how promising they are as sources, without training.
-
-        Judged by LogME and LEEP on up to `limit` labelled training examples of the target, and by the proxy
-        A-distance to each source whose tasks are here. `names` None: all of the pool. Raises DataError for a
-        target without labels.
-        """
-        goal = target_of(target)
-        if isinstance(goal, Path):
-            raise UsageError(
-                f"sources are ranked for a task, and {goal} is a table: a .toml file beside it makes it one"
-            )
-        return rank_sources(self._shelf, goal, names, limit)
-
-    def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
-        """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.
-
-        Raises UsageError for what is no stack, AdapterError when what it stands on is gone or has changed.
-        """
-        return flatten(self._shelf, name, flat_name)
-
-    def merge(
-        self,
-        names: Sequence[str],
-        method: str = "svd",
-        weights: Sequence[float] | Literal["learn"] | None = None,
-        *,
-        name: str,
-        tasks: Mapping[str, str | Path | Task] | None = None,
-        listeners: Listeners = SILENT,
-        **options: Any,
-    ) -> Manifest:
-        """Make one new adapter of several, measured against each of them; return its manifest.
-
-        `method` is a row of the table (docs/merging.md) or "auto": the one that keeps most of its sources'
-        scores on validation items. `weights` None are the method's own; "learn" searches for them.
-        `options` are fields of MergeOptions: rank, density, seed, limit, floor, budget. `tasks` says by
-        name what sources are judged by, where it is not what they were trained on. Raises ConfigError for
-        all that does not fit at once, AdapterError when a source alone does not come out as itself or
-        "auto" finds no method that keeps the floor.
-        """
-        order = merge_order(listed(names, "names"), method, weights, name, options)
-        return merge_adapters(self._shelf, order, tasks or {}, listeners)
-
-    def export(
-        self,
-        adapter: AdapterChoice,
-        folder: str | Path,
-        *,
-        form: str = "auto",
-        most_drift: float = MOST_DRIFT,
-    ) -> Exported:
-        """Write the backbone with an adapter (or a mixture) merged into it, as transformers' folder.
-
-        `form`: merged, requantized (over a packed backbone: packed again), or auto, the smallest whose next
-        tokens on the probe prompts are at most `most_drift` nats of KL from the adapter's as it runs. Raises
-        AdapterError when none is, UsageError for a folder that exists; nothing half written is left.
-        """
-        (mix,) = self._shelf.ready([adapter])
-        return export(self._shelf, mix, Path(folder), form, most_drift)
-
-
-class Sharing:
-    """What AdapterHub does with other people's adapters, and for other people."""
-
-    pool: Pool
-    backbone: Backbone
-    _shelf: Shelf
-
-    def adopt(
-        self,
-        source: str | Path,
-        task: str | Path | Task,
-        name: str | None = None,
-        *,
-        limit: int = 0,
-        listeners: Listeners = SILENT,
-    ) -> Manifest:
-        """Measure an adapter that plain PEFT made, and give it a manifest, a probe and a card in the pool.
-
-        `task` says how it is to be prompted and judged. Raises UsageError for one that has a manifest.
-        """
-        return adopt(
-            self._shelf,
-            source,
-            as_task(task),
-            name,
-            limit,
-            listeners,
-        )
-
-    def push(
-        self,
-        name: str,
-        repo: str,
-        *,
-        version: str | None = None,
-        private: bool = False,
-        force: bool = False,
-        sign: str | Path | None = None,
-        endpoint: str | None = None,
-        token: str | None = None,
-    ) -> Published:
-        """Publish a pool member as `user/name`, in one commit, under a version that never moves.
-
-        `version` is a new tag (None: the next of v1, v2, ...). Refused are adapters that were never
-        measured or lose to the backbone, unless `force`; then the card says so. `sign` is a private key
-        of `adapterhub-chat keygen`. `endpoint` None: HF_ENDPOINT, else huggingface.co; `token` None:
-        HF_TOKEN at that endpoint. Raises HubError with nothing half published.
-        """
-        hub, key = Hub(endpoint, token), None if sign is None else Path(sign)
-        done = push(
-            self.pool, name, repo, hub, version=version, private=private, force=force, key=key
-        )
-        self._shelf.refresh(name)
-        return done
-
-    def pull(
-        self,
-        repo: str,
-        revision: str | None = None,
-        *,
-        name: str | None = None,
-        require_signature: str | None = None,
-        replace: bool = False,
-        endpoint: str | None = None,
-        token: str | None = None,
-    ) -> Pulled:
-        """Bring an adapter from a Hub into the pool, checked as a stranger's, and pin it in the lock.
-
-        `revision` is a branch, tag or commit (None: main); `name` None takes the repository's. Raises
-        AdapterError, HubError or UsageError with the pool as it was: for what the guard or this backbone
-        refuses, another signer than `require_signature` (a public key), a name that the pool has from
-        elsewhere, a tag that moved. `replace` waives the last two.
-        """
-        hub = Hub(endpoint, token)
-        return pull(
-            self._shelf,
-            repo,
-            hub,
-            revision=revision,
-            name=name,
-            key=require_signature,
-            replace=replace,
-        )
-
-    def pull_locked(self, token: str | None = None) -> list[Pulled]:
-        """Bring the pool to what its `adapters.lock.json` says, to the byte."""
-        return pull_locked(self._shelf, token)
-
-    def search(
-        self,
-        text: str = "",
-        *,
-        author: str = "",
-        limit: int = 20,
-        endpoint: str | None = None,
-        token: str | None = None,
-    ) -> list[Found]:
-        """Return adapters on a Hub for this backbone: those made for its very weights first."""
-        return search(self.backbone, Hub(endpoint, token), text, author, limit)
-
-
-class AdapterHub(Making, Sharing):
+class AdapterHub:
     """One frozen backbone, a pool of adapters, and every way to use them together.
 
     `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that keeps
@@ -324,8 +94,8 @@ class AdapterHub(Making, Sharing):
         self.model.graphs = graphs
         if ram_bytes is None:
             ram_bytes = 0 if self.backbone.device.type == "cpu" else RAM_BYTES
-        self._shelf = Shelf(self.model, self.pool, ram_bytes)
-        self._router = Router(self._shelf)
+        self._registry = Registry(self.model, self.pool, ram_bytes)
+        self._router = Router(self._registry)
         self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 
     # -- loading -----------------------------------------------------------------------------------
@@ -337,7 +107,7 @@ class AdapterHub(Making, Sharing):
         longer answers its recorded probe; warns when it is only compatible (another precision) or
         unverified (no manifest).
         """
-        return self._shelf.load(source, name)
+        return self._registry.load(source, name)
 
     @property
     def engine(self) -> Engine:
@@ -346,11 +116,11 @@ class AdapterHub(Making, Sharing):
 
     def unload(self, name: str) -> None:
         """Free the adapter's slot; the pool keeps it."""
-        self._shelf.unload(name)
+        self._registry.unload(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is in the pool and what is loaded."""
-        return self._shelf.overview()
+        return self._registry.overview()
 
     def rollback(self, name: str) -> Manifest | None:
         """Put the earlier version of a pool member back; return its manifest (None: plain PEFT's).
@@ -360,11 +130,11 @@ class AdapterHub(Making, Sharing):
         is checked and loaded, and new requests get it. Raises UsageError when there is no earlier version
         and AdapterError when it may not be loaded here, with nothing changed.
         """
-        return self._shelf.rollback(name)
+        return self._registry.rollback(name)
 
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter against this backbone: bytes, shapes, fingerprint, and the recorded probe."""
-        return self._shelf.verify(source)
+        return self._registry.verify(source)
 
     @contextlib.contextmanager
     def use(self, adapter: AdapterChoice) -> Iterator[AdapterHub]:
@@ -372,7 +142,7 @@ class AdapterHub(Making, Sharing):
 
         Also reaches direct calls of `hub.backbone.model`, transformers' own object.
         """
-        (mix,) = self._shelf.ready([adapter])
+        (mix,) = self._registry.ready([adapter])
         token = self._default.set(mix)
         try:
             with self.model.mixing([mix]):
@@ -399,10 +169,9 @@ class AdapterHub(Making, Sharing):
         """
         rows = listed(conversations, "conversations")
         mixes = self._mixes(adapters, [asked(row) for row in rows])
-        contracts = [self._shelf.contract(mix) for mix in mixes]
+        contracts = [self._registry.contract(mix) for mix in mixes]
         changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        given = {name: value for name, value in changes.items() if value is not None}
-        requests = replies(self.model, rows, mixes, contracts, seed, given)
+        requests = replies(self.model, rows, mixes, contracts, seed, changes)
         if self.backbone.encodes:
             return choices(self.model, requests, contracts, on_text)
         return decode(self.model, requests, on_text=on_text)
@@ -446,7 +215,7 @@ class AdapterHub(Making, Sharing):
         """
         chosen = self.pool.names() if names is None else listed(names, "names")
         given = None if tasks is None else [as_task(task) for task in listed(tasks, "tasks")]
-        return describe_routes(self._shelf, chosen, given)
+        return describe_routes(self._registry, chosen, given)
 
     def generate(  # noqa: PLR0913 - the options of every engine, by their usual names
         self,
@@ -469,16 +238,8 @@ class AdapterHub(Making, Sharing):
         Log-probabilities, deadlines and cancelling are asked of `engine`.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        sampling = Sampling(
-            max_new_tokens,
-            temperature,
-            top_p,
-            stops,
-            ignore_eos,
-            seed,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-        )
+        options = (max_new_tokens, temperature, top_p, stops, ignore_eos, seed)
+        sampling = Sampling(*options, top_k=top_k, repetition_penalty=repetition_penalty)
         return decode(self.model, self._raw(prompts, adapters, sampling))
 
     def next_token_logits(
@@ -500,14 +261,10 @@ class AdapterHub(Making, Sharing):
         Label tasks are decided by the likelihood of each label, all others by generating the answer.
         Inputs are texts, or the contract's fields by name; raises one DataError for all that do not fit.
         """
-        (mix,) = self._shelf.ready([adapter])
-        own = self._shelf.contract(mix)
+        (mix,) = self._registry.ready([adapter])
+        own = self._registry.contract(mix)
         contract = own if task is None else as_task(task).contract
-        if contract is None:
-            raise UsageError(
-                f"adapter {str(mix)!r} has no prompt contract; name a task: predict(..., task='qa')"
-            )
-        check_labels(self.model, own, contract)
+        contract = checked_contract(self.model, mix, own, contract)
         told = partial(listeners.on_judged, str(mix))
         return predictions(self.model, contract, mix, listed(inputs, "inputs"), told)
 
@@ -537,12 +294,14 @@ class AdapterHub(Making, Sharing):
         from it. Ctrl-C keeps what was best so far, unmeasured, and warns. An adapter that has learnt
         nothing (interrupted or diverged at once) is not saved and not in the answer.
         """
-        order = order_of(tasks, {"how": how, **shared}, names, settings or {})
-        folder = None if run_dir is None else Path(run_dir)
         order = replace(
-            order, sweeps=sweep or {}, save_dtype=save_dtype, run_dir=folder, resume=resume
+            order_of(tasks, {"how": how, **shared}, names, settings or {}),
+            sweeps=sweep or {},
+            save_dtype=save_dtype,
+            run_dir=None if run_dir is None else Path(run_dir),
+            resume=resume,
         )
-        return make_adapters(self._shelf, order, with_picture(listeners, order.run_dir))
+        return make_adapters(self._registry, order, with_picture(listeners, order.run_dir))
 
     def evaluate(
         self,
@@ -567,19 +326,212 @@ class AdapterHub(Making, Sharing):
             )
         if adapters is None:
             chosen = self._usable(chosen, listeners)
-        named = [(str(mix), mix) for mix in self._shelf.ready(chosen)]
+        named = [(str(mix), mix) for mix in self._registry.ready(chosen)]
         if tasks is None:
-            pairs = own_tasks(self._shelf, named)
+            pairs = own_tasks(self._registry, named)
         else:
             pairs = [(as_task(task), named) for task in listed(tasks, "tasks")]
         for task, mixes in pairs:
             for _, mix in mixes:
-                check_labels(self.model, self._shelf.contract(mix), task.contract)
+                check_labels(self.model, self._registry.contract(mix), task.contract)
         judged = [judge_task(self.model, task, group, limit, listeners) for task, group in pairs]
         scores = [score for group in judged for score in group]
         if save:
-            self._shelf.record(scores)
+            self._registry.record(scores)
         return scores
+
+    def transfer(  # noqa: PLR0913 - what a transfer is made of, each by its name
+        self,
+        source: str,
+        target: str | Path | Task,
+        method: str = "auto",
+        *,
+        name: str | None = None,
+        shots: int | Sequence[int] = 16,
+        source_task: str | Path | Task | None = None,
+        unlabelled: Sequence[str | Mapping[str, str]] | None = None,
+        force: bool = False,
+        level: float | None = None,
+        stack_layers: str | None = None,
+        layer: int = -1,
+        listeners: Listeners = SILENT,
+        **settings: Any,
+    ) -> Transferred:
+        """Make an adapter for a target task out of a source adapter; keep it when it is not worse.
+
+        `target` is a task, or a table (.csv, ...) with the columns of the source's task and `label`, which
+        may be empty.
+
+        `method` is target (few-shot, the baseline), finetune, stack, language, maxent, adversarial, or auto:
+        the one with the best lower bound of those that help, else the baseline. `shots` labelled target
+        examples are learnt from; of several numbers the first makes the adapter, the others are judged for a
+        report and not kept. `unlabelled` are texts of the target (None: its other training inputs). A stack
+        is kept as one, on the source by its content. A source that was judged to hurt is refused unless
+        `force`.
+        The verdict (helps, neutral, hurts) is judged on the target's validation examples and goes into
+        manifest and card; where no example of the target has a label, it rests on a proxy, and both say so
+        (`outcome.proxy`). `settings` are fields of TrainConfig, one budget for all methods. `source_task`
+        None: the task that the source was trained on. `level` is the mean log-likelihood, by the few-shot
+        adapter, that maxent weighs the source's examples up to (None: as far as the effective sample size
+        allows); DataError names the nearest when there is none. A stack's T acts in the blocks that
+        `stack_layers` slices ("0:8": the first eight; None: as `layers` says); `layer` is the block whose
+        states the discriminator and the entropy balancing look at.
+        """
+        order = transfer_order(
+            source,
+            target,
+            shots,
+            settings,
+            method=method,
+            name=name,
+            source_task=None if source_task is None else as_task(source_task),
+            unlabelled=None if unlabelled is None else listed(unlabelled, "unlabelled"),
+            force=force,
+            level=level,
+            stack_layers=stack_layers,
+            layer=layer,
+        )
+        return make_transfer(self._registry, order, listeners)
+
+    def rank_sources(
+        self, target: str | Path | Task, names: Sequence[str] | None = None, *, limit: int = 100
+    ) -> list[Ranked]:
+        """Return adapters of the pool by how promising they are as sources, without training.
+
+        Judged by LogME and LEEP on up to `limit` labelled training examples of the target, and by the proxy
+        A-distance to each source whose tasks are here. `names` None: all of the pool. Raises DataError for a
+        target without labels.
+        """
+        return rank_sources(self._registry, ranked_task(target), names, limit)
+
+    def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
+        """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.
+
+        Raises UsageError for what is no stack, AdapterError when what it stands on is gone or has changed.
+        """
+        return flatten(self._registry, name, flat_name)
+
+    def merge(
+        self,
+        names: Sequence[str],
+        method: str = "svd",
+        weights: Sequence[float] | Literal["learn"] | None = None,
+        *,
+        name: str,
+        tasks: Mapping[str, str | Path | Task] | None = None,
+        listeners: Listeners = SILENT,
+        **options: Any,
+    ) -> Manifest:
+        """Make one new adapter of several, measured against each of them; return its manifest.
+
+        `method` is a row of the table (docs/merging.md) or "auto": the one that keeps most of its sources'
+        scores on validation items. `weights` None are the method's own; "learn" searches for them.
+        `options` are fields of MergeOptions: rank, density, seed, limit, floor, budget. `tasks` says by
+        name what sources are judged by, where it is not what they were trained on. Raises ConfigError for
+        all that does not fit at once, AdapterError when a source alone does not come out as itself or
+        "auto" finds no method that keeps the floor.
+        """
+        order = merge_order(listed(names, "names"), method, weights, name, options)
+        return merge_adapters(self._registry, order, tasks or {}, listeners)
+
+    def export(
+        self,
+        adapter: AdapterChoice,
+        folder: str | Path,
+        *,
+        form: str = "auto",
+        most_drift: float = MOST_DRIFT,
+    ) -> Exported:
+        """Write the backbone with an adapter (or a mixture) merged into it, as transformers' folder.
+
+        `form`: merged, requantized (over a packed backbone: packed again), or auto, the smallest whose next
+        tokens on the probe prompts are at most `most_drift` nats of KL from the adapter's as it runs. Raises
+        AdapterError when none is, UsageError for a folder that exists; nothing half written is left.
+        """
+        (mix,) = self._registry.ready([adapter])
+        return export(self._registry, mix, Path(folder), form, most_drift)
+
+    # -- sharing -----------------------------------------------------------------------------------
+
+    def adopt(
+        self,
+        source: str | Path,
+        task: str | Path | Task,
+        name: str | None = None,
+        *,
+        limit: int = 0,
+        listeners: Listeners = SILENT,
+    ) -> Manifest:
+        """Measure an adapter that plain PEFT made, and give it a manifest, a probe and a card in the pool.
+
+        `task` says how it is to be prompted and judged. Raises UsageError for one that has a manifest.
+        """
+        return adopt(self._registry, source, as_task(task), name, limit, listeners)
+
+    def push(
+        self,
+        name: str,
+        repo: str,
+        *,
+        version: str | None = None,
+        private: bool = False,
+        force: bool = False,
+        sign: str | Path | None = None,
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> Published:
+        """Publish a pool member as `user/name`, in one commit, under a version that never moves.
+
+        `version` is a new tag (None: the next of v1, v2, ...). Refused are adapters that were never
+        measured or lose to the backbone, unless `force`; then the card says so. `sign` is a private key
+        of `adapterhub-chat keygen`. `endpoint` None: HF_ENDPOINT, else huggingface.co; `token` None:
+        HF_TOKEN at that endpoint. Raises HubError with nothing half published.
+        """
+        hub, key = Hub(endpoint, token), None if sign is None else Path(sign)
+        done = push(
+            self.pool, name, repo, hub, version=version, private=private, force=force, key=key
+        )
+        self._registry.refresh(name)
+        return done
+
+    def pull(
+        self,
+        repo: str,
+        revision: str | None = None,
+        *,
+        name: str | None = None,
+        require_signature: str | None = None,
+        replace: bool = False,
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> Pulled:
+        """Bring an adapter from a Hub into the pool, checked as a stranger's, and pin it in the lock.
+
+        `revision` is a branch, tag or commit (None: main); `name` None takes the repository's. Raises
+        AdapterError, HubError or UsageError with the pool as it was: for what the guard or this backbone
+        refuses, another signer than `require_signature` (a public key), a name that the pool has from
+        elsewhere, a tag that moved. `replace` waives the last two.
+        """
+        hub, key = Hub(endpoint, token), require_signature
+        return pull(
+            self._registry, repo, hub, revision=revision, name=name, key=key, replace=replace
+        )
+
+    def pull_locked(self, token: str | None = None) -> list[Pulled]:
+        """Bring the pool to what its `adapters.lock.json` says, to the byte."""
+        return pull_locked(self._registry, token)
+
+    def search(
+        self,
+        text: str = "",
+        *,
+        author: str = "",
+        limit: int = 20,
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> list[Found]:
+        """Return adapters on a Hub for this backbone: those made for its very weights first."""
+        return search(self.backbone, Hub(endpoint, token), text, author, limit)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -588,7 +540,7 @@ class AdapterHub(Making, Sharing):
         usable = []
         for name in names:
             try:
-                self._shelf.ready([name])
+                self._registry.ready([name])
             except AdapterError as error:
                 listeners.on_refused(name, str(error))
                 if len(names) == 1:
@@ -606,21 +558,11 @@ class AdapterHub(Making, Sharing):
     ) -> list[Mix]:
         """Return one mix a row, by what its user has said for "auto"; without `adapters`, the default."""
         if adapters is None:
-            return self._shelf.ready([self._default.get()]) * len(rows)
-        choices = listed(adapters, "adapters")
-        if len(choices) != len(rows):
-            raise UsageError(f"{len(rows)} rows but {len(choices)} adapters: give one per row")
-        if auto := [i for i, choice in enumerate(choices) if choice == AUTO]:
-            found = self._router.conversations([rows[i] for i in auto])
-            for i, route in zip(auto, found, strict=True):
-                choices[i] = route.mix
-        return self._shelf.ready(choices)
+            return self._registry.ready([self._default.get()]) * len(rows)
+        return self._registry.ready(self._router.choose(listed(adapters, "adapters"), rows))
 
     def _raw(
-        self,
-        prompts: Sequence[str],
-        adapters: Sequence[AdapterChoice] | None,
-        sampling: Sampling,
+        self, prompts: Sequence[str], adapters: Sequence[AdapterChoice] | None, sampling: Sampling
     ) -> list[Request]:
         check_writes(self.model)
         texts = [text(p, f"prompt {i}") for i, p in enumerate(listed(prompts, "prompts"))]

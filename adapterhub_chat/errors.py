@@ -56,7 +56,12 @@ class AssetError(AdapterHubError, OSError):
 
 
 class AdapterError(AdapterHubError, ValueError):
-    """An adapter folder is damaged, foreign, or made for another backbone."""
+    """An adapter folder is damaged, foreign, or made for another backbone; `misfits` has every reason."""
+
+    def __init__(self, message: str, misfits: Iterable[str] = ()) -> None:
+        """Say `message`, which lists `misfits` where there are several sentences."""
+        self.misfits = tuple(shortened(misfits)) or (message,)
+        super().__init__(message)
 
 
 class PoolError(AdapterHubError, OSError):
@@ -80,7 +85,13 @@ def join_misfits(source: str, misfits: Iterable[str], most: int = 100) -> str:
     listed = list(misfits)
     if len(listed) == 1:
         return f"{source}: {listed[0]}"
-    more = [f"and {len(listed) - most} more"] if len(listed) > most else []
     return "\n".join(
-        [f"{source}: {len(listed)} problems", *(f"  - {m}" for m in listed[:most] + more)]
+        [f"{source}: {len(listed)} problems", *(f"  - {m}" for m in shortened(listed, most))]
     )
+
+
+def shortened(misfits: Iterable[str], most: int = 100) -> list[str]:
+    """Return a list of misfits; of very many the first, and how many follow."""
+    listed = list(misfits)
+    more = [f"and {len(listed) - most} more"] if len(listed) > most else []
+    return listed[:most] + more

@@ -70,7 +70,7 @@ def compare(backbone: str, pool: Path, names: Sequence[str], limit: int) -> dict
     routings, seconds = {}, {}
     for name, task in tasks.items():
         started = time.perf_counter()
-        routings[name] = learn_routing(hub._shelf, [task])
+        routings[name] = learn_routing(hub._registry, [task])
         seconds[name] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
     judges = {n: judges_of(r) for n, r in routings.items() if r is not None}
@@ -307,9 +307,9 @@ def judged(
     rows = []
     for adapter in dict.fromkeys(adapters):
         own = [e for e, a in zip(examples, adapters, strict=True) if a == adapter]
-        (mix,) = hub._shelf.ready([adapter])
+        (mix,) = hub._registry.ready([adapter])
         if adapter != task.name:
-            contract = hub._shelf.contract(mix) or PromptContract()
+            contract = hub._registry.contract(mix) or PromptContract()
             if METRICS[task.metric].kind == "label" and not contract.labels:
                 rows.append(label_rows([e.answer for e in own], [""] * len(own)))
                 continue

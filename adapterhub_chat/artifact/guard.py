@@ -86,7 +86,7 @@ def check(source: str, config: bytes, weights: memoryview, layers: Layers | None
         if layers is not None:
             found += _layer_misfits(settings, layout, layers)
     if found or settings is None or layout is None:
-        raise AdapterError(join_misfits(source, found))
+        raise AdapterError(join_misfits(source, found), found)
     alphas = by_module(settings["alpha_pattern"], layout.pairs, settings["lora_alpha"])
     return Checked(with_modules(settings, layout.pairs), alphas, layout, header_end(data))
 

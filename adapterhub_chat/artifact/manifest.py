@@ -258,7 +258,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.model_validate(parse_json(data, MAX_VALUES))
     except ValidationError as error:
-        raise AdapterError(join_misfits(str(path), explain(error, Manifest))) from error
+        misfits = explain(error, Manifest)
+        message = join_misfits(str(path), misfits)
+        raise AdapterError(message, [f"{FILE}: {misfit}" for misfit in misfits]) from error
     except ValueError as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
 

@@ -32,7 +32,7 @@ from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
 from adapterhub_chat.model.devices import pick_dtype
 from adapterhub_chat.pool.pool import Pool
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.types import PromptContract
 
 ENDS = 10
@@ -162,10 +162,10 @@ def main() -> None:
 def save(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the pool with random adapters in the backbone's dtype; return how large one is."""
     backbone = load_backbone(settings["backbone"], dtype=settings.get("dtype"))
-    shelf = Shelf(AdapterModel(backbone), Pool(settings["pool"]))
+    registry = Registry(AdapterModel(backbone), Pool(settings["pool"]))
     size = 0
     for n in range(settings["adapters"]):
-        weights = random_adapter(shelf.model, settings["rank"], n).to(backbone.dtype)
+        weights = random_adapter(registry.model, settings["rank"], n).to(backbone.dtype)
         size = weights.num_parameters
         manifest = Manifest(
             name=f"a{n}",
@@ -173,8 +173,8 @@ def save(settings: Mapping[str, Any]) -> dict[str, Any]:
             fingerprint=backbone.fingerprint,
             contract=PromptContract(),
         )
-        shelf.keep(weights, manifest)
-        shelf.unload(f"a{n}")
+        registry.keep(weights, manifest)
+        registry.unload(f"a{n}")
     return {"parameters": size, "itemsize": backbone.dtype.itemsize}
 
 

@@ -11,21 +11,26 @@ from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import Listeners
 from adapterhub_chat.pool.admission import check_fit
 from adapterhub_chat.pool.provenance import draft_of
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.route.learn import learn_routing
 from adapterhub_chat.types import as_mix
 
 
 def adopt(
-    shelf: Shelf, source: str | Path, task: Task, name: str | None, limit: int, listeners: Listeners
+    registry: Registry,
+    source: str | Path,
+    task: Task,
+    name: str | None,
+    limit: int,
+    listeners: Listeners,
 ) -> Manifest:
     """Measure and keep an adapter without a manifest; see AdapterHub.adopt."""
-    stored = shelf.find(source, name)
+    stored = registry.find(source, name)
     if stored.manifest is not None:
         raise UsageError(
             f"adapter {stored.name!r} has a manifest already; adapterhub-chat eval measures it"
         )
-    verdict = check_fit(stored, shelf.model)
+    verdict = check_fit(stored, registry.model)
     if not verdict.ok:
         raise AdapterError(f"adapter {stored.name!r} is refused: {'; '.join(verdict.problems)}")
     training = Training(
@@ -33,13 +38,13 @@ def adopt(
         tasks=(task.name,),
         note="made elsewhere, with PEFT; its backbone was taken on trust, its scores were measured here",
     )
-    draft = draft_of(stored.name, shelf.model.backbone, [task], training)
+    draft = draft_of(stored.name, registry.model.backbone, [task], training)
     # nobody knows what it learnt from: the licence of that is not the task's
-    changes = {"licence": "", "routing": learn_routing(shelf, [task])}
+    changes = {"licence": "", "routing": learn_routing(registry, [task])}
     draft = draft.model_copy(update=changes)
-    shelf.keep(stored.weights, draft)
-    shelf.record(
-        judge_task(shelf.model, task, [(draft.name, as_mix(draft.name))], limit, listeners)
+    registry.keep(stored.weights, draft)
+    registry.record(
+        judge_task(registry.model, task, [(draft.name, as_mix(draft.name))], limit, listeners)
     )
-    kept = shelf.known(draft.name)
+    kept = registry.known(draft.name)
     return kept.manifest if kept and kept.manifest else draft

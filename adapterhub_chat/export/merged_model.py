@@ -30,7 +30,7 @@ from adapterhub_chat.model.backbone import Backbone, Quantize, load_backbone
 from adapterhub_chat.model.quantization import dense, rounded
 from adapterhub_chat.model.resolve import quiet
 from adapterhub_chat.pool.probe import probe_prompts
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.types import Mix
 
 AUTO, MERGED, PACKED = "auto", "merged", "requantized"
@@ -51,18 +51,18 @@ class Exported:
 
 
 def export(
-    shelf: Shelf, mix: Mix, folder: Path, form: str = AUTO, most_drift: float = MOST_DRIFT
+    registry: Registry, mix: Mix, folder: Path, form: str = AUTO, most_drift: float = MOST_DRIFT
 ) -> Exported:
     """Write the backbone with a mix merged into it; see AdapterHub.export."""
-    backbone = shelf.model.backbone
+    backbone = registry.model.backbone
     _check(backbone, mix, folder, form)
-    prompts = probe_prompts(backbone.tokenizer, shelf.contract(mix))
-    wanted = next_token_logits(shelf.model, [Request(prompt, mix) for prompt in prompts])
+    prompts = probe_prompts(backbone.tokenizer, registry.contract(mix))
+    wanted = next_token_logits(registry.model, [Request(prompt, mix) for prompt in prompts])
     model = plain_copy(backbone)
-    _add(model, shelf.model, mix)
+    _add(model, registry.model, mix)
     drift = {MERGED: divergence(wanted, _logits(model, prompts))}
     if backbone.quantize is not None:
-        with _packed(model, shelf.model.shapes, backbone.quantize):
+        with _packed(model, registry.model.shapes, backbone.quantize):
             drift[PACKED] = divergence(wanted, _logits(model, prompts))
     chosen = _choose(form, drift, most_drift)
     _write(backbone, model, folder, chosen)

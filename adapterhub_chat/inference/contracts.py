@@ -61,6 +61,18 @@ def check_labels(model: AdapterModel, own: PromptContract | None, asked: PromptC
     )
 
 
+def checked_contract(
+    model: AdapterModel, mix: Mix, own: PromptContract | None, asked: PromptContract | None
+) -> PromptContract:
+    """Return the contract that a mix is asked by; raise UsageError where there is none or it does not fit."""
+    if asked is None:
+        raise UsageError(
+            f"adapter {str(mix)!r} has no prompt contract; name a task: predict(..., task='qa')"
+        )
+    check_labels(model, own, asked)
+    return asked
+
+
 def choices(
     model: AdapterModel,
     requests: Sequence[Request],
@@ -93,10 +105,12 @@ def replies(
 ) -> list[Request]:
     """Return the requests for the next turn of every conversation, each under its own contract.
 
-    `changes` are fields of Sampling that replace the contract's. Raises UsageError for what is no turn.
+    `changes` are fields of Sampling that replace the contract's where they are not None. Raises
+    UsageError for what is no turn.
     """
     turns = [conversation(*row) for row in zip(conversations, contracts, strict=True)]
     prompts = encode_prompts(model.backbone.tokenizer, turns)
     rules = [sampling_of(c or PromptContract(), seed) for c in contracts]
     rows = zip(prompts, mixes, rules, strict=True)
-    return [Request(prompt, mix, replace(rule, **changes)) for prompt, mix, rule in rows]
+    given = {name: value for name, value in changes.items() if value is not None}
+    return [Request(prompt, mix, replace(rule, **given)) for prompt, mix, rule in rows]

@@ -27,7 +27,7 @@ from adapterhub_chat.merge.moments import InputMoments
 from adapterhub_chat.merge.selection import MIX, choose, keeps_floor, learn
 from adapterhub_chat.merge.spec import AUTO, LEARN, MergeOrder, merged_by, read_source, tasks_of
 from adapterhub_chat.pool.probe import make_probe, probe_problem, probe_prompts
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.types import Mix, Retention, Score, as_mix
 
@@ -38,42 +38,42 @@ IDENTITY = 1e-3
 
 
 def merge_adapters(
-    shelf: Shelf,
+    registry: Registry,
     order: MergeOrder,
     tasks: Mapping[str, str | Path | Task],
     listeners: Listeners,
 ) -> Manifest:
     """Merge, check, keep and measure; see AdapterHub.merge."""
-    sources = [read_source(shelf, name) for name in order.names]
+    sources = [read_source(registry, name) for name in order.names]
     hurtful = [found for source in sources if (found := hurt(source.manifest))]
     if hurtful and not order.options.force:
         raise AdapterError(f"{'; '.join(hurtful)}. force=True (--force) merges it all the same")
     own = tasks_of(sources, tasks, needed=order.needs_tasks)
-    moments = InputMoments(shelf.model, own, modules_of([source.weights for source in sources]))
+    moments = InputMoments(registry.model, own, modules_of([source.weights for source in sources]))
     tried: tuple[Tried, ...] = ()
     chosen = order.method == AUTO
     if chosen:
-        order, tried = choose(shelf, order, sources, own, moments, listeners)
+        order, tried = choose(registry, order, sources, own, moments, listeners)
     if order.weights == LEARN:
-        learnt = replace(order, weights=learn(shelf, order, sources, own, listeners))
-        keeps = not chosen or keeps_floor(shelf, learnt, sources, own, listeners)
+        learnt = replace(order, weights=learn(registry, order, sources, own, listeners))
+        keeps = not chosen or keeps_floor(registry, learnt, sources, own, listeners)
         order = (
             learnt if keeps else replace(order, weights=None)
         )  # chosen by these, above the floor
     merged = merged_by(order, sources, moments)
-    _check_identity(shelf, order, sources, moments)
-    draft = _draft(shelf, order, sources, merged, tried)
-    with shelf.on_trial(order.name, merged.weights) as trial:
-        draft = _measured(shelf, order, draft, trial, own, listeners)
-    done = shelf.keep(merged.weights, draft)
-    _check_saved(shelf, done.name, merged)
+    _check_identity(registry, order, sources, moments)
+    draft = _draft(registry, order, sources, merged, tried)
+    with registry.model.temporarily_loaded(merged.weights, order.name) as trial:
+        draft = _measured(registry, order, draft, trial, own, listeners)
+    done = registry.keep(merged.weights, draft)
+    _check_saved(registry, done.name, merged)
     if done.merge and done.merge.verdict:
         warnings.warn(f"{done.name}: {done.merge.verdict}", stacklevel=3)
     return done
 
 
 def _draft(
-    shelf: Shelf,
+    registry: Registry,
     order: MergeOrder,
     sources: Sequence[Stored],
     merged: Merged,
@@ -92,7 +92,7 @@ def _draft(
     _, spoken, heaviest = max(
         ((abs(w), name, s.manifest) for w, name, s in own if s.manifest), key=lambda one: one[0]
     )
-    backbone = shelf.model.backbone
+    backbone = registry.model.backbone
     named = ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
     training = Training(
         how="merge",
@@ -130,7 +130,7 @@ def _once(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_identity(
-    shelf: Shelf, order: MergeOrder, sources: Sequence[Stored], moments: InputMoments
+    registry: Registry, order: MergeOrder, sources: Sequence[Stored], moments: InputMoments
 ) -> None:
     """Raise AdapterError unless each source, merged alone with weight 1, is and answers as it does itself."""
     density = None if METHODS[order.method].density is None else 1.0
@@ -147,39 +147,39 @@ def _check_identity(
                 f"{order.method} is not trusted here: {source.name!r} alone, with weight 1, does not come "
                 f"out as itself: its update is off by {off:.1%}"
             )
-        probe = make_probe(shelf.model, source.name)
-        with shelf.on_trial(source.name, alone.weights) as trial:
-            if problem := probe_problem(shelf.model, trial, probe, "exact"):
+        probe = make_probe(registry.model, source.name)
+        with registry.model.temporarily_loaded(alone.weights, source.name) as trial:
+            if problem := probe_problem(registry.model, trial, probe, "exact"):
                 raise AdapterError(
                     f"{order.method} is not trusted here: {source.name!r} alone, with weight 1, "
                     f"does not come out as itself: {problem}"
                 )
 
 
-def _check_saved(shelf: Shelf, name: str, merged: Merged) -> None:
+def _check_saved(registry: Registry, name: str, merged: Merged) -> None:
     """Raise AdapterError, and take it back, unless what is read back is what was merged, to the bit."""
-    stored = shelf.pool.load(name)
+    stored = registry.pool.load(name)
     same = stored.weights.factors.keys() == merged.weights.factors.keys() and all(
         torch.equal(mine, its)
         for module, own in merged.weights.factors.items()
         for mine, its in zip(own, stored.weights.factors[module], strict=True)
     )
     if not same:
-        _take_back(shelf, name)
+        _take_back(registry, name)
         raise AdapterError(f"adapter {name!r} was not saved as it was merged; check the disk")
 
 
-def _take_back(shelf: Shelf, name: str) -> None:
+def _take_back(registry: Registry, name: str) -> None:
     """Have the pool as it was before a save."""
     try:
-        shelf.rollback(name)
+        registry.rollback(name)
     except UsageError:  # there was no version before it
-        shelf.unload(name)
-        shelf.pool.delete(name)
+        registry.unload(name)
+        registry.pool.delete(name)
 
 
 def _measured(
-    shelf: Shelf,
+    registry: Registry,
     order: MergeOrder,
     draft: Manifest,
     trial: str,
@@ -187,7 +187,7 @@ def _measured(
     listeners: Listeners,
 ) -> Manifest:
     """Return a manifest with what an adapter on trial keeps of its sources, on test items, and its scores."""
-    model = shelf.model
+    model = registry.model
     found: list[Retention] = []
     mixed: list[Retention] = []
     scores: dict[str, Score] = {}
@@ -213,7 +213,7 @@ def _measured(
         update={
             "retention": tuple(found),
             "mix": tuple(mixed),
-            "drift": {name: _drift(shelf, name, trial) for name in order.names},
+            "drift": {name: _drift(registry, name, trial) for name in order.names},
             "verdict": _verdict(order, draft.merge, found, mixed),
         }
     )
@@ -230,11 +230,11 @@ def _tell_unmeasured(own: Mapping[str, Sequence[Task]], found: Sequence[Retentio
         warnings.warn(text, stacklevel=5)
 
 
-def _drift(shelf: Shelf, source: str, merged: str) -> float:
+def _drift(registry: Registry, source: str, merged: str) -> float:
     """Return how far a source's next tokens have moved: the probe prompt, bare and in its contract."""
-    contract = shelf.contract(as_mix(source))
-    prompts = probe_prompts(shelf.model.backbone.tokenizer, contract)
-    return round(drift(shelf.model, prompts, as_mix(source), as_mix(merged)), 6)
+    contract = registry.contract(as_mix(source))
+    prompts = probe_prompts(registry.model.backbone.tokenizer, contract)
+    return round(drift(registry.model, prompts, as_mix(source), as_mix(merged)), 6)
 
 
 def _verdict(

@@ -20,7 +20,7 @@ from adapterhub_chat.events import Event, Listeners
 from adapterhub_chat.merge.methods import METHODS, Method, Moments
 from adapterhub_chat.merge.spec import LEARN, MergeOrder, merged_by
 from adapterhub_chat.merge.weight_search import search
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.types import as_mix
 
@@ -31,7 +31,7 @@ EXACT = ("cat", "linear")
 
 
 def choose(
-    shelf: Shelf,
+    registry: Registry,
     order: MergeOrder,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
@@ -43,14 +43,14 @@ def choose(
     The best has the highest mean retention among those that leave every task above the floor.
     """
     told = listeners.on_judged
-    sticks = yardsticks(shelf.model, own, "validation", order.options.limit, told)
+    sticks = yardsticks(registry.model, own, "validation", order.options.limit, told)
     judged = {(stick.adapter, stick.task.name) for stick in sticks}
     if left := [t.name for n, tasks in own.items() for t in tasks if (n, t.name) not in judged]:
         raise UsageError(
             f"{', '.join(left)} has no validation items, so no method can be chosen by it; name a method, or "
             "tasks={...} that have some"
         )
-    mean, lowest = mean_and_lowest(retentions(shelf.model, sticks, order.mix, told))
+    mean, lowest = mean_and_lowest(retentions(registry.model, sticks, order.mix, told))
     tried = [Tried(method=MIX, mean=mean, lowest=lowest)]
     orders: dict[str, MergeOrder] = {}
     for method in METHODS.values():
@@ -58,8 +58,10 @@ def choose(
             continue
         one = _by(order, method)
         even = replace(one, weights=None) if order.weights == LEARN else one
-        with shelf.on_trial(order.name, merged_by(even, sources, moments).weights) as trial:
-            found = retentions(shelf.model, sticks, as_mix(trial), told)
+        with registry.model.temporarily_loaded(
+            merged_by(even, sources, moments).weights, order.name
+        ) as trial:
+            found = retentions(registry.model, sticks, as_mix(trial), told)
         mean, lowest = mean_and_lowest(found)
         tried.append(Tried(method=method.name, mean=mean, lowest=lowest))
         orders[method.name] = one
@@ -70,16 +72,16 @@ def choose(
 
 
 def keeps_floor(
-    shelf: Shelf,
+    registry: Registry,
     order: MergeOrder,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
     listeners: Listeners,
 ) -> bool:
     """Return whether a merge leaves every task above the floor, on the validation items."""
-    sticks = yardsticks(shelf.model, own, "validation", order.options.limit, listeners.on_judged)
-    with shelf.on_trial(order.name, merged_by(order, sources).weights) as trial:
-        found = retentions(shelf.model, sticks, as_mix(trial), listeners.on_judged)
+    sticks = yardsticks(registry.model, own, "validation", order.options.limit, listeners.on_judged)
+    with registry.model.temporarily_loaded(merged_by(order, sources).weights, order.name) as trial:
+        found = retentions(registry.model, sticks, as_mix(trial), listeners.on_judged)
     return mean_and_lowest(found)[1] >= order.options.floor
 
 
@@ -106,7 +108,7 @@ def _below(order: MergeOrder, tried: Sequence[Tried]) -> str:
 
 
 def learn(
-    shelf: Shelf,
+    registry: Registry,
     order: MergeOrder,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
@@ -116,7 +118,7 @@ def learn(
 
     Every set that is tried is an event, with its loss above the sources' own.
     """
-    items = lessons(shelf.model, own, order.options.limit)
+    items = lessons(registry.model, own, order.options.limit)
     if not items:
         raise UsageError("the sources' tasks have no validation items to learn weights on")
 
@@ -126,8 +128,8 @@ def learn(
         loss = float("inf")
         if any(weights):
             merged = merged_by(replace(order, weights=tuple(weights)), sources)
-            with shelf.on_trial(order.name, merged.weights) as trial:
-                loss = excess(shelf.model, items, as_mix(trial))
+            with registry.model.temporarily_loaded(merged.weights, order.name) as trial:
+                loss = excess(registry.model, items, as_mix(trial))
         listeners.on_event(Event(order.name, "step", next(tries), budget, {"loss": loss}))
         return loss
 

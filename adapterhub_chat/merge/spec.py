@@ -16,7 +16,7 @@ from adapterhub_chat.merge.combine import Merged, default_weights, merge, settin
 from adapterhub_chat.merge.methods import METHODS, Moments
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.provenance import trained_task
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stacks import flat
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.types import BACKBONE, Mix
@@ -109,12 +109,12 @@ def _misfits(order: MergeOrder) -> Iterator[str]:
         yield f"{order.name!r} is one of the sources; choose another name for the result"
 
 
-def read_source(shelf: Shelf, name: str) -> Stored:
+def read_source(registry: Registry, name: str) -> Stored:
     """Load a source, and read its numbers as they lie on the disk: those in a slot are rounded."""
-    shelf.ready([name])
-    known = shelf.known(name)
-    stored = shelf.find(known.path if known else shelf.pool.path(name), name)
-    return replace(stored, weights=flat(shelf.pool, stored))
+    registry.ready([name])
+    known = registry.known(name)
+    stored = registry.find(known.path if known else registry.pool.path(name), name)
+    return replace(stored, weights=flat(registry.pool, stored))
 
 
 def tasks_of(

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +72,11 @@ class AdapterModel:
             self._hooks.append(block.register_forward_pre_hook(_stop_early, with_kwargs=True))
         self.slots = Slots(self._new_slots, budget, partial(native.write, cache_dir() / "native"))
         self.acquire: Callable[[Mix], Held] = self.slots.hold
-        """How forwards and engines hold a mix's adapters; a shelf loads those first that are not here."""
+        """How forwards and engines hold a mix's adapters; a registry loads those first that are not here."""
         self.whole: Callable[[Mix], Mix] = lambda mix: mix
-        """A mix with what its stacks stand on; a shelf knows."""
+        """A mix with what its stacks stand on; a registry knows."""
         self.prefetch: Callable[[Mix], None] = lambda mix: None
-        """Bring a mix's adapters nearer, before there is a slot for them; a shelf knows how."""
+        """Bring a mix's adapters nearer, before there is a slot for them; a registry knows how."""
         self.graphs = False
         """Whether an engine records its steps (recorded.py)."""
         self.engine: Any = None
@@ -117,12 +118,32 @@ class AdapterModel:
                 f"{BACKBONE!r} is reserved: it means no adapter; choose another name"
             )
         if found := misfits(weights, self.shapes, self.backbone.width):
-            raise AdapterError(joined(f"adapter {name!r} does not fit {self.backbone.name}", found))
+            message = joined(f"adapter {name!r} does not fit {self.backbone.name}", found)
+            raise AdapterError(message, found)
         self.slots.load(name, weights, identity, ahead)
 
     def unload(self, name: str) -> None:
         """Free an adapter's slot; forwards that are running end undisturbed."""
         self.slots.unload(name)
+
+    @contextmanager
+    def temporarily_loaded(
+        self, weights: AdapterWeights, label: str = "candidate"
+    ) -> Iterator[str]:
+        """Load weights under a name that nobody else uses, for as long as the block runs; give that name.
+
+        The name is pinned: no load of another adapter evicts it.
+        """
+        name = f"{label} on trial {uuid4().hex}"
+        self.slots.pinned.add(name)
+        try:
+            self.load(name, weights)
+            try:
+                yield name
+            finally:
+                self.unload(name)
+        finally:
+            self.slots.pinned.discard(name)
 
     @contextmanager
     def mixing(self, mixes: Sequence[Mix]) -> Iterator[None]:

@@ -9,7 +9,7 @@ from adapterhub_chat.artifact.manifest import Manifest, Training
 from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.errors import UnknownNameError, UsageError
 from adapterhub_chat.model.backbone import Backbone
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.types import Mix
 
 
@@ -34,12 +34,12 @@ def draft_of(name: str, backbone: Backbone, tasks: Sequence[Task], training: Tra
 
 
 def own_tasks(
-    shelf: Shelf, named: Sequence[tuple[str, Mix]]
+    registry: Registry, named: Sequence[tuple[str, Mix]]
 ) -> list[tuple[Task, list[tuple[str, Mix]]]]:
     """Return the tasks that adapters were trained on, each with the adapters that it is to judge."""
     groups: dict[str, list[tuple[str, Mix]]] = {}
     for name, mix in named:
-        held = shelf.known(name)
+        held = registry.known(name)
         trained_on = held.manifest.training.tasks if held and held.manifest else ()
         if not trained_on:
             raise UsageError(f"adapter {name!r} does not say what it was trained on; name tasks")

@@ -1,14 +1,13 @@
-"""Shelf: the pool and its loaded part together. Adapters come onto it checked, under their contract."""
+"""Registry: the pool and its loaded part together. Adapters come into it checked, under their contract."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,25 +18,14 @@ from adapterhub_chat.files import version_of
 from adapterhub_chat.lora.slots import Ahead, Held
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.model.adapter_model import AdapterModel
-from adapterhub_chat.pool.admission import Verdict, check_fit, fingerprint_misfits, status_of
+from adapterhub_chat.pool.admission import Admission, Verdict, fingerprint_misfits, status_of
 from adapterhub_chat.pool.host_cache import Ram
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.pool import Pool
-from adapterhub_chat.pool.probe import make_probe, probe_key, probe_problem
-from adapterhub_chat.pool.stacks import standing
-from adapterhub_chat.pool.stored import FILES, Status, Stored, read_stored
+from adapterhub_chat.pool.probe import make_probe
+from adapterhub_chat.pool.stacks import Stacks
+from adapterhub_chat.pool.stored import FILES, Known, Status, Stored, read_stored
 from adapterhub_chat.types import AUTO, AdapterChoice, Mix, PromptContract, Score, as_mix
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of an adapter that was loaded; its numbers are the model's alone."""
-
-    path: Path
-    manifest: Manifest | None
-    """None: made by plain PEFT, nothing about it is verified."""
-    rank: int
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class AdapterInfo:
     scores: tuple[Score, ...] = ()
 
 
-class Shelf:
+class Registry:
     """Which adapters are loaded, where each came from, and what its manifest says."""
 
     def __init__(self, model: AdapterModel, pool: Pool, ram_bytes: int = 0) -> None:
@@ -61,7 +49,8 @@ class Shelf:
         self.model, self.pool = model, pool
         self.ram = Ram(ram_bytes)
         self._known: dict[str, Known] = {}
-        self._answered: set[str] = set()
+        self._stacks = Stacks(self.model, pool, self._known, self.load)
+        self._admission = Admission(model, pool, self._stacks)
         self._scratch = Scratch()
         self._changing = threading.RLock()
         """Held from reading an adapter until it is loaded: an older version must not follow a newer one."""
@@ -99,14 +88,14 @@ class Shelf:
         with self._changing, self._scratch.lent() as memory, self.model.ahead() as ahead:
             stored = self._read(source, name, Landing(memory, ahead.fill))
             try:
-                if note := self._accepted(stored, ahead):
+                if note := self._admission.accepted(stored, ahead):
                     warnings.warn(note, stacklevel=3)
                 self._hold(stored, ahead)
             except NoRoomError:
                 if not waiting:
                     raise
                 if stored.name not in self.model.slots:  # else somebody has loaded it meanwhile
-                    self._known[stored.name] = _known(stored)
+                    self._known[stored.name] = Known.of(stored)
             return stored.name
 
     def prefetch(self, mix: Mix) -> None:
@@ -137,10 +126,10 @@ class Shelf:
         held, note = self._known.get(name), ""
         with self._changing:
             if mine := held is not None and held.path == self.pool.root / name:
-                note = self._accepted(self.pool.earlier(name))
+                note = self._admission.accepted(self.pool.earlier(name))
             restored = self.pool.rollback(name)
             if mine:
-                self._accepted(restored)  # another process may have saved in between
+                self._admission.accepted(restored)  # another process may have saved in between
                 self._replace(restored)
         if note:
             warnings.warn(note, stacklevel=3)
@@ -157,13 +146,8 @@ class Shelf:
         try:
             stored = self.find(source, "candidate")  # what the folder is called is no matter here
         except AdapterError as error:
-            return Verdict(False, "refused", tuple(str(error).split("\n  - ")))
-        verdict = check_fit(stored, self.model)
-        try:
-            problem = self._asked(stored, verdict) if verdict.ok else ""
-        except AdapterError as error:  # of what it stands on
-            problem = str(error)
-        return Verdict(False, "refused", (problem,)) if problem else verdict
+            return Verdict(False, "refused", error.misfits)
+        return self._admission.verdict(stored)
 
     def find(
         self, source: str | Path, name: str | None = None, landing: Landing = ANYWHERE
@@ -187,12 +171,13 @@ class Shelf:
         try:
             return read_stored(folder, name, self.model.shapes, landing)
         except AdapterError as error:
-            found = [str(error)]
+            more: list[str] = []
             with suppress(AdapterError):
                 manifest = read_manifest(folder)
                 fingerprint = self.model.backbone.fingerprint
-                found += fingerprint_misfits(manifest, fingerprint) if manifest else []
-            raise AdapterError("\n  - ".join(found)) from error
+                more = fingerprint_misfits(manifest, fingerprint) if manifest else []
+            message = "\n  - ".join([str(error), *more])
+            raise AdapterError(message, [*error.misfits, *more]) from error
 
     def ready(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
         """Return the mixes, after loading from the pool what they name and is not loaded yet."""
@@ -223,34 +208,7 @@ class Shelf:
 
         Raises AdapterError for a stack under which something is missing or has changed.
         """
-        weights = dict(mix.weights)
-        for name, weight in mix.weights:
-            known = self._known.get(name)
-            unread = known is None and name not in self.model.slots and name in self.pool
-            manifest = known.manifest if known else None
-            manifest = self.pool.manifest(name) if unread else manifest
-            for under in self._standing(manifest):
-                weights[under] = weights.get(under, 0.0) + weight
-        return as_mix(weights) if len(weights) > len(mix.weights) else mix
-
-    def _standing(self, manifest: Manifest | None) -> list[str]:
-        """Return what a stack stands on, by name; what is loaded need not be looked up."""
-        if manifest is None or not manifest.stack:
-            return []
-        loaded = [self._known.get(under.name) for under in manifest.stack]
-        hashes = [one.manifest.sha256 if one and one.manifest else "" for one in loaded]
-        if hashes == [under.sha256 for under in manifest.stack]:
-            return [under.name for under in manifest.stack]
-        names = standing(self.pool, manifest)
-        for name, under in zip(names, manifest.stack, strict=True):
-            here = self._known.get(name)
-            if here and (here.manifest is None or here.manifest.sha256 != under.sha256):
-                self.load(name)  # the pool has it, and here is another version
-        return names
-
-    def _beside(self, trial: str, manifest: Manifest | None) -> Mix:
-        """Return the mix of an adapter on trial: with what it stands on."""
-        return Mix(tuple((name, 1.0) for name in (trial, *self._standing(manifest))))
+        return self._stacks.whole(mix)
 
     def _load_again(self, name: str) -> None:
         self.load(self._source(name), name)
@@ -279,30 +237,16 @@ class Shelf:
         """
         probe = None
         if probing:
-            with self.on_trial(manifest.name, weights) as trial:
-                probe = make_probe(self.model, self._beside(trial, manifest))
+            with self.model.temporarily_loaded(weights, manifest.name) as trial:
+                probe = make_probe(self.model, self._stacks.beside(trial, manifest))
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
         with self._changing:
             stored = self.pool.save(manifest.name, weights, config, draft)
-            self._note(probe_key(stored, self.model))
+            self._admission.note(stored)
             self._replace(stored)
         assert stored.manifest is not None
         return stored.manifest
-
-    @contextmanager
-    def on_trial(self, name: str, weights: AdapterWeights) -> Iterator[str]:
-        """Load weights under a name that nobody uses, for as long as the block runs."""
-        trial = f"{name} on trial {time.monotonic_ns()} {threading.get_ident()}"
-        self.model.slots.pinned.add(trial)  # another's load must not evict it
-        try:
-            self.model.load(trial, weights)
-            try:
-                yield trial
-            finally:
-                self.model.unload(trial)
-        finally:
-            self.model.slots.pinned.discard(trial)
 
     def record(self, scores: Sequence[Score]) -> None:
         """Write scores into the manifests and cards of the pool members that they belong to."""
@@ -326,7 +270,7 @@ class Shelf:
     def _hold(self, stored: Stored, ahead: Ahead | None = None) -> None:
         """Load what was accepted, and keep all but its numbers."""
         self.model.load(stored.name, stored.weights, _identity(stored), ahead)
-        self._known[stored.name] = _known(stored)
+        self._known[stored.name] = Known.of(stored)
 
     def _replace(self, stored: Stored) -> None:
         """Load what the pool has now; where there is no room, whoever asks for it next loads it."""
@@ -335,54 +279,7 @@ class Shelf:
         except NoRoomError:
             if stored.name in self.model.slots:
                 self.model.unload(stored.name)  # who runs with it ends with it
-            self._known[stored.name] = _known(stored)
-
-    def _accepted(self, stored: Stored, ahead: Ahead | None = None) -> str:
-        """Return what is worth a warning; raise AdapterError for what may not be loaded here.
-
-        A slot that was filled `ahead` is given back where the probe needs one.
-        """
-        verdict = check_fit(stored, self.model)
-        problems = "; ".join(verdict.problems)
-        if not verdict.ok:
-            backbone = self.model.backbone.name
-            raise AdapterError(f"adapter {stored.name!r} is refused on {backbone}: {problems}")
-        self._standing(stored.manifest)
-        key = probe_key(stored, self.model)
-        if not self._knows(key):
-            if ahead is not None:
-                ahead.clear()
-            if problem := self._asked(stored, verdict):
-                raise AdapterError(f"adapter {stored.name!r} does not do what it did: {problem}")
-            self._note(key)
-        exact = verdict.status == "exact"
-        return "" if exact else f"adapter {stored.name!r} is {verdict.status}: {problems}"
-
-    def _knows(self, key: str) -> bool:
-        """Return whether the probe with this key was answered rightly, here or as the pool says."""
-        if key and key not in self._answered:
-            self._answered.update(self.pool.answered())
-        return key in self._answered
-
-    def _note(self, key: str) -> None:
-        if key and not self._knows(key):
-            self._answered.add(key)
-            self.pool.note_answered(key)
-
-    def _asked(self, stored: Stored, verdict: Verdict) -> str:
-        """Return what the adapter's answer to its probe is wrong in; it is in no name's slot yet."""
-        probe = stored.manifest.probe if stored.manifest else None
-        if probe is None:
-            return ""
-        with self.on_trial(stored.name, stored.weights) as trial:
-            mix = self._beside(trial, stored.manifest)
-            return probe_problem(self.model, mix, probe, verdict.status)
-
-
-def _known(stored: Stored) -> Known:
-    """Return what is kept of a loaded adapter."""
-    weights = stored.weights
-    return Known(stored.path, stored.manifest, weights.max_rank, weights.num_parameters)
+            self._known[stored.name] = Known.of(stored)
 
 
 def _identity(stored: Stored) -> str | None:

@@ -6,13 +6,16 @@ of it is a row of both, so it shares a forward with the source, other stacks on 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from adapterhub_chat.artifact.manifest import Manifest, Under
 from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.lora.weights import AdapterWeights, concatenate
+from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.pool import Pool
-from adapterhub_chat.pool.stored import Stored
+from adapterhub_chat.pool.stored import Known, Stored
+from adapterhub_chat.types import Mix, as_mix
 
 
 def standing(pool: Pool, manifest: Manifest) -> list[str]:
@@ -32,7 +35,7 @@ def standing(pool: Pool, manifest: Manifest) -> list[str]:
         else:
             names.append(name)
     if lost:
-        raise AdapterError(join_misfits(f"stack {manifest.name!r} cannot be used", lost))
+        raise AdapterError(join_misfits(f"stack {manifest.name!r} cannot be used", lost), lost)
     return names
 
 
@@ -52,3 +55,52 @@ def flat(pool: Pool, stored: Stored) -> AdapterWeights:
         return stored.weights
     under = [pool.load(name).weights for name in standing(pool, stored.manifest)]
     return concatenate([*under, stored.weights])
+
+
+class Stacks:
+    """Which adapters are beneath those that a registry has, and the mixes that contain them."""
+
+    def __init__(
+        self,
+        model: AdapterModel,
+        pool: Pool,
+        known: Mapping[str, Known],
+        load: Callable[[str], object],
+    ) -> None:
+        """Look names up in `known`, which the registry changes, and `load` what is another version."""
+        self.model, self.pool = model, pool
+        self._known, self._load = known, load
+
+    def whole(self, mix: Mix) -> Mix:
+        """Return a mix with what its stacks stand on, each as heavy as its stack.
+
+        Raises AdapterError for a stack under which something is missing or has changed.
+        """
+        weights = dict(mix.weights)
+        for name, weight in mix.weights:
+            known = self._known.get(name)
+            unread = known is None and name not in self.model.slots and name in self.pool
+            manifest = known.manifest if known else None
+            manifest = self.pool.manifest(name) if unread else manifest
+            for under in self.standing(manifest):
+                weights[under] = weights.get(under, 0.0) + weight
+        return as_mix(weights) if len(weights) > len(mix.weights) else mix
+
+    def standing(self, manifest: Manifest | None) -> list[str]:
+        """Return what a stack stands on, by name; what is loaded need not be looked up."""
+        if manifest is None or not manifest.stack:
+            return []
+        loaded = [self._known.get(under.name) for under in manifest.stack]
+        hashes = [one.manifest.sha256 if one and one.manifest else "" for one in loaded]
+        if hashes == [under.sha256 for under in manifest.stack]:
+            return [under.name for under in manifest.stack]
+        names = standing(self.pool, manifest)
+        for name, under in zip(names, manifest.stack, strict=True):
+            here = self._known.get(name)
+            if here and (here.manifest is None or here.manifest.sha256 != under.sha256):
+                self._load(name)  # the pool has it, and here is another version
+        return names
+
+    def beside(self, trial: str, manifest: Manifest | None) -> Mix:
+        """Return the mix of an adapter on trial: with what it stands on."""
+        return Mix(tuple((name, 1.0) for name in (trial, *self.standing(manifest))))

@@ -34,6 +34,23 @@ class Stored:
     """None: made by plain PEFT, nothing about it is verified."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of an adapter that was loaded; its numbers are the model's alone."""
+
+    path: Path
+    manifest: Manifest | None
+    """None: made by plain PEFT, nothing about it is verified."""
+    rank: int
+    parameters: int
+
+    @classmethod
+    def of(cls, stored: Stored) -> Known:
+        """Return what is kept of a loaded adapter."""
+        weights = stored.weights
+        return cls(stored.path, stored.manifest, weights.max_rank, weights.num_parameters)
+
+
 def read_stored(
     folder: Path, name: str, layers: Layers | None = None, landing: Landing = ANYWHERE
 ) -> Stored:

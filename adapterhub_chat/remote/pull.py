@@ -23,7 +23,7 @@ from adapterhub_chat.errors import AdapterError, HubError, UsageError
 from adapterhub_chat.files import file_sha256
 from adapterhub_chat.pool.lockfile import Lock, Pinned, is_installed, read_lock
 from adapterhub_chat.pool.names import check_name
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import CARD, Status, Stored
 from adapterhub_chat.remote import signing
 from adapterhub_chat.remote.client import Hub, Snapshot
@@ -54,7 +54,7 @@ class Pulled:
 
 
 def pull(
-    shelf: Shelf,
+    registry: Registry,
     repo: str,
     hub: Hub,
     *,
@@ -68,13 +68,13 @@ def pull(
     name = check_name(name or repo.split("/")[1])
     if key is not None:
         signing.key_bytes(key)
-    lock = read_lock(shelf.pool.root)
-    _refuse_strangers(shelf, name, repo, hub, lock, replace=replace)
+    lock = read_lock(registry.pool.root)
+    _refuse_strangers(registry, name, repo, hub, lock, replace=replace)
     wanted = revision or "main"
     snapshot = hub.snapshot(repo, wanted)
     if (known := lock.adapters.get(name)) and not replace:
         _refuse_rewritten(hub, snapshot, known, wanted)
-    with shelf.pool.quarantine() as folder:
+    with registry.pool.quarantine() as folder:
         hashes = _download(hub, snapshot, folder)
         signer = _signer(folder, hashes, key)
         if known and not replace and known.commit == snapshot.commit and known.files != hashes:
@@ -99,15 +99,15 @@ def pull(
         _refuse_borrowed(folder, repo, signer)
 
         def still_mine() -> None:
-            now = read_lock(shelf.pool.root)
-            _refuse_strangers(shelf, name, repo, hub, now, replace=replace)
+            now = read_lock(registry.pool.root)
+            _refuse_strangers(registry, name, repo, hub, now, replace=replace)
 
-        return _install(shelf, name, folder, asked, still_mine)
+        return _install(registry, name, folder, asked, still_mine)
 
 
-def pull_locked(shelf: Shelf, token: str | None = None) -> list[Pulled]:
+def pull_locked(registry: Registry, token: str | None = None) -> list[Pulled]:
     """Bring the pool to what its lock says, to the byte; what was pulled before needs no network."""
-    pool = shelf.pool
+    pool = registry.pool
     lock = read_lock(pool.root)
     if not lock.adapters:
         raise UsageError(f"the pool {pool.root} has no adapters.lock.json, or an empty one")
@@ -117,10 +117,10 @@ def pull_locked(shelf: Shelf, token: str | None = None) -> list[Pulled]:
             if not _is_there(pool.root / check_name(name), pinned):
                 _restore(pinned, folder, token)
                 _signer(folder, pinned.files, pinned.signed_by or None)
-                done.append(_install(shelf, name, folder, pinned))
+                done.append(_install(registry, name, folder, pinned))
                 continue
         signer = _signer(pool.root / name, pinned.files, pinned.signed_by or None)
-        status = shelf.verify(name).status
+        status = registry.verify(name).status
         done.append(Pulled(name, pinned.repo, pinned.commit, status, signer, changed=False))
     return done
 
@@ -136,11 +136,11 @@ def _is_there(folder: Path, pinned: Pinned) -> bool:
 
 
 def _refuse_strangers(
-    shelf: Shelf, name: str, repo: str, hub: Hub, lock: Lock, *, replace: bool
+    registry: Registry, name: str, repo: str, hub: Hub, lock: Lock, *, replace: bool
 ) -> None:
     """Raise UsageError when the pool has an adapter of that name from elsewhere."""
     known = lock.adapters.get(name)
-    if replace or (known is None and name not in shelf.pool):
+    if replace or (known is None and name not in registry.pool):
         return
     if known is None:
         origin = "was not pulled"
@@ -215,7 +215,7 @@ def _refuse_borrowed(folder: Path, repo: str, signer: str) -> None:
 
 
 def _install(
-    shelf: Shelf,
+    registry: Registry,
     name: str,
     folder: Path,
     pinned: Pinned,
@@ -225,21 +225,21 @@ def _install(
 
     `may` is asked again under the pool's lock: it raises when somebody else has taken the name meanwhile.
     """
-    verdict = shelf.verify(folder)
+    verdict = registry.verify(folder)
     if not verdict.ok:
         problems = "; ".join(verdict.problems)
         raise AdapterError(f"{pinned.repo} is refused, and the pool is as it was: {problems}")
-    stored = shelf.find(folder, name)
+    stored = registry.find(folder, name)
     _keep_for_later(folder, pinned.files)
     _rewrite(folder, stored)
     installed = {
         file: file_sha256(folder / file) for file in (*LIMITS, CARD) if (folder / file).is_file()
     }
     pinned = pinned.model_copy(update={"installed": installed})
-    there = is_installed(shelf.pool.root / name, installed)
-    changed = not there or read_lock(shelf.pool.root).adapters.get(name) != pinned
+    there = is_installed(registry.pool.root / name, installed)
+    changed = not there or read_lock(registry.pool.root).adapters.get(name) != pinned
     if changed:
-        shelf.pool.install(name, folder, pinned, may)
+        registry.pool.install(name, folder, pinned, may)
     return Pulled(name, pinned.repo, pinned.commit, verdict.status, pinned.signed_by, changed)
 
 

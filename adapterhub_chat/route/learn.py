@@ -17,7 +17,7 @@ from adapterhub_chat.inference.generate import generate
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.model.adapter_model import AdapterModel
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.route.choice import Judges
 from adapterhub_chat.route.fit import BACKGROUND_RANK, FEWEST, GLANCE_RANK, Judge, learn
 from adapterhub_chat.route.gaussians import cloud_of
@@ -29,16 +29,16 @@ LEARNT, HELD_OUT, IMAGINED = 1400, 250, 480
 """Messages that a prototype is learnt from and ranks among, and texts of the background."""
 
 
-def usable_routing(shelf: Shelf, manifest: Manifest | None) -> Routing | None:
+def usable_routing(registry: Registry, manifest: Manifest | None) -> Routing | None:
     """Return a manifest's routing, None where there is none or it was learnt on another backbone.
 
     A glance of other sizes is left out: the messages are then looked at.
     """
     if manifest is None or manifest.routing is None:
         return None
-    backbone = shelf.model.backbone
+    backbone = registry.model.backbone
     same = not manifest.fingerprint.differences(backbone.fingerprint)
-    sizes = width(shelf.model), wordless(shelf.model)
+    sizes = width(registry.model), wordless(registry.model)
     routing, glance = manifest.routing, manifest.routing.glance
     if not same or (routing.width, routing.background_width) != sizes:
         return None
@@ -52,18 +52,18 @@ def judges_of(routing: Routing) -> Judges:
     return Judges(Judge(prototype_of(routing)), glance)
 
 
-def learn_routing(shelf: Shelf, tasks: Sequence[Task]) -> Routing | None:
+def learn_routing(registry: Registry, tasks: Sequence[Task]) -> Routing | None:
     """Return what an adapter's messages look like; None where they are too few to tell, and on an encoder."""
     own = messages_in(tasks, "train", LEARNT)
     held_out = messages_in(tasks, "validation", HELD_OUT)
     if len(held_out) < FEWEST:
         cut = len(own) * 3 // 4
         own, held_out = own[:cut], own[cut:]
-    model = shelf.model
+    model = registry.model
     encodes = model.backbone.encodes  # it makes nothing up, so there is no background
     if min(len(own), len(held_out)) < FEWEST or encodes or not model.early_block:
         return None
-    sketched, seen = _backgrounds(shelf)
+    sketched, seen = _backgrounds(registry)
     texts, held = read(model, own), read(model, held_out)
     return routing_of(
         learn(looks(model, texts), looks(model, held), seen),
@@ -85,16 +85,16 @@ def messages_in(tasks: Sequence[Task], split: Split, limit: int) -> list[str]:
     return [text for turn in zip_longest(*rows) for text in turn if text is not None]
 
 
-def _backgrounds(shelf: Shelf) -> tuple[Cloud, Cloud]:
+def _backgrounds(registry: Registry) -> tuple[Cloud, Cloud]:
     """Return the clouds of what the backbone makes up, glances and looks: a pool member's, or made up now."""
-    for name in shelf.pool.names():
+    for name in registry.pool.names():
         try:
-            routing = usable_routing(shelf, shelf.pool.manifest(name))
+            routing = usable_routing(registry, registry.pool.manifest(name))
         except AdapterError:
             continue
         if routing is not None and routing.glance is not None:
             return prototype_of(routing.glance).background, prototype_of(routing).background
-    model, narrow = shelf.model, wordless(shelf.model)
+    model, narrow = registry.model, wordless(registry.model)
     texts = read(model, imagined(model, IMAGINED))
     return (
         cloud_of(glances(model, texts)[:, :narrow], 1, GLANCE_RANK),

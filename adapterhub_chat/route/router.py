@@ -1,4 +1,4 @@
-"""The router of a shelf: what is learnt of its adapters' messages, and whom a message is for."""
+"""The router of a registry: what is learnt of its adapters' messages, and whom a message is for."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
 from adapterhub_chat.pool.names import NAME
 from adapterhub_chat.pool.provenance import trained_task
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.route.arrow import alignment, arrows
 from adapterhub_chat.route.choice import Cascade, Judges, Route, abstention
 from adapterhub_chat.route.learn import judges_of, learn_routing, usable_routing
 from adapterhub_chat.route.message_features import glances, looks, read
-from adapterhub_chat.types import Mix
+from adapterhub_chat.types import AUTO, AdapterChoice, Mix
 
 MEMORY = 8
 """Earlier messages of a conversation that are asked when nobody is close to the last one."""
@@ -40,11 +40,11 @@ class _Seen:
 
 
 class Router:
-    """Chooses adapters of a shelf by what their manifests say of their messages; thread-safe."""
+    """Chooses adapters of a registry by what their manifests say of their messages; thread-safe."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, registry: Registry) -> None:
         """Know nothing yet: prototypes are made ready when they are first asked for."""
-        self._shelf = shelf
+        self._registry = registry
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
         self._judges: dict[str, tuple[Manifest | None, Judges | None]] = {}
@@ -68,7 +68,7 @@ class Router:
         if not judges:
             return [self._by_arrows(given, names) for given in texts]
         told = [i for i, given in enumerate(texts) if given.strip()]
-        model, own = self._shelf.model, read(self._shelf.model, [texts[i] for i in told])
+        model, own = self._registry.model, read(self._registry.model, [texts[i] for i in told])
         found = self._seated(judges).routes(
             glances(model, own),
             lambda places: looks(model, [own[place] for place in places]),
@@ -95,20 +95,33 @@ class Router:
                 found[i] = replace(route, confidence=found[i].confidence, reason=why)
         return found
 
+    def choose(
+        self, choices: Sequence[AdapterChoice], rows: Sequence[Sequence[str]]
+    ) -> list[AdapterChoice]:
+        """Return one choice a row, with "auto" replaced by whom the row's messages are for."""
+        chosen = list(choices)
+        if len(chosen) != len(rows):
+            raise UsageError(f"{len(rows)} rows but {len(chosen)} adapters: give one per row")
+        if auto := [i for i, choice in enumerate(chosen) if choice == AUTO]:
+            routes = self.conversations([rows[i] for i in auto])
+            for i, route in zip(auto, routes, strict=True):
+                chosen[i] = route.mix
+        return chosen
+
     def _chosen(self, among: Iterable[str]) -> list[str]:
         """Return names that are loaded or in the pool; raise UnknownNameError for another."""
         names, loaded = listed(among, "among"), self._loaded()
         if not names:
             raise UsageError("among=[] leaves nobody to choose; name adapters, or leave it out")
-        return [n if n in loaded else self._shelf.pool.path(n).name for n in names]
+        return [n if n in loaded else self._registry.pool.path(n).name for n in names]
 
     def _names(self) -> list[str]:
         """Return the adapters of the pool, and what else is loaded."""
-        return list(dict.fromkeys([*self._shelf.pool.names(), *self._loaded()]))
+        return list(dict.fromkeys([*self._registry.pool.names(), *self._loaded()]))
 
     def _loaded(self) -> list[str]:
         """Return what is loaded, without what is only on trial."""
-        return [name for name in self._shelf.model.names if NAME.fullmatch(name)]
+        return [name for name in self._registry.model.names if NAME.fullmatch(name)]
 
     def _ready(self, names: Iterable[str]) -> dict[str, Judges]:
         """Return the judges of those adapters that say what their messages look like, on this backbone."""
@@ -128,13 +141,13 @@ class Router:
         """Return an adapter's judges, made anew only where its manifest is another."""
         manifest = self._manifest(name)
         if name not in self._judges or self._judges[name][0] is not manifest:
-            routing = usable_routing(self._shelf, manifest)
+            routing = usable_routing(self._registry, manifest)
             self._judges[name] = manifest, None if routing is None else judges_of(routing)
         return self._judges[name][1]
 
     def _manifest(self, name: str) -> Manifest | None:
         """Return an adapter's manifest, read again only where its file has changed; None if it cannot be."""
-        pool, known = self._shelf.pool, self._shelf.known(name)
+        pool, known = self._registry.pool, self._registry.known(name)
         if name not in pool or (known and known.path != pool.root / name):
             return known.manifest if known else None
         try:
@@ -158,7 +171,7 @@ class Router:
             return abstention(
                 "no adapter says what its messages look like, or shows it by its numbers"
             )
-        along = alignment(self._shelf.model, given, own)
+        along = alignment(self._registry.model, given, own)
         best, whole = max(along, key=along.__getitem__), sum(along.values())
         if not whole > 0:  # also where there is nothing to look at
             return abstention("the message lies along no adapter")
@@ -168,7 +181,7 @@ class Router:
 
     def _arrows_of(self, name: str) -> Tensor:
         """Return an adapter's arrows, worked out again only where its file has changed."""
-        model, pool, known = self._shelf.model, self._shelf.pool, self._shelf.known(name)
+        model, pool, known = self._registry.model, self._registry.pool, self._registry.known(name)
         try:
             folder = pool.path(name) if name in pool else known.path if known else None
             if folder is None:  # loaded by its numbers alone
@@ -189,19 +202,19 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 def describe_routes(
-    shelf: Shelf, names: Sequence[str], tasks: Sequence[Task] | None
+    registry: Registry, names: Sequence[str], tasks: Sequence[Task] | None
 ) -> dict[str, Manifest]:
     """Learn the routing of pool members and keep it in manifest and card; see AdapterHub.learn_routes."""
     learnt, misfits = {}, list[str]()
     for name in names:
-        manifest = shelf.pool.manifest(name)
+        manifest = registry.pool.manifest(name)
         trained = manifest.training.tasks if manifest else ()
         try:
             own = tasks or [trained_task(task, name) for task in trained]
         except UsageError as error:
             misfits.append(str(error))
             continue
-        routing = learn_routing(shelf, own) if manifest and own else None
+        routing = learn_routing(registry, own) if manifest and own else None
         if manifest is None:
             misfits.append(f"{name!r} has no manifest to keep it in; adopt it first")
         elif routing is None:
@@ -213,6 +226,6 @@ def describe_routes(
     if misfits:
         raise ConfigError("routes", misfits)
     for name, manifest in learnt.items():
-        shelf.pool.describe(name, manifest)
-        shelf.refresh(name)
+        registry.pool.describe(name, manifest)
+        registry.refresh(name)
     return learnt

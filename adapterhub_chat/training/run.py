@@ -21,7 +21,7 @@ from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import Backbone, load_backbone
 from adapterhub_chat.model.devices import peak_memory
 from adapterhub_chat.pool.provenance import draft_of
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.route.learn import learn_routing
 from adapterhub_chat.training.checkpoint import Checkpoints
 from adapterhub_chat.training.distributed import first_process, join
@@ -33,7 +33,9 @@ from adapterhub_chat.training.strategies import Course, Made, Memory
 from adapterhub_chat.types import Mix, as_mix
 
 
-def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> dict[str, Manifest]:
+def make_adapters(
+    registry: Registry, order: Order, listeners: Listeners = SILENT
+) -> dict[str, Manifest]:
     """Train, save and measure what is ordered; return the manifests of what was saved.
 
     Everything that can be wrong is looked at before the first step: names, data, the pool's folder.
@@ -41,16 +43,16 @@ def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> 
     nothing is not saved; when that is all there is, KeyboardInterrupt goes on its way. Of several
     processes only the first one writes, measures and has manifests to return.
     """
-    _check(shelf, order)
-    tokenizer = shelf.model.backbone.tokenizer
+    _check(registry, order)
+    tokenizer = registry.model.backbone.tokenizer
     jobs = {n: make_job(tokenizer, n, t, order.configs[n]) for n, t in order.tasks.items()}
     with contextlib.ExitStack() as stack:
         heard = listeners if first_process() else SILENT
         if order.run_dir is not None and first_process():
             heard = _logged(stack.enter_context(RunLog(order.run_dir)), order.run_dir, heard)
-        run = _Run(shelf, order, heard)
+        run = _Run(registry, order, heard)
         course = Course(
-            shelf.model,
+            registry.model,
             jobs,
             order.options,
             order.sweeps,
@@ -59,8 +61,8 @@ def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> 
             memory=run.memory,
         )
         if order.options.shard:
-            join(shelf.model.backbone.device)
-            shelf.model.shard()
+            join(registry.model.backbone.device)
+            registry.model.shard()
         for made in course.run():
             run.take(made)
         return run.finish()
@@ -69,8 +71,8 @@ def make_adapters(shelf: Shelf, order: Order, listeners: Listeners = SILENT) -> 
 class _Run:
     """What a run has made so far."""
 
-    def __init__(self, shelf: Shelf, order: Order, listeners: Listeners) -> None:
-        self.shelf, self.order, self.listeners = shelf, order, listeners
+    def __init__(self, registry: Registry, order: Order, listeners: Listeners) -> None:
+        self.registry, self.order, self.listeners = registry, order, listeners
         self.manifests: dict[str, Manifest] = {}
         self.made: dict[str, Made] = {}
         self.interrupted = False
@@ -106,7 +108,7 @@ class _Run:
         options, tasks = self.order.options, [self.order.tasks[task] for task in made.tasks]
         draft = manifest_of(
             tasks,
-            self.shelf.model.backbone,
+            self.registry.model.backbone,
             made.job,
             made.trained,
             how=options.how,
@@ -115,10 +117,10 @@ class _Run:
         )
         common = options.how == "shared" and made.job.name == options.shared_name
         if not (common or options.shard):  # a common one acts beside others, never by itself
-            draft = draft.model_copy(update={"routing": learn_routing(self.shelf, tasks)})
+            draft = draft.model_copy(update={"routing": learn_routing(self.registry, tasks)})
         weights = made.weights.to(self.order.save_dtype)
         try:
-            kept = self.shelf.keep(weights, draft, probing=not options.shard)
+            kept = self.registry.keep(weights, draft, probing=not options.shard)
         except AdapterError as error:
             _warn(f"adapter {draft.name!r} is not saved: {error}")
             return
@@ -146,18 +148,18 @@ class _Run:
     def _measure(self) -> None:
         """Score the saved adapters on their tasks' test splits; write the scores into manifests."""
         limit = self.order.options.test_examples
-        plain = _unquantized(self.shelf.model)
+        plain = _unquantized(self.registry.model)
         try:
             for name, manifest in self.manifests.items():
                 scores = []
                 for task in (self.order.tasks[t] for t in self.made[name].tasks):
                     pair = [(name, as_mix(name))]
-                    scores += judge_task(self.shelf.model, task, pair, limit, self.listeners)
+                    scores += judge_task(self.registry.model, task, pair, limit, self.listeners)
                     if plain is not None:
-                        plain.load(name, self.shelf.model.weights(name))
+                        plain.load(name, self.registry.model.weights(name))
                         scores += judge_task(plain, task, pair, limit, self.listeners)
                 self.manifests[name] = manifest.with_scores(scores)
-                self.shelf.describe(name, self.manifests[name])
+                self.registry.describe(name, self.manifests[name])
         except KeyboardInterrupt:
             _warn(f"interrupted: {', '.join(self.manifests)} are saved, but not all are measured")
             raise
@@ -173,13 +175,15 @@ class _Run:
             grown = made.job.name if made.job.name in self.manifests else None
             answering = grown if options.grow else learnt
             if name not in self._start:
-                (bare,) = judge_task(self.shelf.model, task, [("", Mix())], options.test_examples)
+                (bare,) = judge_task(
+                    self.registry.model, task, [("", Mix())], options.test_examples
+                )
                 self._start[name] = bare.value
             if answering is None:
                 row.append(None)
                 continue
             pair = [(answering, as_mix(answering))]
-            (found,) = judge_task(self.shelf.model, task, pair, options.test_examples)
+            (found,) = judge_task(self.registry.model, task, pair, options.test_examples)
             row.append(found.value)
         self._matrix.append(tuple(row))
         self.listeners.on_ledger(

@@ -15,7 +15,7 @@ from adapterhub_chat.data.task import Task, as_task
 from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.pool.names import check_name
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.training.distributed import first_process, processes
 from adapterhub_chat.validation import read_settings
 
@@ -45,13 +45,13 @@ class Order:
     resume: bool = False
 
 
-def _check(shelf: Shelf, order: Order) -> None:
+def _check(registry: Registry, order: Order) -> None:
     """Look at all that can be wrong before the first step; raise one ConfigError that names it all."""
     options, names = order.options, list(order.tasks)
     common = {"shared": options.shared_name, "sequence": options.grown_name}.get(options.how)
     for name in (*names, *filter(None, [common])):
         check_name(name)
-    encodes = shelf.model.backbone.encodes
+    encodes = registry.model.backbone.encodes
     found = [
         *_mode_misfits(order, encodes=encodes),
         *_sweep_misfits(order),
@@ -60,13 +60,13 @@ def _check(shelf: Shelf, order: Order) -> None:
     if common in names:
         found.append(f"{common!r} is the name of a task's adapter and of the common one")
     for name, config in order.configs.items():
-        most = shelf.model.backbone.max_length
+        most = registry.model.backbone.max_length
         if most is not None and config.row_length > most:
             found.append(
                 f"{name}: row_length {config.row_length}, and the encoder reads {most} tokens"
             )
         try:
-            targeted(shelf.model.shapes, config.targets, config.layers)
+            targeted(registry.model.shapes, config.targets, config.layers)
         except UsageError as error:
             found.append(f"{name}: {error}")
         if options.test_examples and not options.shard and not order.tasks[name].split("test"):
@@ -74,7 +74,7 @@ def _check(shelf: Shelf, order: Order) -> None:
     if found:
         raise ConfigError("the run", found)
     if first_process():
-        shelf.pool.check_writable()
+        registry.pool.check_writable()
 
 
 def _mode_misfits(order: Order, *, encodes: bool) -> Iterator[str]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from uuid import uuid4
 
 from adapterhub_chat.data.metrics import METRICS, Rows
 from adapterhub_chat.errors import DataError, UsageError
@@ -209,13 +208,9 @@ def _rows(model: AdapterModel, setting: Setting, weights: AdapterWeights | None)
 
 @contextmanager
 def _on_trial(model: AdapterModel, weights: AdapterWeights | None) -> Iterator[Mix]:
-    """Load weights under a name that nobody uses, for as long as the block runs."""
+    """Load weights for as long as the block runs; give their mix, without weights the backbone's."""
     if weights is None:
         yield Mix()
         return
-    name = f"candidate {uuid4().hex}"
-    model.load(name, weights)
-    try:
+    with model.temporarily_loaded(weights) as name:
         yield as_mix(name)
-    finally:
-        model.unload(name)

@@ -25,7 +25,7 @@ from adapterhub_chat.errors import AdapterError, AdapterHubError, DataError, Usa
 from adapterhub_chat.inference.likelihood import label_scores
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import features
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.route.learn import messages_in
 from adapterhub_chat.types import NO_ADAPTER, Example, Mix, PromptContract
 
@@ -164,24 +164,24 @@ def _ranks(values: Sequence[float]) -> Tensor:
 
 
 def rank_sources(
-    shelf: Shelf, target: Task, names: Sequence[str] | None, limit: int
+    registry: Registry, target: Task, names: Sequence[str] | None, limit: int
 ) -> list[Ranked]:
     """Return adapters of the pool by how promising they are; see AdapterHub.rank_sources."""
-    mixes = _mixes(shelf) if names is None else shelf.ready(list(names))
+    mixes = _mixes(registry) if names is None else registry.ready(list(names))
     if not mixes:
-        raise UsageError(f"there are no adapters in {shelf.pool.root} to rank as sources")
+        raise UsageError(f"there are no adapters in {registry.pool.root} to rank as sources")
     sources, examples = {str(mix): mix for mix in mixes}, sample(target.split("train"), limit)
-    distances = _distances(shelf, list(sources), target, limit)
-    return rank(shelf.model, target, examples, list(sources.items()), distances)
+    distances = _distances(registry, list(sources), target, limit)
+    return rank(registry.model, target, examples, list(sources.items()), distances)
 
 
-def _mixes(shelf: Shelf) -> list[Mix]:
+def _mixes(registry: Registry) -> list[Mix]:
     """Return the pool's adapters, each alone; warn of what cannot be loaded here."""
     found: list[Mix] = []
-    for name in shelf.pool.names():
+    for name in registry.pool.names():
         try:
-            (mix,) = shelf.ready([name])
-            shelf.whole(mix)
+            (mix,) = registry.ready([name])
+            registry.whole(mix)
         except AdapterError as error:
             warnings.warn(f"{name} is left out: {error}", stacklevel=4)
         else:
@@ -189,21 +189,26 @@ def _mixes(shelf: Shelf) -> list[Mix]:
     return found
 
 
-def _distances(shelf: Shelf, names: Sequence[str], target: Task, limit: int) -> dict[str, float]:
+def _distances(
+    registry: Registry, names: Sequence[str], target: Task, limit: int
+) -> dict[str, float]:
     """Return the proxy A-distance to the target of each source whose tasks are here."""
-    found, its = {}, _features_of(shelf, [target], limit)
+    found, its = {}, _features_of(registry, [target], limit)
     for name in names:
-        known = shelf.known(name)
+        known = registry.known(name)
         trained = known.manifest.training.tasks if known and known.manifest else ()
         with suppress(AdapterHubError):  # a task or its data is not here: then nothing is told
             if tasks := [load_task(task) for task in trained]:
-                found[name] = a_distance(_features_of(shelf, tasks, limit), its)
+                found[name] = a_distance(_features_of(registry, tasks, limit), its)
     return found
 
 
-def _features_of(shelf: Shelf, tasks: Sequence[Task], limit: int) -> Tensor:
+def _features_of(registry: Registry, tasks: Sequence[Task], limit: int) -> Tensor:
     """Return the bare backbone's mean features of some messages of tasks, (messages, hidden)."""
     texts = messages_in(tasks, "train", limit)
     return features(
-        shelf.model, PromptContract(), [Example({"text": text}, "") for text in texts], NO_ADAPTER
+        registry.model,
+        PromptContract(),
+        [Example({"text": text}, "") for text in texts],
+        NO_ADAPTER,
     )

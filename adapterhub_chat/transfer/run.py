@@ -13,7 +13,7 @@ from adapterhub_chat.events import Listeners
 from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.provenance import draft_of
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stacks import flat
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.route.learn import learn_routing
@@ -38,9 +38,9 @@ class Transferred:
     """What each number of shots that was asked for comes to, in ascending order."""
 
 
-def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> Transferred:
+def make_transfer(registry: Registry, order: TransferOrder, listeners: Listeners) -> Transferred:
     """Train, judge, choose, keep and measure; see AdapterHub.transfer."""
-    stored = shelf.find(order.source)
+    stored = registry.find(order.source)
     task = order.source_task or _task_of(stored)
     target, texts = _target(order, task)
     name = check_name(order.name or f"{target.name}-from-{stored.name}")
@@ -53,10 +53,10 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
         raise UsageError(
             f"{name!r} is what the new adapter learns from; choose another name for it"
         )
-    _check_layers(shelf, order)
-    shelf.pool.check_writable()
+    _check_layers(registry, order)
+    registry.pool.check_writable()
     labels = [*stored.manifest.contract.labels] if stored.manifest else None
-    source = flat(shelf.pool, stored)
+    source = flat(registry.pool, stored)
     settings = {
         shots: replace(
             make_setting(
@@ -70,9 +70,9 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
     }
     for setting in settings.values():
         check_method(setting, order.method)
-    warn_of_language(shelf.model.backbone.tokenizer, settings[order.shots])
+    warn_of_language(registry.model.backbone.tokenizer, settings[order.shots])
     outcomes = {
-        shots: transfer(shelf.model, setting, order.method, on_event=listeners.on_event)
+        shots: transfer(registry.model, setting, order.method, on_event=listeners.on_event)
         for shots, setting in settings.items()
     }
     outcome = outcomes[order.shots]
@@ -80,19 +80,19 @@ def make_transfer(shelf: Shelf, order: TransferOrder, listeners: Listeners) -> T
     if chosen.weights is None:
         return Transferred(None, outcome, outcomes)
     taught = [target, *([task] if outcome.chosen in BY_SOURCE else [])]
-    draft = _manifest(shelf, order, name, taught, stored, outcome)
-    under = _under(shelf, order, stored) if chosen.own is not None else ()
+    draft = _manifest(registry, order, name, taught, stored, outcome)
+    under = _under(registry, order, stored) if chosen.own is not None else ()
     weights = chosen.own if chosen.own is not None and under else chosen.weights
-    manifest = shelf.keep(weights, draft.model_copy(update={"stack": under}))
+    manifest = registry.keep(weights, draft.model_copy(update={"stack": under}))
     if target.split("test"):
-        scores = judge_task(shelf.model, target, [(name, as_mix(name))], 0, listeners)
-        shelf.describe(name, manifest := manifest.with_scores(scores))
+        scores = judge_task(registry.model, target, [(name, as_mix(name))], 0, listeners)
+        registry.describe(name, manifest := manifest.with_scores(scores))
     return Transferred(manifest, outcome, outcomes)
 
 
-def flatten(shelf: Shelf, name: str, flat_name: str | None) -> Manifest:
+def flatten(registry: Registry, name: str, flat_name: str | None) -> Manifest:
     """Keep a stack as one plain adapter; see AdapterHub.flatten."""
-    stored = shelf.find(name)
+    stored = registry.find(name)
     manifest = stored.manifest
     if manifest is None or not manifest.stack:
         raise UsageError(f"adapter {name!r} is no stack: it is one plain adapter already")
@@ -103,24 +103,24 @@ def flatten(shelf: Shelf, name: str, flat_name: str | None) -> Manifest:
     )
     scores = tuple(replace(score, adapter=named) for score in manifest.scores)
     changes = {"name": named, "stack": (), "training": training, "scores": scores, "published": ""}
-    return shelf.keep(flat(shelf.pool, stored), manifest.model_copy(update=changes))
+    return registry.keep(flat(registry.pool, stored), manifest.model_copy(update=changes))
 
 
-def _under(shelf: Shelf, order: TransferOrder, stored: Stored) -> tuple[Under, ...]:
+def _under(registry: Registry, order: TransferOrder, stored: Stored) -> tuple[Under, ...]:
     """Return what a stack stands on, empty where the source is no pool member: it is flattened then."""
-    if order.source not in shelf.pool or stored.manifest is None:
+    if order.source not in registry.pool or stored.manifest is None:
         return ()
     return (*stored.manifest.stack, Under(name=order.source, sha256=stored.manifest.sha256))
 
 
-def _check_layers(shelf: Shelf, order: TransferOrder) -> None:
+def _check_layers(registry: Registry, order: TransferOrder) -> None:
     """Raise UsageError for blocks that the backbone does not have."""
-    targeted(shelf.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
-    count = len(shelf.model.backbone.blocks)
+    targeted(registry.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
+    count = len(registry.model.backbone.blocks)
     if order.layer != -1 and not -count <= order.layer < count:
         raise UsageError(
-            f"layer={order.layer}: {shelf.model.backbone.name} has {count} blocks; allowed are {-count} to "
-            f"{count - 1}"
+            f"layer={order.layer}: {registry.model.backbone.name} has {count} blocks; allowed are {-count} "
+            f"to {count - 1}"
         )
 
 
@@ -136,7 +136,7 @@ def _task_of(stored: Stored) -> Task:
 
 
 def _manifest(
-    shelf: Shelf,
+    registry: Registry,
     order: TransferOrder,
     name: str,
     taught: Sequence[Task],
@@ -183,8 +183,12 @@ def _manifest(
         note="; ".join(filter(None, notes)),
         seconds=round(outcome.seconds, 1),
     )
-    draft = draft_of(name, shelf.model.backbone, [target], training)
+    draft = draft_of(name, registry.model.backbone, [target], training)
     licence = ", ".join(dict.fromkeys(task.licence for task in taught))
     return draft.model_copy(
-        update={"routing": learn_routing(shelf, [target]), "transfer": report, "licence": licence}
+        update={
+            "routing": learn_routing(registry, [target]),
+            "transfer": report,
+            "licence": licence,
+        }
     )

@@ -10,6 +10,7 @@ from typing import Any
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.data.inputs import unanswered
 from adapterhub_chat.data.task import Task, as_task, is_table, table_task
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.types import Example
 from adapterhub_chat.validation import read_settings
 
@@ -59,6 +60,35 @@ def target_of(target: str | Path | Task) -> Task | Path:
     if isinstance(target, Task) or not is_table(target):
         return as_task(target)
     return Path(target)
+
+
+def transfer_order(
+    source: str,
+    target: str | Path | Task,
+    shots: int | Sequence[int],
+    settings: Mapping[str, Any],
+    **options: Any,
+) -> TransferOrder:
+    """Return the order that a caller's words mean; `options` are further fields of it.
+
+    Of several numbers of `shots` the first makes the adapter; the others are tried, too.
+    """
+    config = transfer_config(settings)
+    goal = target_of(target)
+    counts = [shots] if isinstance(shots, int) else list(shots)
+    if not counts or min(counts) < 0:
+        raise UsageError(f"shots={shots}: one number that is at least 0, or several")
+    return TransferOrder(source, goal, shots=counts[0], also=counts[1:], config=config, **options)
+
+
+def ranked_task(target: str | Path | Task) -> Task:
+    """Return the task that sources are ranked for; raise UsageError for a table."""
+    goal = target_of(target)
+    if isinstance(goal, Path):
+        raise UsageError(
+            f"sources are ranked for a task, and {goal} is a table: a .toml file beside it makes it one"
+        )
+    return goal
 
 
 def _target(order: TransferOrder, source: Task) -> tuple[Task, list[Example] | None]:

@@ -99,7 +99,7 @@ def test_four_bits_give_one_text_together_and_alone(pico_folder, make_weights):
 
 
 class Library:
-    """Adapters that are loaded when they are asked for, as a shelf does."""
+    """Adapters that are loaded when they are asked for, as a registry does."""
 
     def __init__(self, model, make_weights, count):
         self.model, self.lock = model, threading.Lock()

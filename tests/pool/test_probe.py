@@ -1,4 +1,4 @@
-"""May an adapter be used on this backbone, and does it do what it did? Trust and the shelf together."""
+"""May an adapter be used on this backbone, and does it do what it did? Trust and the registry together."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from adapterhub_chat.model.backbone import LIBRARIES
 from adapterhub_chat.pool import admission as shelves
 from adapterhub_chat.pool.pool import EARLIER, PROBES, Pool
 from adapterhub_chat.pool.probe import probe_key
-from adapterhub_chat.pool.registry import Shelf
+from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.types import PromptContract, Score, as_mix
 
 PROMPTS = ["a good film", "bad"]
@@ -39,15 +39,15 @@ def draft(backbone, name="a", **changes):
 
 
 @pytest.fixture
-def shelf(model, tmp_path):
-    return Shelf(model, Pool(tmp_path / "pool"))
+def registry(model, tmp_path):
+    return Registry(model, Pool(tmp_path / "pool"))
 
 
 @pytest.fixture
-def kept(shelf, make_weights):
+def kept(registry, make_weights):
     """The folder of an adapter `a` that the pool of `hub` holds too."""
-    shelf.keep(make_weights(), draft(shelf.model.backbone))
-    return shelf.pool.root / "a"
+    registry.keep(make_weights(), draft(registry.model.backbone))
+    return registry.pool.root / "a"
 
 
 def contents(folder):
@@ -91,6 +91,26 @@ def edit_tensors(folder, change):
     edit_json(folder / MANIFEST, lambda values: values.update(sha256=sha256))
 
 
+def test_a_problem_is_one_whatever_the_folder_is_called(hub, kept, tmp_path):
+    folder = tmp_path / "one\n  - two"
+    shutil.copytree(kept, folder)
+    edit_json(folder / MANIFEST, lambda values: values.update(sha256="0" * 64))
+    (problem,) = hub.verify(folder).problems
+    assert str(folder / WEIGHTS) in problem
+    with pytest.raises(AdapterError) as refused:
+        hub.load(folder, "b")
+    assert refused.value.misfits == (problem,)
+
+
+def test_each_problem_of_a_folder_stands_alone(hub, kept):
+    edit_json(kept / CONFIG, lambda values: values.update(r=0, bias="all"))
+    with pytest.raises(AdapterError) as refused:
+        hub.load(kept)
+    assert len(refused.value.misfits) > 1
+    assert hub.verify(kept).problems == refused.value.misfits
+    assert all(problem in str(refused.value) for problem in refused.value.misfits)
+
+
 # ---- the four answers ----------------------------------------------------------------------------
 
 
@@ -102,7 +122,7 @@ def test_exact_on_the_backbone_it_was_made_on(hub, kept):
     assert (verdict.ok, verdict.status, verdict.problems) == (True, "exact", ())
 
 
-def assert_compatible(hub, shelf, *words):
+def assert_compatible(hub, registry, *words):
     with pytest.warns(UserWarning, match="adapter 'a' is compatible: made on float32") as heard:
         hub.load("a")
     assert heard[0].filename == __file__
@@ -115,19 +135,19 @@ def assert_compatible(hub, shelf, *words):
     assert (ours[0] - hub.next_token_logits(PROMPTS)[0]).abs().max() > 0.1
 
 
-def test_compatible_with_a_warning_in_another_precision(kept, shelf, pico_folder):
-    hub = AdapterHub(str(pico_folder), shelf.pool.root, dtype="bf16", device="cpu")
-    assert_compatible(hub, shelf, "this backbone is bfloat16 (none quantization)")
+def test_compatible_with_a_warning_in_another_precision(kept, registry, pico_folder):
+    hub = AdapterHub(str(pico_folder), registry.pool.root, dtype="bf16", device="cpu")
+    assert_compatible(hub, registry, "this backbone is bfloat16 (none quantization)")
 
 
-def test_compatible_with_a_warning_on_a_4_bit_backbone(kept, shelf, pico_folder):
+def test_compatible_with_a_warning_on_a_4_bit_backbone(kept, registry, pico_folder):
     folder = str(pico_folder)
     try:
-        hub = AdapterHub(folder, shelf.pool.root, dtype="fp32", device="cpu", quantize="nf4")
+        hub = AdapterHub(folder, registry.pool.root, dtype="fp32", device="cpu", quantize="nf4")
         hub.next_token_logits(PROMPTS)
     except (RuntimeError, NotImplementedError, ImportError) as error:
         pytest.skip(f"bitsandbytes cannot do this here: {error}")
-    assert_compatible(hub, shelf, "this backbone is float32 (nf4 quantization)")
+    assert_compatible(hub, registry, "this backbone is float32 (nf4 quantization)")
 
 
 def test_unverified_with_a_warning_when_plain_peft_made_it(hub, kept):
@@ -293,8 +313,8 @@ def test_another_alpha_is_refused_in_another_precision_too(alpha, hub, kept, pic
     assert "a log-probability of its probe is off by" in problem
 
 
-def test_an_adapter_that_has_learnt_nothing_yet_may_do_nothing(hub, shelf, make_weights):
-    shelf.keep(make_weights(size=0.0), draft(hub.backbone))
+def test_an_adapter_that_has_learnt_nothing_yet_may_do_nothing(hub, registry, make_weights):
+    registry.keep(make_weights(size=0.0), draft(hub.backbone))
     assert hub.pool.manifest("a").probe.shift == 0
     assert hub.verify("a").status == "exact"
 
@@ -368,9 +388,9 @@ def test_the_key_is_another_for_all_that_an_answer_depends_on(hub, kept, monkeyp
     assert probe_key(replace(stored, manifest=None), hub.model) == ""
 
 
-def test_new_words_about_the_same_weights_ask_no_probe(hub, kept, shelf, forwards):
+def test_new_words_about_the_same_weights_ask_no_probe(hub, kept, registry, forwards):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
-    shelf.record([score])
+    registry.record([score])
     assert hub.pool.manifest("a").scores == (score,)
     hub.load("a")
     assert forwards == []
@@ -379,14 +399,14 @@ def test_new_words_about_the_same_weights_ask_no_probe(hub, kept, shelf, forward
 # ---- rolling back --------------------------------------------------------------------------------
 
 
-def two_versions(shelf, make_weights):
+def two_versions(registry, make_weights):
     """Keep `a` twice; return each version's manifest and answers."""
     found = []
     for seed in (1, 2):
-        manifest = shelf.keep(
-            make_weights(seed=seed), draft(shelf.model.backbone, about=f"v{seed}")
+        manifest = registry.keep(
+            make_weights(seed=seed), draft(registry.model.backbone, about=f"v{seed}")
         )
-        found.append((manifest, answers(shelf.model)))
+        found.append((manifest, answers(registry.model)))
     return found
 
 
@@ -396,27 +416,29 @@ def answers(model):
         return model.backbone.model(ids).logits
 
 
-def test_rolling_back_gives_new_requests_the_earlier_version(shelf, make_weights):
-    (old, before), (new, after) = two_versions(shelf, make_weights)
-    assert shelf.rollback("a") == shelf.known("a").manifest == shelf.pool.manifest("a") == old
-    assert torch.equal(answers(shelf.model), before)
-    assert shelf.rollback("a") == new
-    assert torch.equal(answers(shelf.model), after)
+def test_rolling_back_gives_new_requests_the_earlier_version(registry, make_weights):
+    (old, before), (new, after) = two_versions(registry, make_weights)
+    assert (
+        registry.rollback("a") == registry.known("a").manifest == registry.pool.manifest("a") == old
+    )
+    assert torch.equal(answers(registry.model), before)
+    assert registry.rollback("a") == new
+    assert torch.equal(answers(registry.model), after)
     assert not torch.equal(before, after)
 
 
-def test_a_running_request_ends_with_the_version_it_began_with(shelf, make_weights):
-    (_, before), (_, after) = two_versions(shelf, make_weights)
+def test_a_running_request_ends_with_the_version_it_began_with(registry, make_weights):
+    (_, before), (_, after) = two_versions(registry, make_weights)
     ids = torch.tensor([[4, 5, 6]])
-    with shelf.model.mixing([as_mix("a")]), torch.no_grad():
-        shelf.rollback("a")
-        assert torch.equal(shelf.model.backbone.model(ids).logits, after)
-    assert torch.equal(answers(shelf.model), before)
+    with registry.model.mixing([as_mix("a")]), torch.no_grad():
+        registry.rollback("a")
+        assert torch.equal(registry.model.backbone.model(ids).logits, after)
+    assert torch.equal(answers(registry.model), before)
 
 
-def test_rolling_back_loads_nothing_that_is_not_loaded(shelf, hub, make_weights, tmp_path):
-    (old, _), _ = two_versions(shelf, make_weights)
-    shutil.copytree(shelf.pool.root / "a", tmp_path / "elsewhere")
+def test_rolling_back_loads_nothing_that_is_not_loaded(registry, hub, make_weights, tmp_path):
+    (old, _), _ = two_versions(registry, make_weights)
+    shutil.copytree(registry.pool.root / "a", tmp_path / "elsewhere")
     hub.load(tmp_path / "elsewhere", name="a")
     loaded = hub.next_token_logits(PROMPTS, ["a", "a"])
     assert hub.rollback("a") == old  # the pool's; the loaded one came from another folder
@@ -426,9 +448,9 @@ def test_rolling_back_loads_nothing_that_is_not_loaded(shelf, hub, make_weights,
     assert hub.model.names == ()
 
 
-def test_an_earlier_version_that_is_refused_is_not_put_back(hub, shelf, make_weights):
-    two_versions(shelf, make_weights)
-    edit_tensors(shelf.pool.root / "a" / EARLIER, lambda _name, t: t * float("nan"))
+def test_an_earlier_version_that_is_refused_is_not_put_back(hub, registry, make_weights):
+    two_versions(registry, make_weights)
+    edit_tensors(registry.pool.root / "a" / EARLIER, lambda _name, t: t * float("nan"))
     hub.load("a")
     before = contents(hub.pool.root), hub.next_token_logits(PROMPTS, ["a", None])
     with pytest.raises(AdapterError, match="some numbers are not finite"):
@@ -437,9 +459,9 @@ def test_an_earlier_version_that_is_refused_is_not_put_back(hub, shelf, make_wei
     assert torch.equal(hub.next_token_logits(PROMPTS, ["a", None]), before[1])
 
 
-def test_rolling_back_to_another_precision_warns_the_caller(shelf, make_weights, pico_folder):
-    two_versions(shelf, make_weights)
-    hub = AdapterHub(str(pico_folder), shelf.pool.root, dtype="bf16", device="cpu")
+def test_rolling_back_to_another_precision_warns_the_caller(registry, make_weights, pico_folder):
+    two_versions(registry, make_weights)
+    hub = AdapterHub(str(pico_folder), registry.pool.root, dtype="bf16", device="cpu")
     with pytest.warns(UserWarning, match="compatible"):
         hub.load("a")
     with pytest.warns(UserWarning, match="adapter 'a' is compatible") as heard:
@@ -549,60 +571,60 @@ def test_verifying_what_is_not_there(hub, kept, tmp_path):
     assert not hub.verify(tmp_path / "nowhere").ok
 
 
-# ---- the shelf -----------------------------------------------------------------------------------
+# ---- the registry -----------------------------------------------------------------------------------
 
 
-def test_what_is_kept_is_loaded_saved_and_loads_again(shelf, hub, make_weights):
+def test_what_is_kept_is_loaded_saved_and_loads_again(registry, hub, make_weights):
     weights = make_weights()
-    manifest = shelf.keep(weights, draft(shelf.model.backbone))
-    assert shelf.model.names == ("a",)
-    assert shelf.known("a").manifest == manifest == shelf.pool.manifest("a")
+    manifest = registry.keep(weights, draft(registry.model.backbone))
+    assert registry.model.names == ("a",)
+    assert registry.known("a").manifest == manifest == registry.pool.manifest("a")
     hub.load("a")
-    with shelf.model.mixing([as_mix("a")]), torch.no_grad():
+    with registry.model.mixing([as_mix("a")]), torch.no_grad():
         ids = torch.tensor([[4, 5, 6]])
-        ours = shelf.model.backbone.model(ids).logits
+        ours = registry.model.backbone.model(ids).logits
     with hub.model.mixing([as_mix("a")]), torch.no_grad():
         assert torch.equal(hub.backbone.model(ids).logits, ours)
 
 
-def test_peft_is_told_the_hub_id_of_a_packaged_backbone(shelf, make_weights):
-    packaged = draft(shelf.model.backbone).model_copy(update={"backbone": "smollm2-135m"})
-    shelf.keep(make_weights(), packaged)
-    config = json.loads((shelf.pool.root / "a" / CONFIG).read_text())
+def test_peft_is_told_the_hub_id_of_a_packaged_backbone(registry, make_weights):
+    packaged = draft(registry.model.backbone).model_copy(update={"backbone": "smollm2-135m"})
+    registry.keep(make_weights(), packaged)
+    config = json.loads((registry.pool.root / "a" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_what_cannot_be_saved_is_not_loaded_either(shelf, make_weights):
+def test_what_cannot_be_saved_is_not_loaded_either(registry, make_weights):
     old = make_weights(seed=1)
-    manifest = shelf.keep(old, draft(shelf.model.backbone, about="old"))
-    shutil.rmtree(shelf.pool.root)
-    shelf.pool.root.write_text("a file in the way")
+    manifest = registry.keep(old, draft(registry.model.backbone, about="old"))
+    shutil.rmtree(registry.pool.root)
+    registry.pool.root.write_text("a file in the way")
     with pytest.raises(PoolError):
-        shelf.keep(make_weights(seed=2), draft(shelf.model.backbone, about="new"))
-    assert shelf.model.names == ("a",)
-    for module, (a, b) in shelf.model.weights("a").factors.items():
+        registry.keep(make_weights(seed=2), draft(registry.model.backbone, about="new"))
+    assert registry.model.names == ("a",)
+    for module, (a, b) in registry.model.weights("a").factors.items():
         torch.testing.assert_close((a, b), old.factors[module])
-    assert shelf.known("a").manifest == manifest
+    assert registry.known("a").manifest == manifest
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_not_kept(bad, shelf, make_weights):
+def test_numbers_that_are_not_finite_are_not_kept(bad, registry, make_weights):
     good = make_weights()
     broken = good.with_factors({m: (a, b * bad) for m, (a, b) in good.factors.items()})
     with pytest.raises(AdapterError, match="not finite"):
-        shelf.keep(broken, draft(shelf.model.backbone))
-    assert shelf.model.names == ()
-    assert shelf.pool.names() == []
+        registry.keep(broken, draft(registry.model.backbone))
+    assert registry.model.names == ()
+    assert registry.pool.names() == []
 
 
-def test_a_pool_member_comes_before_a_folder_of_its_name(shelf, kept, make_weights, monkeypatch):
-    shelf.keep(make_weights(seed=9), draft(shelf.model.backbone, name="b"))
+def test_a_pool_member_comes_before_a_folder_of_its_name(registry, kept, make_weights, monkeypatch):
+    registry.keep(make_weights(seed=9), draft(registry.model.backbone, name="b"))
     monkeypatch.chdir(kept.parent.parent)
     shutil.copytree(kept.parent / "b", "a")
     shutil.copytree(kept.parent / "b", "c")
-    assert shelf.find("a").path == kept
-    assert shelf.find("./a").path.resolve() == (kept.parent.parent / "a")
-    assert shelf.find("c").name == "c"
+    assert registry.find("a").path == kept
+    assert registry.find("./a").path.resolve() == (kept.parent.parent / "a")
+    assert registry.find("c").name == "c"
 
 
 def test_one_adapter_under_two_names(hub, kept):
@@ -615,16 +637,16 @@ def test_one_adapter_under_two_names(hub, kept):
         hub.load("a", name="auto")
 
 
-def test_the_heaviest_adapter_of_a_mix_gives_the_contract(shelf, make_weights):
+def test_the_heaviest_adapter_of_a_mix_gives_the_contract(registry, make_weights):
     for seed, name in enumerate("ab"):
-        shelf.keep(make_weights(seed=seed), draft(shelf.model.backbone, name=name))
-    assert shelf.contract(as_mix({"a": 0.3, "b": 0.7})).template == "b: {text}"
-    assert shelf.contract(as_mix({"a": -0.8, "b": 0.7})).template == "a: {text}"
-    assert shelf.contract(as_mix(None)) is None
+        registry.keep(make_weights(seed=seed), draft(registry.model.backbone, name=name))
+    assert registry.contract(as_mix({"a": 0.3, "b": 0.7})).template == "b: {text}"
+    assert registry.contract(as_mix({"a": -0.8, "b": 0.7})).template == "a: {text}"
+    assert registry.contract(as_mix(None)) is None
 
 
 def test_what_a_mix_names_is_loaded_from_the_pool_once(hub, kept):
-    fresh = Shelf(hub.model, hub.pool)
+    fresh = Registry(hub.model, hub.pool)
     mixes = fresh.ready(["a", None, {"a": 0.5}, "a"])
     assert [str(mix) for mix in mixes] == ["a", "backbone", "a=0.5", "a"]
     assert fresh.model.names == ("a",)
@@ -634,24 +656,24 @@ def test_what_a_mix_names_is_loaded_from_the_pool_once(hub, kept):
     assert fresh.known("a") is None
 
 
-def test_a_score_is_written_into_the_pool_and_known_here(shelf, kept):
+def test_a_score_is_written_into_the_pool_and_known_here(registry, kept):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
-    shelf.describe("a", shelf.known("a").manifest.with_scores([score]))
-    assert shelf.known("a").manifest.scores == (score,)
-    assert shelf.pool.load("a").manifest.scores == (score,)
+    registry.describe("a", registry.known("a").manifest.with_scores([score]))
+    assert registry.known("a").manifest.scores == (score,)
+    assert registry.pool.load("a").manifest.scores == (score,)
 
 
-def test_a_score_of_an_older_version_is_not_written(shelf, kept, make_weights):
+def test_a_score_of_an_older_version_is_not_written(registry, kept, make_weights):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
-    newer = Shelf(shelf.model, Pool(shelf.pool.root))
-    newer.keep(make_weights(seed=5), draft(shelf.model.backbone, about="newer"))
+    newer = Registry(registry.model, Pool(registry.pool.root))
+    newer.keep(make_weights(seed=5), draft(registry.model.backbone, about="newer"))
     with pytest.raises(AdapterError, match="load it again"):
-        shelf.describe("a", shelf.known("a").manifest.with_scores([score]))
-    assert shelf.pool.load("a").manifest.about == "newer"
+        registry.describe("a", registry.known("a").manifest.with_scores([score]))
+    assert registry.pool.load("a").manifest.about == "newer"
 
 
-def test_config_of_a_kept_adapter_is_that_of_its_weights(shelf, kept):
-    stored = shelf.pool.load("a")
+def test_config_of_a_kept_adapter_is_that_of_its_weights(registry, kept):
+    stored = registry.pool.load("a")
     assert dict(stored.config) == config_of(
-        stored.weights, shelf.model.backbone.name, shelf.model.shapes
+        stored.weights, registry.model.backbone.name, registry.model.shapes
     )

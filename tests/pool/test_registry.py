@@ -1,4 +1,4 @@
-"""A shelf with bounded memory, which several threads load from: what is loaded is what the pool has."""
+"""A registry with bounded memory, which several threads load from: what is loaded is what the pool has."""
 
 import random
 import threading
@@ -16,6 +16,7 @@ from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.pool.registry import _identity
+from adapterhub_chat.transfer.candidates import _on_trial as on_trial
 from adapterhub_chat.types import Mix, as_mix
 
 RULES = Sampling(max_new_tokens=6, ignore_eos=True)
@@ -54,6 +55,20 @@ def test_an_adapter_whose_probe_was_never_asked_needs_no_second_slot(hub, bounde
     for name in "abc":
         tight.load(name)
         assert tight.model.names == (name,)
+
+
+def test_a_candidate_of_a_transfer_stays_while_other_adapters_come_and_go(bounded, make_weights):
+    tight = bounded(2)
+    with on_trial(tight.model, make_weights(seed=9)) as mix:
+        before = tight.model.slots.loads
+        chat = threading.Thread(target=lambda: [texts(tight, [name]) for name in "abc"])
+        chat.start()
+        chat.join()
+        assert tight.model.slots.loads > before + 2
+        with tight.model.mixing([mix]):
+            assert mix.names[0] in tight.model.names
+    assert tight.model.names == ("c",)
+    assert not tight.model.slots.pinned
 
 
 def test_a_stack_for_which_there_never_is_room_is_said(hub, bounded):
@@ -121,7 +136,7 @@ def test_an_old_version_that_was_read_early_does_not_replace_a_new_one(
     reading.wait(10)
     keep_adapter(hub, make_weights(seed=2), "a")
     loader.join(10)
-    assert hub._shelf.known("a").manifest == hub.pool.manifest("a")
+    assert hub._registry.known("a").manifest == hub.pool.manifest("a")
     here, wanted = hub.model.weights("a"), read("a").weights
     for module, (_, b) in wanted.factors.items():
         torch.testing.assert_close(here.factors[module][1], b, atol=1e-5, rtol=1e-5)
@@ -149,11 +164,11 @@ def test_what_was_read_once_is_not_read_again(hub, bounded):
     names = ["a", "b", "c", "a", "b", "c"]
     wanted = [texts(hub, [name])[0] for name in names]
     tight = bounded(1, ram_bytes=10**6)
-    ram = tight._shelf.ram
+    ram = tight._registry.ram
     assert [texts(tight, [name])[0] for name in names] == wanted
     assert ram.hits == 3
     assert 0 < ram.nbytes <= ram.budget
-    assert bounded(1)._shelf.ram.budget == 0  # a CPU's slots are this memory themselves
+    assert bounded(1)._registry.ram.budget == 0  # a CPU's slots are this memory themselves
 
 
 @pytest.mark.parametrize("change", ["save", "rollback", "describe", "break"])
@@ -177,10 +192,10 @@ def test_what_has_changed_on_disk_is_read_again(hub, bounded, make_weights, chan
         with pytest.raises(AdapterError, match="sha256"):
             tight.load("a")
         return
-    assert tight._shelf.ram.hits == 0
+    assert tight._registry.ram.hits == 0
     tight.load("a")
-    assert tight._shelf.ram.hits == 0
-    assert tight._shelf.known("a").manifest == hub.pool.manifest("a")
+    assert tight._registry.ram.hits == 0
+    assert tight._registry.known("a").manifest == hub.pool.manifest("a")
     assert texts(tight, ["a"]) == texts(bounded(1), ["a"])
 
 
@@ -190,7 +205,7 @@ def test_what_is_kept_has_no_name_of_its_own(hub, bounded):
     assert [tight.load("a", "x"), tight.load("a"), tight.load(folder, "y")] == ["x", "a", "y"]
     tight.unload("a")
     assert tight.load("a") == "a"
-    assert tight._shelf.ram.hits == 3
+    assert tight._registry.ram.hits == 3
     assert tight.load(folder) == "a"
 
 
@@ -199,7 +214,7 @@ def test_the_hosts_memory_has_a_budget(hub, bounded):
     tight = bounded(1, ram_bytes=2 * size)
     for name in "abc":
         tight.load(name)
-    ram = tight._shelf.ram
+    ram = tight._registry.ram
     assert ram.nbytes == 2 * size
     assert ram.find(hub.pool.root / "a") is None
     assert ram.find(hub.pool.root / "c") is not None
@@ -219,7 +234,7 @@ def test_a_request_waits_where_all_memory_is_in_use(hub, bounded):
     """Also the very first one for an adapter: its contract is known before it has a slot."""
     tight = bounded(1)
     (hub.pool.root / ".probes").unlink()  # so that the probe, too, finds no slot
-    running = tight.engine.submit(Request(PROMPT, tight._shelf.ready(["a"])[0], RULES))
+    running = tight.engine.submit(Request(PROMPT, tight._registry.ready(["a"])[0], RULES))
     tight.engine.drive(lambda: tight.engine.running == 1)
     assert texts(tight, ["b"]) == texts(hub, ["b"])
     assert running.result().reason == "length"

@@ -218,7 +218,7 @@ def test_who_is_named_is_not_looked_for(trained, monkeypatch):
 
 
 def test_what_is_only_on_trial_is_nobodys_adapter(trained, make_weights):
-    with trained._shelf.on_trial("questions", make_weights()):
+    with trained.model.temporarily_loaded(make_weights(), "questions"):
         assert set(trained._router._names()) == set(TASKS)
 
 
