@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,19 +11,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import huggingface_hub
 import pytest
-import torch
 from hypothesis import settings
 from pico import (
     encoder_tokenizer,
     pico_encoder,
     pico_model,
     pico_tokenizer,
+    random_weights,
 )
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.lora.weights import initial_weights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
+from adapterhub_chat.route import learn
 
 settings.register_profile("house", deadline=None)  # a busy machine is no failure
 settings.load_profile("house")
@@ -54,6 +55,26 @@ def encoder_folder(request, tmp_path_factory):
     pico_encoder(tokenizer, request.param).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imagined_once():
+    """What a backbone makes up for routing is made up once a session: it takes seconds, and never differs.
+
+    Modules that import `imagined` itself have the real one.
+    """
+    make, kept = learn.imagined, {}
+
+    @functools.wraps(make)
+    def imagined(model, count, seed=0):
+        key = (model.backbone.fingerprint, model.backbone.device, count, seed)
+        if key not in kept:
+            kept[key] = make(model, count, seed)
+        return list(kept[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(learn, "imagined", imagined)
+        yield
 
 
 @pytest.fixture
@@ -95,17 +116,7 @@ def hub_server(online, tmp_path):
 def make_weights(model):
     """make_weights(rank=4, seed=1, alpha=8, only=("q_proj",)) -> random AdapterWeights that matter."""
 
-    def make(rank=4, seed=1, alpha=8.0, only=None, rslora=False, size=0.3):
-        shapes = {
-            m: s for m, s in model.shapes.items() if only is None or m.rpartition(".")[2] in only
-        }
-        start = initial_weights(shapes, rank=rank, alpha=alpha, rslora=rslora, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        return start.with_factors(
-            {
-                m: (a, torch.randn(b.shape, generator=generator) * size)
-                for m, (a, b) in start.factors.items()
-            }
-        )
+    def make(**changed):
+        return random_weights(model, **changed)
 
     return make
