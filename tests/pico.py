@@ -189,9 +189,9 @@ def keep_adapter(hub, weights, name="toy", value=0.9):
     return hub
 
 
-def random_weights(model, rank=4, seed=1, alpha=8.0, only=None, rslora=False, size=0.3):
+def random_weights(shapes, rank=4, seed=1, alpha=8.0, only=None, rslora=False, size=0.3):
     """Return random AdapterWeights that matter, for the modules that end in one of `only` (None: all)."""
-    shapes = {m: s for m, s in model.shapes.items() if only is None or m.rpartition(".")[2] in only}
+    shapes = {m: s for m, s in shapes.items() if only is None or m.rpartition(".")[2] in only}
     start = initial_weights(shapes, rank=rank, alpha=alpha, rslora=rslora, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     return start.with_factors(

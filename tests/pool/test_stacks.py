@@ -22,7 +22,7 @@ def prepared(pico_folder, tmp_path_factory):
     """A pool with a source and a stack on it."""
     root = tmp_path_factory.mktemp("stacked") / "pool"
     hub = AdapterHub(str(pico_folder), root, dtype="fp32", device="cpu")
-    keep_adapter(hub, random_weights(hub.model, size=0.05), "source")
+    keep_adapter(hub, random_weights(hub.model.shapes, size=0.05), "source")
     hub.transfer(
         "source", toy_task("target"), "stack", name="both", shots=4, source_task=toy_task(), **FEW
     )
