@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody there: tests name their Hub
@@ -10,19 +14,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import huggingface_hub
 import pytest
-import torch
 from hypothesis import settings
 from pico import (
     encoder_tokenizer,
     pico_encoder,
     pico_model,
     pico_tokenizer,
+    random_weights,
 )
 
-from adapterhub_chat import AdapterHub
-from adapterhub_chat.lora.weights import initial_weights
+from adapterhub_chat import AdapterHub, api
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
+from adapterhub_chat.route import learn
 
 settings.register_profile("house", deadline=None)  # a busy machine is no failure
 settings.load_profile("house")
@@ -56,14 +60,68 @@ def encoder_folder(request, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def imagined_once():
+    """What a backbone makes up for routing is made up once a session: it takes seconds, and never differs.
+
+    Modules that import `imagined` itself have the real one.
+    """
+    make, kept = learn.imagined, {}
+
+    @functools.wraps(make)
+    def imagined(model, count, seed=0):
+        key = (model.backbone.fingerprint, model.backbone.device, count, seed)
+        if key not in kept:
+            kept[key] = make(model, count, seed)
+        return list(kept[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(learn, "imagined", imagined)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_once():
+    """A small folder is read once a session, for as long as its files stay; every hub has a copy of its own.
+
+    Modules that import `load_backbone` themselves have the real one.
+    """
+    kept = {}
+
+    def load(name, *, dtype=None, device=None, quantize=None):
+        folder = Path(name)
+        if quantize is not None or not folder.is_dir():
+            return load_backbone(name, dtype=dtype, device=device, quantize=quantize)
+        files = ((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in folder.iterdir())
+        key = (name, str(dtype), str(device), *sorted(files))
+        if key not in kept:
+            kept[key] = load_backbone(name, dtype=dtype, device=device)
+        found = kept[key]
+        return replace(
+            found,
+            model=copy.deepcopy(found.model),
+            tokenizer=copy.deepcopy(found.tokenizer),
+        )
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(api, "load_backbone", load)
+        yield load
+
+
 @pytest.fixture
 def encoder_hub(encoder_folder, tmp_path):
     return AdapterHub(str(encoder_folder), tmp_path / "pool", dtype="fp32", device="cpu")
 
 
 @pytest.fixture
-def backbone(pico_folder):
-    return load_backbone(str(pico_folder), dtype="fp32", device="cpu")
+def backbone(pico_folder, loaded_once):
+    return loaded_once(str(pico_folder), dtype="fp32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pico_shapes(pico_folder):
+    """The shapes of the pico model's linear layers, by name."""
+    return AdapterModel(load_backbone(str(pico_folder), dtype="fp32", device="cpu")).shapes
 
 
 @pytest.fixture
@@ -92,20 +150,10 @@ def hub_server(online, tmp_path):
 
 
 @pytest.fixture
-def make_weights(model):
+def make_weights(pico_shapes):
     """make_weights(rank=4, seed=1, alpha=8, only=("q_proj",)) -> random AdapterWeights that matter."""
 
-    def make(rank=4, seed=1, alpha=8.0, only=None, rslora=False, size=0.3):
-        shapes = {
-            m: s for m, s in model.shapes.items() if only is None or m.rpartition(".")[2] in only
-        }
-        start = initial_weights(shapes, rank=rank, alpha=alpha, rslora=rslora, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        return start.with_factors(
-            {
-                m: (a, torch.randn(b.shape, generator=generator) * size)
-                for m, (a, b) in start.factors.items()
-            }
-        )
+    def make(**changed):
+        return random_weights(pico_shapes, **changed)
 
     return make

@@ -32,6 +32,7 @@ from adapterhub_chat.data.task import Task
 from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
+from adapterhub_chat.lora.weights import initial_weights
 from adapterhub_chat.training.job import make_job
 from adapterhub_chat.types import SPLITS, Example, PromptContract, Score, as_mix
 
@@ -186,6 +187,19 @@ def keep_adapter(hub, weights, name="toy", value=0.9):
         manifest = manifest.with_scores([score])
     hub._registry.keep(weights, manifest)
     return hub
+
+
+def random_weights(shapes, rank=4, seed=1, alpha=8.0, only=None, rslora=False, size=0.3):
+    """Return random AdapterWeights that matter, for the modules that end in one of `only` (None: all)."""
+    shapes = {m: s for m, s in shapes.items() if only is None or m.rpartition(".")[2] in only}
+    start = initial_weights(shapes, rank=rank, alpha=alpha, rslora=rslora, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return start.with_factors(
+        {
+            m: (a, torch.randn(b.shape, generator=generator) * size)
+            for m, (a, b) in start.factors.items()
+        }
+    )
 
 
 SMALL = {"row_length": 64, "rows_per_step": 1, "max_steps": 12, "epochs": 99, "patience": 0}

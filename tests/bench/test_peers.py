@@ -349,7 +349,9 @@ def test_servers_run_only_while_they_are_measured_and_end_with_the_worker(
     assert not list(tmp_path.glob("adapterhub-peer-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_servers_end_with_a_worker_that_is_told_to(folder, pico_folder, tmp_path, number):
     command = [sys.executable, "-m", mixed_bench.PEERS, "vllm"]
     worker = subprocess.Popen(

@@ -525,7 +525,7 @@ def save_for_ever(root, first):
 def test_kill_9_at_any_moment_leaves_a_complete_version(pool):
     save(pool, "a", 1)
     number = 1
-    for _ in range(10):
+    for _ in range(5):
         writer = CHILDREN.Process(target=save_for_ever, args=(pool.root, number + 1))
         writer.start()
         while not (pool.root / "started").exists():
@@ -579,7 +579,7 @@ def die_at_every_step(root, action):
 @pytest.mark.parametrize(
     ("action", "after"),
     [
-        ("saving over", {"a": 2}),
+        pytest.param("saving over", {"a": 2}, marks=pytest.mark.slow),  # as below, with one before
         ("saving over, without exchange", {"a": 2}),
         ("saving", {"a": 1, "new": 2}),
         ("describing", {"a": 1}),
@@ -596,7 +596,12 @@ def test_kill_9_at_every_step_leaves_a_complete_version(action, after, pool):
 
 
 @pytest.mark.parametrize(
-    ("action", "after"), [("saving over", (2, 1)), ("rolling back", (5, 1)), ("describing", (1, 5))]
+    ("action", "after"),
+    [
+        ("saving over", (2, 1)),
+        pytest.param("rolling back", (5, 1), marks=pytest.mark.slow),  # the same exchange
+        pytest.param("describing", (1, 5), marks=pytest.mark.slow),  # as above, with one before
+    ],
 )
 def test_kill_9_at_every_step_leaves_both_versions(action, after, pool):
     found = in_child(both_after_every_step, pool.root, action)

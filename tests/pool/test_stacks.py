@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from pico import keep_adapter, toy_task
+from pico import keep_adapter, random_weights, toy_task
 from transformers import AutoModelForCausalLM
 
 from adapterhub_chat import AdapterHub
@@ -17,14 +17,23 @@ FEW = {"max_steps": 8, "rows_per_step": 1, "learning_rate": 0.02, "eval_examples
 PROMPTS = ["good good film", "the plot is bad"]
 
 
-@pytest.fixture
-def stacked(hub, make_weights):
-    """A hub whose pool has a source and a stack on it."""
-    keep_adapter(hub, make_weights(size=0.05), "source")
+@pytest.fixture(scope="module")
+def prepared(pico_folder, tmp_path_factory):
+    """A pool with a source and a stack on it."""
+    root = tmp_path_factory.mktemp("stacked") / "pool"
+    hub = AdapterHub(str(pico_folder), root, dtype="fp32", device="cpu")
+    keep_adapter(hub, random_weights(hub.model.shapes, size=0.05), "source")
     hub.transfer(
         "source", toy_task("target"), "stack", name="both", shots=4, source_task=toy_task(), **FEW
     )
-    return hub
+    return root
+
+
+@pytest.fixture
+def stacked(prepared, pico_folder, tmp_path):
+    """A hub over a pool of its own with the two."""
+    shutil.copytree(prepared, tmp_path / "pool")
+    return AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
 
 
 @pytest.mark.parametrize(

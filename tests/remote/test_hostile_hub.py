@@ -446,7 +446,8 @@ def come_back_tomorrow(connection):
 
 
 @pytest.mark.parametrize("answer", [drip_headers, go_on, say_nothing, come_back_tomorrow])
-def test_a_slow_server_holds_up_nobody(made, victim, online, answer):
+def test_a_slow_server_holds_up_nobody(made, victim, online, answer, monkeypatch):
+    monkeypatch.setattr(door, "PATIENCE", 0.4)
     endpoint, end = speak_raw(answer)
     try:
         for ask in (

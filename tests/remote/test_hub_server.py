@@ -145,12 +145,14 @@ def test_a_repository_is_made_once(hub_server):
     assert not api(hub_server, "bob").repo_exists("bob/x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../x", "a/b", "a--b", "x.git", ".x", "", "a" * 97, "a\x1b"])
 def test_a_repository_has_a_plain_name(hub_server, name):
     done = ask(hub_server, "POST", "/api/repos/create", {"name": name, "organization": "alice"})
     assert done.status_code == 400
 
 
+@pytest.mark.slow
 def test_a_deleted_repository_is_gone(server):
     push(server, {WEIGHTS_FILE: WEIGHTS})
     assert "rights" in refused(403, api(server, "bob").delete_repo, "alice/x")
@@ -188,6 +190,7 @@ def test_a_private_repository_is_as_one_that_is_not_there(hub_server, tmp_path):
     assert download(hub_server, "a.txt", tmp_path, "alice/secret", token=False) == b"a"
 
 
+@pytest.mark.slow
 def test_a_revoked_token_is_worth_nothing(server, tmp_path):
     server.revoke("hf_alice")
     for call in (api(server).model_info, api(server).create_repo):
@@ -197,6 +200,7 @@ def test_a_revoked_token_is_worth_nothing(server, tmp_path):
     assert download(server, ".gitattributes", tmp_path, token=False)
 
 
+@pytest.mark.slow
 def test_only_its_owner_changes_a_public_repository(server):
     server.grant("alice", "hf_reader", role="read")
     reader = HfApi(endpoint=server.endpoint, token="hf_reader")
@@ -283,6 +287,7 @@ def test_a_range_is_sent_alone(server):
     assert done.headers["x-linked-size"] == str(size)
 
 
+@pytest.mark.slow
 def test_a_safetensors_header_is_read_by_range(server):
     push(server, {WEIGHTS_FILE: WEIGHTS})
     found = api(server).parse_safetensors_file_metadata("alice/x", WEIGHTS_FILE)
@@ -294,6 +299,7 @@ def test_a_safetensors_header_is_read_by_range(server):
     assert files.cat_file(f"alice/x/{WEIGHTS_FILE}", start=20, end=40) == WEIGHTS[20:40]
 
 
+@pytest.mark.slow
 def test_large_objects_travel_in_parts(tmp_path, online):
     with HubServer(tmp_path / "hub", USERS, part_size=1000) as server:
         api(server).create_repo("alice/x")
@@ -305,6 +311,7 @@ def test_large_objects_travel_in_parts(tmp_path, online):
     assert not list((tmp_path / "hub" / "blobs" / "incoming").iterdir())
 
 
+@pytest.mark.slow
 def test_without_lfs_every_file_comes_in_the_commit(tmp_path, online):
     with HubServer(tmp_path / "hub", USERS, lfs_over=None) as server:
         api(server).create_repo("alice/x")
@@ -325,6 +332,7 @@ def test_what_has_not_changed_makes_no_commit(server):
     assert sum(request.method == "PUT" for request in server.requests) == 1
 
 
+@pytest.mark.slow
 def test_files_are_deleted_and_copied_with_others_in_one_commit(server, tmp_path):
     push(server, {"a.txt": b"a", "es/b.txt": b"b", "es/c/d.txt": b"d", WEIGHTS_FILE: WEIGHTS})
     copies = [
@@ -359,6 +367,7 @@ def test_a_commit_on_a_parent_that_was_passed_is_refused(server):
     assert push(server, {"a.txt": b"2"}, parent_commit=second[:8]) == head(server)
 
 
+@pytest.mark.slow
 def test_history_is_kept(server, tmp_path):
     ids = [push(server, {"a.txt": str(n).encode()}, f"step {n}") for n in range(3)]
     commits = api(server).list_repo_commits("alice/x")
@@ -436,6 +445,7 @@ def standing(tmp_path_factory):
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", BAD_COMMITS.values(), ids=BAD_COMMITS)
 def test_a_bad_commit_changes_nothing(standing, body):
     before = state(standing)
@@ -445,6 +455,7 @@ def test_a_bad_commit_changes_nothing(standing, body):
     assert state(standing) == before
 
 
+@pytest.mark.slow
 def test_a_commit_goes_to_a_branch_only(standing):
     before = state(standing)
     for revision in ("no", head(standing), "refs%2Fpr%2F1", "..%2F..%2Fx", "a" * 300):
@@ -454,6 +465,7 @@ def test_a_commit_goes_to_a_branch_only(standing):
     assert state(standing) == before
 
 
+@pytest.mark.slow
 def test_a_card_is_checked(server):
     deep = f"a: {'[' * 500}{']' * 500}"
     bomb = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"
@@ -466,6 +478,7 @@ def test_a_card_is_checked(server):
         push(server, {"README.md": b"# Nothing\n"})
 
 
+@pytest.mark.slow
 def test_pushes_at_once_lose_nothing(server):
     """Read, add a line, push on what was read; when that was passed, again."""
 
@@ -505,6 +518,7 @@ def test_of_twenty_pushes_on_one_parent_one_lands(server):
     assert len(api(server).list_repo_commits("alice/x")) == 2
 
 
+@pytest.mark.slow
 def test_an_impatient_hub_takes_one_commit_at_a_time(tmp_path, online):
     with HubServer(tmp_path / "hub", USERS, patient=False, commit_seconds=0.5) as server:
         for repo in ("alice/x", "alice/y"):
@@ -549,6 +563,7 @@ def test_a_tag_is_given_once(server, tmp_path):
     assert [t.name for t in client.list_repo_refs("alice/x").tags] == ["v1"]
 
 
+@pytest.mark.slow
 def test_a_branch_goes_its_own_way(server, tmp_path):
     client = api(server)
     first = push(server, {"a.txt": b"1"})
@@ -566,6 +581,7 @@ def test_a_branch_goes_its_own_way(server, tmp_path):
     assert [b.name for b in client.list_repo_refs("alice/x").branches] == ["main"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["../x", "a..b", "a//b", "/a", "-a", "a b", "a.lock", "ab" * 20, "refs/x", ""]
 )
@@ -607,6 +623,7 @@ def test_models_are_found_by_what_their_cards_say(server):
     assert (some.author, some.tags) == ("alice", None)
 
 
+@pytest.mark.slow
 def test_long_lists_come_in_pages(tmp_path, online):
     with HubServer(tmp_path / "hub", USERS, page_size=3) as server:
         names = [f"alice/m{n}" for n in range(7)]
@@ -658,6 +675,7 @@ def test_an_upload_is_what_was_announced(server):
     assert link(server).status_code == 200
 
 
+@pytest.mark.slow
 def test_an_upload_url_is_good_for_one_thing(server):
     url = announce(server)["actions"]["upload"]["href"]
     other = WEIGHTS[:-1] + b"x"
@@ -678,6 +696,7 @@ def test_an_upload_url_is_good_for_one_thing(server):
     assert link(server).status_code == 400
 
 
+@pytest.mark.slow
 def test_an_upload_url_expires(tmp_path, online):
     with HubServer(tmp_path / "hub", USERS, url_seconds=-1) as server:
         api(server).create_repo("alice/x")
@@ -685,6 +704,7 @@ def test_an_upload_url_expires(tmp_path, online):
         assert (done.status_code, done.json()["error"]) == (403, "This URL has expired.")
 
 
+@pytest.mark.slow
 def test_an_upload_url_dies_with_its_repository(server):
     url = announce(server)["actions"]["upload"]["href"]
     api(server).delete_repo("alice/x")
@@ -693,6 +713,7 @@ def test_an_upload_url_dies_with_its_repository(server):
     assert link(server).status_code == 400
 
 
+@pytest.mark.slow
 def test_an_object_of_another_repository_is_not_had_by_its_name(server):
     api(server).update_repo_settings("alice/x", private=True)
     push(server, {WEIGHTS_FILE: WEIGHTS})
@@ -706,6 +727,7 @@ def test_an_object_of_another_repository_is_not_had_by_its_name(server):
     assert ask(server, "POST", path, body, "hf_bob").status_code == 404
 
 
+@pytest.mark.slow
 def test_parts_are_joined_as_they_were_uploaded(tmp_path, online):
     with HubServer(tmp_path / "hub", USERS, part_size=2000) as server:
         api(server).create_repo("alice/x")
@@ -739,6 +761,7 @@ def start_by_hand(folder):
     return process, re.search(r"http://[\d.:]+", first)[0]
 
 
+@pytest.mark.slow
 def test_a_killed_server_goes_on_where_it_was(tmp_path, online):
     process, endpoint = start_by_hand(tmp_path / "hub")
     client = HfApi(endpoint=endpoint, token="hf_alice")
@@ -787,6 +810,7 @@ def test_headers_and_json_may_lie(server, tmp_path):
     assert len(head(server)) == 40
 
 
+@pytest.mark.slow
 def test_bodies_may_lie(server, tmp_path):
     push(server, {"a.txt": b"good"})
 
@@ -813,6 +837,7 @@ def test_bodies_may_lie(server, tmp_path):
     assert download(server, "a.txt", tmp_path / "3") == b"good"
 
 
+@pytest.mark.slow
 def test_an_endless_drip_ends_with_its_reader(server):
     sent = []
 
@@ -843,6 +868,7 @@ def test_a_request_may_fail_before_or_after_it_is_done(server):
     assert ask(server, "GET", "/alice/x/resolve/main/a.txt").text == "2"
 
 
+@pytest.mark.slow
 def test_a_redirect_may_lead_elsewhere(server, tmp_path, monkeypatch):
     push(server, {"a.txt": b"good"})
     with HubServer(tmp_path / "other") as other:
@@ -861,6 +887,7 @@ def test_a_redirect_may_lead_elsewhere(server, tmp_path, monkeypatch):
         ask(server, "GET", "/alice/x/resolve/main/a.txt")
 
 
+@pytest.mark.slow
 def test_a_repository_may_hold_what_nobody_could_push(hub_server):
     names = [
         "../evil",
@@ -910,6 +937,7 @@ assert not torch.equal(logits[0], plain)
 """
 
 
+@pytest.mark.slow
 def test_peft_pushes_and_pulls(hub_server, pico_folder, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environment |= {

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pico import toy_answers, toy_task
 
+from adapterhub_chat import AdapterHub
 from adapterhub_chat.data.splits import Splits
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, DataError, UsageError
@@ -99,12 +101,22 @@ def shuffled(task, seed=0):
     return Task(task.name, task.contract, task.metric, lambda: Splits(parts))
 
 
-@pytest.fixture
-def taught(hub):
+@pytest.fixture(scope="module")
+def prepared(pico_folder, tmp_path_factory):
+    """A pool with an adapter that learnt, and one whose labels were shuffled."""
+    root = tmp_path_factory.mktemp("ranked") / "pool"
+    hub = AdapterHub(str(pico_folder), root, dtype="fp32", device="cpu")
     how = {"max_steps": 40, "epochs": 99, "rows_per_step": 1, "learning_rate": 0.02, "patience": 0}
     tasks = [toy_task("good"), shuffled(toy_task("lost"))]
     hub.train(tasks, names=["good", "lost"], **how)
-    return hub
+    return root
+
+
+@pytest.fixture
+def taught(prepared, pico_folder, tmp_path):
+    """A hub over a pool of its own with the two."""
+    shutil.copytree(prepared, tmp_path / "pool")
+    return AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
 
 
 def test_a_good_source_ranks_above_one_that_learnt_shuffled_labels(taught):
@@ -131,7 +143,6 @@ def test_a_source_whose_task_is_here_has_a_distance(taught, tmp_path, monkeypatc
 
 def test_an_adapter_that_cannot_be_loaded_is_left_out(taught):
     (taught.pool.root / "lost" / "adapter_model.safetensors").write_bytes(b"?")
-    taught.unload("lost")
     with pytest.warns(UserWarning, match="lost is left out: "):
         assert [one.adapter for one in taught.rank_sources(toy_task("target"))] == ["good"]
     with pytest.raises(AdapterError):

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from pico import toy_answers, toy_task
 
+from adapterhub_chat import AdapterHub
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.data.encoding import Encoded, unwritable
 from adapterhub_chat.data.splits import Splits
@@ -16,6 +18,8 @@ from adapterhub_chat.errors import AdapterError, DataError, UsageError
 from adapterhub_chat.events import Listeners
 from adapterhub_chat.inference.likelihood import sequence_losses
 from adapterhub_chat.lora.weights import concatenate
+from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import load_backbone
 from adapterhub_chat.report.transfer import write_report
 from adapterhub_chat.training.family import Part
 from adapterhub_chat.training.job import Job, make_job
@@ -45,9 +49,10 @@ def parts_of(task, **changes):
     return Task(task.name, task.contract, task.metric, lambda: Splits(parts))
 
 
-@pytest.fixture
-def source(model):
+@pytest.fixture(scope="module")
+def source(pico_folder):
     """A source adapter, trained on the toy task."""
+    model = AdapterModel(load_backbone(str(pico_folder), dtype="fp32", device="cpu"))
     job = make_job(model.backbone.tokenizer, "source", toy_task(), QUICK)
     return train(model, [job])["source"].weights
 
@@ -327,10 +332,21 @@ def test_examples_with_contracts_of_their_own_are_asked_as_the_targets(source):
 # ---- from names to an adapter in the pool --------------------------------------------------------
 
 
-@pytest.fixture
-def taught(hub):
-    """A hub whose pool has a source adapter."""
+@pytest.fixture(scope="module")
+def prepared(pico_folder, tmp_path_factory):
+    """A pool that has a source adapter."""
+    root = tmp_path_factory.mktemp("taught") / "pool"
+    hub = AdapterHub(str(pico_folder), root, dtype="fp32", device="cpu")
     hub.train([toy_task()], names=["source"], max_steps=12, rows_per_step=1, learning_rate=0.02)
+    return root
+
+
+@pytest.fixture
+def taught(prepared, pico_folder, tmp_path):
+    """A hub over a pool of its own with the source adapter, which is loaded."""
+    shutil.copytree(prepared, tmp_path / "pool")
+    hub = AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
+    hub.load("source")
     return hub
 
 
