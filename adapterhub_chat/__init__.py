@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapterhub_chat.api import AdapterHub
     from adapterhub_chat.artifact.manifest import Manifest
+    from adapterhub_chat.config import EngineOptions
     from adapterhub_chat.data.task import Task
     from adapterhub_chat.events import Listeners
     from adapterhub_chat.inference.contracts import Prediction
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AdapterHub": "api",
     "AdapterInfo": "pool.registry",
+    "EngineOptions": "config",
     "Example": "types",
     "Found": "remote.search",
     "Listeners": "events",
@@ -46,6 +48,7 @@ _MODULES = {
 __all__ = [
     "AdapterHub",
     "AdapterInfo",
+    "EngineOptions",
     "Example",
     "Found",
     "Listeners",

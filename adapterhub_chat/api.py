@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.config import EngineOptions, engine_options
 from adapterhub_chat.data.inputs import asked, listed, text
 from adapterhub_chat.data.task import Task, as_task
-from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.evaluation.adopt import adopt
 from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import SILENT, Listeners
@@ -40,7 +41,6 @@ from adapterhub_chat.merge.spec import merge_order
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import Quantize, load_backbone
 from adapterhub_chat.pool.admission import Verdict
-from adapterhub_chat.pool.host_cache import RAM_BYTES
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.provenance import own_tasks
 from adapterhub_chat.pool.registry import AdapterInfo, Registry
@@ -64,15 +64,15 @@ class AdapterHub:
 
     `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that keeps
     adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the fastest that the hardware
-    computes natively; `device` None takes CUDA when there is one. `adapter_bytes` bounds the memory of loaded
-    adapters: the least recently used make room, and are loaded again when they are asked for (None: no
-    bound). `ram_bytes` bounds what is kept of read adapters in the host's memory, from where they are
-    loaded without the disk (None: 1 GiB for a GPU; none for a CPU, whose loaded adapters are in that memory
-    already). `graphs` records decoding steps as CUDA graphs (on a CPU torch.compile makes them, and slower
-    ones); a swap records nothing anew. Methods may be called from several threads. Wherever an adapter may
-    be named, weights by name ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means
-    no adapter; in the rows of `chat`, `generate` and `next_token_logits`, "auto" chooses by the row's
-    message.
+    computes natively; `device` None takes CUDA when there is one. `engine` takes
+    EngineOptions: bounds of decoding and of loaded adapters; each may also be given by its name.
+    `adapter_bytes` bounds the memory of loaded adapters: the least recently used make room, and are loaded
+    again when they are asked for. `ram_bytes` bounds what is kept of read adapters in the host's memory, from
+    where they are loaded without the disk. `graphs` records decoding steps as CUDA graphs (on a CPU
+    torch.compile makes them, and slower ones); a swap records nothing anew. Methods may be called
+    from several threads. Wherever an adapter may be named, weights by name ({"qa": 0.5, "generation": 0.5})
+    make a mixture and None or "backbone" means no adapter; in the rows of `chat`, `generate` and
+    `next_token_logits`, "auto" chooses by the row's message.
     """
 
     def __init__(
@@ -83,18 +83,15 @@ class AdapterHub:
         quantize: Quantize | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
-        adapter_bytes: int | None = None,
-        ram_bytes: int | None = None,
-        graphs: bool = False,
+        engine: EngineOptions | None = None,
+        **options: Any,
     ) -> None:
         """Load the backbone and open the pool."""
+        settings = engine_options(engine, options)
         self.pool = Pool(pool)
         self.backbone = load_backbone(backbone, dtype=dtype, device=device, quantize=quantize)
-        self.model = AdapterModel(self.backbone, budget=adapter_bytes)
-        self.model.graphs = graphs
-        if ram_bytes is None:
-            ram_bytes = 0 if self.backbone.device.type == "cpu" else RAM_BYTES
-        self._registry = Registry(self.model, self.pool, ram_bytes)
+        self.model = AdapterModel(self.backbone, settings)
+        self._registry = Registry(self.model, self.pool)
         self._router = Router(self._registry)
         self._default: ContextVar[Mix] = ContextVar("adapterhub_default_mix", default=NO_ADAPTER)
 
@@ -325,7 +322,7 @@ class AdapterHub:
                 f"nothing to evaluate: name adapters, or train some into {self.pool.root}"
             )
         if adapters is None:
-            chosen = self._usable(chosen, listeners)
+            chosen = self._registry.usable(chosen, listeners.on_refused)
         named = [(str(mix), mix) for mix in self._registry.ready(chosen)]
         if tasks is None:
             pairs = own_tasks(self._registry, named)
@@ -534,24 +531,6 @@ class AdapterHub:
         return search(self.backbone, Hub(endpoint, token), text, author, limit)
 
     # -- inside ------------------------------------------------------------------------------------
-
-    def _usable(self, names: Sequence[str], listeners: Listeners) -> list[str]:
-        """Return the adapters that may be used here; raise AdapterError when none of them may."""
-        usable = []
-        for name in names:
-            try:
-                self._registry.ready([name])
-            except AdapterError as error:
-                listeners.on_refused(name, str(error))
-                if len(names) == 1:
-                    raise
-            else:
-                usable.append(name)
-        if not usable:
-            raise AdapterError(
-                f"no adapter of {self.pool.root} may be used here: {', '.join(names)}"
-            )
-        return usable
 
     def _mixes(
         self, adapters: Sequence[AdapterChoice] | None, rows: Sequence[Sequence[str]]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from adapterhub_chat.validation import explain
+from adapterhub_chat.errors import ConfigError
+from adapterhub_chat.validation import explain, read_settings
 
 
 class TrainConfig(BaseModel):
@@ -122,6 +123,40 @@ class MergeOptions(BaseModel):
     force: bool = Field(
         False, description="Merge an adapter all the same that a transfer was judged to have hurt."
     )
+
+
+class EngineOptions(BaseModel):
+    """What decoding and loaded adapters may take: rows, waiting requests, bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int = Field(32, ge=1, description="Requests that are decoded together, at most.")
+    queue: int = Field(4096, ge=1, description="Requests that may wait.")
+    chunk: int = Field(512, ge=1, description="Prompt tokens of one step, at most.")
+    cache_bytes: int = Field(
+        2 * 2**30, ge=0, description="Bytes of keys and values; one request may always run."
+    )
+    prefix_bytes: int = Field(
+        64 * 2**20, ge=0, description="Bytes of finished requests' keys and values kept for others."
+    )
+    adapter_bytes: int | None = Field(
+        None, ge=0, description="Bytes of loaded adapters; None sets no bound."
+    )
+    ram_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="Bytes of read adapters kept in the host's memory; None: 1 GiB beside a GPU, else 0.",
+    )
+    graphs: bool = Field(False, description="Record steps of one token a row, and play them again.")
+
+
+def engine_options(given: EngineOptions | None, options: Mapping[str, Any]) -> EngineOptions:
+    """Return `given`, or the options by their names; raise ConfigError for both, or one that is none."""
+    if given is None:
+        return read_settings(EngineOptions, options, "AdapterHub")
+    if options:
+        raise ConfigError("AdapterHub", [f"give engine=... or {', '.join(options)}, not both"])
+    return given
 
 
 class RunConfig(RunOptions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import warnings
@@ -13,7 +14,7 @@ import torch
 from pico import VOCABULARY, toy_answers, toy_talk, toy_task
 from transformers import AutoModelForCausalLM
 
-from adapterhub_chat import AdapterHub, Message, Mix, Score
+from adapterhub_chat import AdapterHub, EngineOptions, Message, Mix, Score
 from adapterhub_chat.data.splits import Splits
 from adapterhub_chat.errors import (
     AdapterError,
@@ -690,3 +691,28 @@ def test_examples_that_cannot_be_learnt_from_leave_the_pool_alone(hub):
     with pytest.raises(DataError, match="the prompt needs the field question"):
         hub.train([toy_task(), wrong], **QUICK)
     assert snapshot(hub.pool.root) == before
+
+
+# ---- the engine's options ------------------------------------------------------------------------
+
+
+def test_engine_options_reach_the_engine(pico_folder, tmp_path):
+    options = EngineOptions(rows=3, queue=5, ram_bytes=1000)
+    hub = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", engine=options)
+    assert (hub.engine.max_rows, hub.engine.max_queue) == (3, 5)
+    assert hub._registry.ram.budget == 1000
+    again = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", rows=2)
+    assert again.engine.max_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rows": 0}, "greater than or equal to 1"),
+        ({"rowz": 1}, "rowz"),
+        ({"engine": EngineOptions(), "rows": 2}, "give engine=... or rows, not both"),
+    ],
+)
+def test_engine_options_are_checked(options, words, pico_folder, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        AdapterHub(str(pico_folder), tmp_path, **options)

@@ -23,7 +23,15 @@ def engine_of(model: AdapterModel) -> Engine:
     check_writes(model)
     with _making:
         if model.engine is None:
-            model.engine = Engine(model, graphs=model.graphs)
+            model.engine = Engine(
+                model,
+                rows=model.options.rows,
+                queue=model.options.queue,
+                chunk=model.options.chunk,
+                cache_bytes=model.options.cache_bytes,
+                prefix_bytes=model.options.prefix_bytes,
+                graphs=model.options.graphs,
+            )
         engine: Engine = model.engine
     return engine
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from adapterhub_chat.assets.fetch import cache_dir
+from adapterhub_chat.config import EngineOptions
 from adapterhub_chat.data.packing import Batch
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
@@ -40,6 +41,8 @@ KEEP_STEP = 64
 EARLY = 0.27
 """How far up, as a share of the blocks, `early_states` goes."""
 
+DEFAULT_OPTIONS = EngineOptions()
+
 _KEEP: ContextVar[Tensor | None] = ContextVar("adapterhub_keep", default=None)
 _EARLY: ContextVar[bool] = ContextVar("adapterhub_early", default=False)
 
@@ -51,9 +54,9 @@ class AdapterModel:
     never overwritten; it is reused when the last reader has left.
     """
 
-    def __init__(self, backbone: Backbone, *, budget: int | None = None) -> None:
-        """Attach the (inactive) LoRA layers to the backbone; `budget` bounds the bytes of loaded adapters."""
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, options: EngineOptions = DEFAULT_OPTIONS) -> None:
+        """Attach the (inactive) LoRA layers to the backbone; `options` bound loaded adapters and decoding."""
+        self.backbone, self.options = backbone, options
         self.sites = find_sites(backbone.model)
         self.shapes = linear_shapes(backbone.model)
         self._detach = attach(backbone.model, self.sites)
@@ -70,15 +73,15 @@ class AdapterModel:
             block = blocks[self.num_early]
             self.early_block = next(n for n, m in backbone.model.named_modules() if m is block)
             self._hooks.append(block.register_forward_pre_hook(_stop_early, with_kwargs=True))
-        self.slots = Slots(self._new_slots, budget, partial(native.write, cache_dir() / "native"))
+        self.slots = Slots(
+            self._new_slots, options.adapter_bytes, partial(native.write, cache_dir() / "native")
+        )
         self.acquire: Callable[[Mix], Held] = self.slots.hold
         """How forwards and engines hold a mix's adapters; a registry loads those first that are not here."""
         self.whole: Callable[[Mix], Mix] = lambda mix: mix
         """A mix with what its stacks stand on; a registry knows."""
         self.prefetch: Callable[[Mix], None] = lambda mix: None
         """Bring a mix's adapters nearer, before there is a slot for them; a registry knows how."""
-        self.graphs = False
-        """Whether an engine records its steps (recorded.py)."""
         self.engine: Any = None
         """What decodes with this model, once something is decoded (generate.py)."""
 

@@ -17,6 +17,13 @@ RAM_BYTES = 2**30
 """Bytes, where the slots are in the memory of another device."""
 
 
+def ram_budget(ram_bytes: int | None, device: str) -> int:
+    """Return the bytes to keep: `ram_bytes`, or by default none where the slots are in this memory."""
+    if ram_bytes is not None:
+        return ram_bytes
+    return 0 if device == "cpu" else RAM_BYTES
+
+
 class Ram:
     """Adapters by folder, under a budget of bytes. Safe from several threads."""
 

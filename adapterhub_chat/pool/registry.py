@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from adapterhub_chat.lora.slots import Ahead, Held
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.admission import Admission, Verdict, fingerprint_misfits, status_of
-from adapterhub_chat.pool.host_cache import Ram
+from adapterhub_chat.pool.host_cache import Ram, ram_budget
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.probe import make_probe
@@ -44,10 +44,10 @@ class AdapterInfo:
 class Registry:
     """Which adapters are loaded, where each came from, and what its manifest says."""
 
-    def __init__(self, model: AdapterModel, pool: Pool, ram_bytes: int = 0) -> None:
-        """Start with nothing loaded; up to `ram_bytes` of what is read are kept in the host's memory."""
+    def __init__(self, model: AdapterModel, pool: Pool) -> None:
+        """Start with nothing loaded; the model's options say how much of what is read is kept in RAM."""
         self.model, self.pool = model, pool
-        self.ram = Ram(ram_bytes)
+        self.ram = Ram(ram_budget(model.options.ram_bytes, model.backbone.device.type))
         self._known: dict[str, Known] = {}
         self._stacks = Stacks(self.model, pool, self._known, self.load)
         self._admission = Admission(model, pool, self._stacks)
@@ -191,6 +191,27 @@ class Registry:
             if name not in self.model.slots and name not in self._known:
                 self.load(name, waiting=True)
         return mixes
+
+    def usable(self, names: Sequence[str], on_refused: Callable[[str, str], None]) -> list[str]:
+        """Return those that may be used here, loaded; `on_refused` is told the others' names and reasons.
+
+        Raises AdapterError when none of them may.
+        """
+        usable = []
+        for name in names:
+            try:
+                self.ready([name])
+            except AdapterError as error:
+                on_refused(name, str(error))
+                if len(names) == 1:
+                    raise
+            else:
+                usable.append(name)
+        if not usable:
+            raise AdapterError(
+                f"no adapter of {self.pool.root} may be used here: {', '.join(names)}"
+            )
+        return usable
 
     def acquire(self, mix: Mix) -> Held:
         """Hold a mix's adapters, and what its stacks stand on; those that are in no slot are loaded first."""
