@@ -3,6 +3,7 @@
 python scripts/draw_architecture.py          # writes the page; a test checks that it is up to date
 """
 
+import argparse
 import ast
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,4 +58,7 @@ def drawn(page: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     PAGE.write_text(drawn(PAGE.read_text("utf-8")), "utf-8")

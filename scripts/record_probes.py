@@ -3,7 +3,7 @@
 python scripts/record_probes.py qa generation sentiment
 """
 
-import sys
+import argparse
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.pool.probe import make_probe
@@ -11,8 +11,13 @@ from adapterhub_chat.pool.probe import make_probe
 
 def main() -> None:
     """Replace the probe in each named adapter's manifest."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", nargs="+", help="adapter of the pool adapters/")
+    names = parser.parse_args().adapter
     hub = AdapterHub(pool="adapters", dtype="bf16", device="cpu")
-    for name in sys.argv[1:]:
+    for name in names:
         stored = hub.pool.load(name)
         hub.model.load(f"{name} again", stored.weights)
         probe = make_probe(hub.model, f"{name} again")
