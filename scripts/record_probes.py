@@ -11,9 +11,7 @@ from adapterhub_chat.pool.probe import make_probe
 
 def main() -> None:
     """Replace the probe in each named adapter's manifest."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("adapter", nargs="+", help="adapter of the pool adapters/")
     names = parser.parse_args().adapter
     hub = AdapterHub(pool="adapters", dtype="bf16", device="cpu")

@@ -160,7 +160,7 @@ def test_a_heavy_step_moves_more_than_a_light_one(model, clip):
         (learner,) = family.learners
         learner.optimizer.step = lambda own=learner: moved.append(own.vector.grad.clone())
         part = Part(learner, [[replace(one, weight=weight), other]], 1.0)
-        family.learn([part], run._backward([part]), run._total, 0.0)
+        family.learn([part], run._backward([part]), run._total, 0.0, 0.0)
     assert float(moved[0].norm()) > 0
     torch.testing.assert_close(moved[1], 3 * moved[0])
 
