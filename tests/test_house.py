@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import adapterhub_chat
-from scripts.draw_architecture import FLOORS
+from docs.draw_architecture import FLOORS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "adapterhub_chat"

@@ -19,7 +19,7 @@ from adapterhub_chat.cli.app import load_verb
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.data.task import load_task
 from adapterhub_chat.training.run_file import read_run
-from scripts import draw_architecture
+from docs import draw_architecture
 
 ROOT = Path(__file__).parent.parent
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}

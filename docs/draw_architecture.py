@@ -1,6 +1,6 @@
 """Draw the table of packages and modules in docs/architecture.md from their docstrings.
 
-python scripts/draw_architecture.py          # writes the page; a test checks that it is up to date
+python docs/draw_architecture.py          # writes the page; a test checks that it is up to date
 """
 
 import argparse
@@ -28,7 +28,7 @@ FLOORS: tuple[str, ...] = (
 )
 """Packages, and the modules beside them, from the ground up. A module imports from its own package and from
 lower floors; packages of one floor stay apart, but the modules on the ground floor know one another."""
-BEGIN, END = "<!-- drawn by scripts/draw_architecture.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- drawn by docs/draw_architecture.py -->\n", "<!-- end -->\n"
 
 
 def sentence(path: Path) -> str:
