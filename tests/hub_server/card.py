@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+MAX_DEPTH = 50
 BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
@@ -20,10 +21,15 @@ def read_card(text: str) -> dict[str, Any]:
     found = BLOCK.match(text)
     if not found:
         return {}
+    depth = 0
     try:
         for event in yaml.parse(found[1], Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("Aliases are not supported.")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:  # the interpreter's own limit is changed by torch's compiler
+                raise ValueError(f"The metadata is nested deeper than {MAX_DEPTH} levels.")
         card = yaml.safe_load(found[1])
         card = json.loads(json.dumps({} if card is None else card, default=str, allow_nan=False))
     except (yaml.YAMLError, TypeError, RecursionError) as error:
