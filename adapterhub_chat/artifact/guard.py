@@ -1,10 +1,10 @@
 """Checks on untrusted adapters: what a folder from outside must be before anything else looks at it.
 
-Strict by construction. The header of the weights is read by header.py, with own limits; every tensor must
-be one factor of plain LoRA, of the rank that the config says, on a module that it means, or an encoder's
-head; every number must be finite and of a size that a trained adapter can have. The config is read by
-peft_config.py. Neither torch nor
-PEFT is asked, no regular expression of a stranger is compiled, and what is handed on was built here.
+Strict by construction. The header of the weights is read by safetensors_header.py, with own limits; every
+tensor must be one factor of plain LoRA, of the rank that the config says, on a module that it means, or an
+encoder's head; every number must be finite and of a size that a trained adapter can have. The config is
+read by peft_config.py. Neither torch nor PEFT is asked, no regular expression of a stranger is compiled,
+and what is handed on was built here.
 """
 
 from __future__ import annotations

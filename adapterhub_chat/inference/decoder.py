@@ -1,7 +1,7 @@
 """Decoders: new tokens of several rows through the backbone, over a static key-value cache.
 
-`ModuleDecoder` runs transformers' own modules, whatever the architecture; fused.py has one that is faster.
-Legend: N rows, T new tokens of a row, V vocabulary, H hidden width.
+`ModuleDecoder` runs transformers' own modules, whatever the architecture; fused_decoder.py has one that is
+faster. Legend: N rows, T new tokens of a row, V vocabulary, H hidden width.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Engine:
         always run), `prefix_bytes` those of finished requests that are kept for others. `beside`: adapters
         are fetched by another thread; else between two steps, one at a time, which is the default on a CPU
         of few cores: there whoever computes beside a step stops it for longer than the fetch takes.
-        `graphs`: steps of one token a row are recorded (recorded.py).
+        `graphs`: steps of one token a row are recorded (graph_decoder.py).
         """
         self.model = model
         self.max_rows, self.max_queue = rows, queue

@@ -1,6 +1,6 @@
 """The frozen model and its tokenizer: the only door to transformers' loaders and to bitsandbytes.
 
-A name is looked up in this order: local folder or `.gguf` file, packaged name (assets.py), Hub id.
+A name is looked up in this order: local folder or `.gguf` file, packaged name (assets/catalogue.py), Hub id.
 GGUF files are de-quantized once into a cached folder: transformers needs half a minute for what the
 folder gives in half a second.
 """

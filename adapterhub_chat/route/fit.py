@@ -1,7 +1,8 @@
 """Route: which adapter a message is for, told from the messages that each adapter has learnt from.
 
-An adapter's prototype is a cloud: the centres of its own messages' vectors (looks.py) and one covariance
-around them, beside the cloud of what the backbone makes up by itself (imagine.py). A message is judged twice:
+An adapter's prototype is a cloud: the centres of its own messages' vectors (message_features.py) and one
+covariance around them, beside the cloud of what the backbone makes up by itself (learn.py). A message is
+judged twice:
 
     ratio   log p(message | own cloud) - log p(message | background)     (arXiv 2106.09022)
     density log p(message | own cloud, its covariance hardly widened)    (arXiv 1807.03888)

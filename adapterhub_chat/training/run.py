@@ -1,4 +1,4 @@
-"""Workshop: a training run from tasks to measured adapters in the pool."""
+"""A training run: from tasks to measured adapters in the pool."""
 
 from __future__ import annotations
 
