@@ -12,22 +12,31 @@ if TYPE_CHECKING:
     from adapterhub_chat.config import EngineOptions
     from adapterhub_chat.data.task import Task
     from adapterhub_chat.events import Listeners
+    from adapterhub_chat.export.merged_model import Exported
     from adapterhub_chat.inference.contracts import Prediction
+    from adapterhub_chat.inference.engine import Engine
     from adapterhub_chat.inference.requests import Request
     from adapterhub_chat.inference.sampling import Sampling
+    from adapterhub_chat.model.backbone import Quantize
     from adapterhub_chat.pool.admission import Verdict
     from adapterhub_chat.pool.registry import AdapterInfo
     from adapterhub_chat.remote.pull import Pulled
     from adapterhub_chat.remote.push import Published
     from adapterhub_chat.remote.search import Found
     from adapterhub_chat.route.choice import Route
-    from adapterhub_chat.types import Example, Message, Mix, Score
+    from adapterhub_chat.training.spec import TrainSpec
+    from adapterhub_chat.transfer.ranking import Ranked
+    from adapterhub_chat.transfer.run import Transferred
+    from adapterhub_chat.types import AdapterChoice, Example, Message, Mix, Score, Turn
 
 _MODULES = {
+    "AdapterChoice": "types",
     "AdapterHub": "api",
     "AdapterInfo": "pool.registry",
+    "Engine": "inference.engine",
     "EngineOptions": "config",
     "Example": "types",
+    "Exported": "export.merged_model",
     "Found": "remote.search",
     "Listeners": "events",
     "Manifest": "artifact.manifest",
@@ -36,20 +45,28 @@ _MODULES = {
     "Prediction": "inference.contracts",
     "Published": "remote.push",
     "Pulled": "remote.pull",
+    "Quantize": "model.backbone",
+    "Ranked": "transfer.ranking",
     "Request": "inference.requests",
     "Route": "route.choice",
     "Sampling": "inference.sampling",
     "Score": "types",
     "Task": "data.task",
+    "TrainSpec": "training.spec",
+    "Transferred": "transfer.run",
+    "Turn": "types",
     "Verdict": "pool.admission",
 }
 """A public name -> the module that defines it."""
 
 __all__ = [
+    "AdapterChoice",
     "AdapterHub",
     "AdapterInfo",
+    "Engine",
     "EngineOptions",
     "Example",
+    "Exported",
     "Found",
     "Listeners",
     "Manifest",
@@ -58,11 +75,16 @@ __all__ = [
     "Prediction",
     "Published",
     "Pulled",
+    "Quantize",
+    "Ranked",
     "Request",
     "Route",
     "Sampling",
     "Score",
     "Task",
+    "TrainSpec",
+    "Transferred",
+    "Turn",
     "Verdict",
 ]
 

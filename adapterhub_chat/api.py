@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +16,12 @@ from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.config import EngineOptions, engine_options
 from adapterhub_chat.data.inputs import asked, listed, text
 from adapterhub_chat.data.task import Task, as_task
-from adapterhub_chat.errors import UsageError
 from adapterhub_chat.evaluation.adopt import adopt
-from adapterhub_chat.evaluation.scoring import judge_task
+from adapterhub_chat.evaluation.run import evaluate_adapters
 from adapterhub_chat.events import SILENT, Listeners
 from adapterhub_chat.export.merged_model import MOST_DRIFT, Exported, export
 from adapterhub_chat.inference.contracts import (
     Prediction,
-    check_labels,
     checked_contract,
     choices,
     predictions,
@@ -37,14 +34,13 @@ from adapterhub_chat.inference.likelihood import next_token_logits as logits_aft
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.merge.run import merge_adapters
-from adapterhub_chat.merge.spec import merge_order
+from adapterhub_chat.merge.spec import merge_spec
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import Quantize, load_backbone
 from adapterhub_chat.pool.admission import Verdict
 from adapterhub_chat.pool.pool import Pool
-from adapterhub_chat.pool.provenance import own_tasks
 from adapterhub_chat.pool.registry import AdapterInfo, Registry
-from adapterhub_chat.remote.client import Hub
+from adapterhub_chat.remote.client import HubClient
 from adapterhub_chat.remote.pull import Pulled, pull, pull_locked
 from adapterhub_chat.remote.push import Published, push
 from adapterhub_chat.remote.search import Found, search
@@ -52,10 +48,10 @@ from adapterhub_chat.report.plots import with_picture
 from adapterhub_chat.route.choice import Route
 from adapterhub_chat.route.router import Router, describe_routes
 from adapterhub_chat.training.run import make_adapters
-from adapterhub_chat.training.spec import order_of
+from adapterhub_chat.training.spec import TrainSpec
 from adapterhub_chat.transfer.ranking import Ranked, rank_sources
 from adapterhub_chat.transfer.run import Transferred, flatten, make_transfer
-from adapterhub_chat.transfer.spec import ranked_task, transfer_order
+from adapterhub_chat.transfer.spec import ranked_task, transfer_spec
 from adapterhub_chat.types import NO_ADAPTER, AdapterChoice, Mix, Score, Turn
 
 
@@ -139,7 +135,7 @@ class AdapterHub:
 
         Also reaches direct calls of `hub.backbone.model`, transformers' own object.
         """
-        (mix,) = self._registry.ready([adapter])
+        (mix,) = self._registry.resolve([adapter])
         token = self._default.set(mix)
         try:
             with self.model.mixing([mix]):
@@ -258,7 +254,7 @@ class AdapterHub:
         Label tasks are decided by the likelihood of each label, all others by generating the answer.
         Inputs are texts, or the contract's fields by name; raises one DataError for all that do not fit.
         """
-        (mix,) = self._registry.ready([adapter])
+        (mix,) = self._registry.resolve([adapter])
         own = self._registry.contract(mix)
         contract = own if task is None else as_task(task).contract
         contract = checked_contract(self.model, mix, own, contract)
@@ -291,14 +287,21 @@ class AdapterHub:
         from it. Ctrl-C keeps what was best so far, unmeasured, and warns. An adapter that has learnt
         nothing (interrupted or diverged at once) is not saved and not in the answer.
         """
-        order = replace(
-            order_of(tasks, {"how": how, **shared}, names, settings or {}),
+        spec = TrainSpec.of_call(
+            tasks,
+            {"how": how, **shared},
+            names,
+            settings,
             sweeps=sweep or {},
             save_dtype=save_dtype,
             run_dir=None if run_dir is None else Path(run_dir),
             resume=resume,
         )
-        return make_adapters(self._registry, order, with_picture(listeners, order.run_dir))
+        return self.run(spec, listeners)
+
+    def run(self, spec: TrainSpec, listeners: Listeners = SILENT) -> dict[str, Manifest]:
+        """Carry out a training run, as `train` and the command line describe it; see `train`."""
+        return make_adapters(self._registry, spec, with_picture(listeners, spec.run_dir))
 
     def evaluate(
         self,
@@ -316,26 +319,11 @@ class AdapterHub:
         tasks it was trained on. `limit` bounds the items (0: all). With `save`, adapters of the pool keep
         their scores in manifest and card.
         """
-        chosen = self.pool.names() if adapters is None else listed(adapters, "adapters")
-        if not chosen:
-            raise UsageError(
-                f"nothing to evaluate: name adapters, or train some into {self.pool.root}"
-            )
-        if adapters is None:
-            chosen = self._registry.usable(chosen, listeners.on_refused)
-        named = [(str(mix), mix) for mix in self._registry.ready(chosen)]
-        if tasks is None:
-            pairs = own_tasks(self._registry, named)
-        else:
-            pairs = [(as_task(task), named) for task in listed(tasks, "tasks")]
-        for task, mixes in pairs:
-            for _, mix in mixes:
-                check_labels(self.model, self._registry.contract(mix), task.contract)
-        judged = [judge_task(self.model, task, group, limit, listeners) for task, group in pairs]
-        scores = [score for group in judged for score in group]
-        if save:
-            self._registry.record(scores)
-        return scores
+        named = None if adapters is None else listed(adapters, "adapters")
+        given = None if tasks is None else [as_task(task) for task in listed(tasks, "tasks")]
+        return evaluate_adapters(
+            self._registry, named, given, limit, save=save, listeners=listeners
+        )
 
     def transfer(  # noqa: PLR0913 - what a transfer is made of, each by its name
         self,
@@ -374,7 +362,7 @@ class AdapterHub:
         `stack_layers` slices ("0:8": the first eight; None: as `layers` says); `layer` is the block whose
         states the discriminator and the entropy balancing look at.
         """
-        order = transfer_order(
+        order = transfer_spec(
             source,
             target,
             shots,
@@ -428,7 +416,7 @@ class AdapterHub:
         all that does not fit at once, AdapterError when a source alone does not come out as itself or
         "auto" finds no method that keeps the floor.
         """
-        order = merge_order(listed(names, "names"), method, weights, name, options)
+        order = merge_spec(listed(names, "names"), method, weights, name, options)
         return merge_adapters(self._registry, order, tasks or {}, listeners)
 
     def export(
@@ -445,7 +433,7 @@ class AdapterHub:
         tokens on the probe prompts are at most `most_drift` nats of KL from the adapter's as it runs. Raises
         AdapterError when none is, UsageError for a folder that exists; nothing half written is left.
         """
-        (mix,) = self._registry.ready([adapter])
+        (mix,) = self._registry.resolve([adapter])
         return export(self._registry, mix, Path(folder), form, most_drift)
 
     # -- sharing -----------------------------------------------------------------------------------
@@ -484,7 +472,7 @@ class AdapterHub:
         of `adapterhub-chat keygen`. `endpoint` None: HF_ENDPOINT, else huggingface.co; `token` None:
         HF_TOKEN at that endpoint. Raises HubError with nothing half published.
         """
-        hub, key = Hub(endpoint, token), None if sign is None else Path(sign)
+        hub, key = HubClient(endpoint, token), None if sign is None else Path(sign)
         done = push(
             self.pool, name, repo, hub, version=version, private=private, force=force, key=key
         )
@@ -509,7 +497,7 @@ class AdapterHub:
         refuses, another signer than `require_signature` (a public key), a name that the pool has from
         elsewhere, a tag that moved. `replace` waives the last two.
         """
-        hub, key = Hub(endpoint, token), require_signature
+        hub, key = HubClient(endpoint, token), require_signature
         return pull(
             self._registry, repo, hub, revision=revision, name=name, key=key, replace=replace
         )
@@ -528,7 +516,7 @@ class AdapterHub:
         token: str | None = None,
     ) -> list[Found]:
         """Return adapters on a Hub for this backbone: those made for its very weights first."""
-        return search(self.backbone, Hub(endpoint, token), text, author, limit)
+        return search(self.backbone, HubClient(endpoint, token), text, author, limit)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -537,8 +525,8 @@ class AdapterHub:
     ) -> list[Mix]:
         """Return one mix a row, by what its user has said for "auto"; without `adapters`, the default."""
         if adapters is None:
-            return self._registry.ready([self._default.get()]) * len(rows)
-        return self._registry.ready(self._router.choose(listed(adapters, "adapters"), rows))
+            return self._registry.resolve([self._default.get()]) * len(rows)
+        return self._registry.resolve(self._router.choose(listed(adapters, "adapters"), rows))
 
     def _raw(
         self, prompts: Sequence[str], adapters: Sequence[AdapterChoice] | None, sampling: Sampling

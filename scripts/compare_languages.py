@@ -32,7 +32,7 @@ from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.training.job import make_job
 from adapterhub_chat.training.loop import train
 from adapterhub_chat.transfer.candidates import transfer
-from adapterhub_chat.transfer.setting import make_setting
+from adapterhub_chat.transfer.setting import make_problem
 from adapterhub_chat.transfer.spec import transfer_config
 from adapterhub_chat.types import as_mix
 from adapterhub_chat.validation import read_settings
@@ -64,7 +64,7 @@ def compare(
     }
     found = []
     for source, target in pairs:
-        setting = make_setting(learnt[source.name], source, target, shots, budget)
+        setting = make_problem(learnt[source.name], source, target, shots, budget)
         outcome = transfer(hub.model, setting, "auto", on_event=listeners.on_event)
         made = outcome.candidates
         ways = {

@@ -31,11 +31,11 @@ from adapterhub_chat import AdapterHub, Mix
 from adapterhub_chat.cli.output import Bars
 from adapterhub_chat.data.task import load_task
 from adapterhub_chat.evaluation.retention import (
-    Yardstick,
+    SourceResult,
     mean_and_lowest,
     retention,
     retentions,
-    yardsticks,
+    source_results,
 )
 from adapterhub_chat.events import SILENT, Listeners
 from adapterhub_chat.lora.weights import AdapterWeights
@@ -91,7 +91,7 @@ def compare(
     weights = [source.weights for source in sources]
     moments = InputMoments(hub.model, tasks, modules_of(weights))
     told = listeners.on_judged
-    sticks = yardsticks(hub.model, tasks, "test", limit, told)
+    sticks = source_results(hub.model, tasks, "test", limit, told)
     rank = max(own.max_rank for own in weights)
     even = Mix(tuple((name, 1 / len(names)) for name in names))
 
@@ -124,7 +124,7 @@ def compare(
     return rows
 
 
-def apart(sticks: Sequence[Yardstick]) -> list[Retention]:
+def apart(sticks: Sequence[SourceResult]) -> list[Retention]:
     """Return what is kept where every row has its own adapter: everything."""
     return [retention(stick, stick.rows) for stick in sticks]
 

@@ -49,9 +49,13 @@ from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.errors import AssetError
 from adapterhub_chat.evaluation.scoring import judge
 from adapterhub_chat.report.plots import draw_confusion
-from adapterhub_chat.route.choice import Cascade, Judges, Route
-from adapterhub_chat.route.learn import judges_of, learn_routing, message_of
-from adapterhub_chat.route.message_features import glances, looks, read
+from adapterhub_chat.route.choice import AdapterScorers, Cascade, Route
+from adapterhub_chat.route.learn import learn_routing, message_of, scorers_of
+from adapterhub_chat.route.message_features import (
+    early_layer_features,
+    token_features,
+    tokenize_messages,
+)
 from adapterhub_chat.types import SPLITS, Example, PromptContract
 
 SHIPPED = ("qa", "generation", "sentiment")
@@ -73,7 +77,7 @@ def compare(backbone: str, pool: Path, names: Sequence[str], limit: int) -> dict
         routings[name] = learn_routing(hub._registry, [task])
         seconds[name] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
-    judges = {n: judges_of(r) for n, r in routings.items() if r is not None}
+    judges = {n: scorers_of(r) for n, r in routings.items() if r is not None}
     add = (time.perf_counter() - started) / len(judges)
     started = time.perf_counter()
     cascade = Cascade(judges)
@@ -100,21 +104,21 @@ def compare(backbone: str, pool: Path, names: Sequence[str], limit: int) -> dict
 class Seen:
     """Messages as vectors, worked out once for all routers that are asked."""
 
-    glances: torch.Tensor
-    looks: torch.Tensor
+    by_tokens: torch.Tensor
+    by_states: torch.Tensor
     looked: int = 0
     """Of how many the last router needed the look."""
 
     @classmethod
     def of(cls, hub: AdapterHub, texts: Sequence[str]) -> Seen:
         """Return them for texts as users type them."""
-        messages = read(hub.model, texts)
-        return cls(glances(hub.model, messages), looks(hub.model, messages))
+        messages = tokenize_messages(hub.model, texts)
+        return cls(token_features(hub.model, messages), early_layer_features(hub.model, messages))
 
     def routes(self, cascade: Cascade) -> list[Route]:
         """Return whom each message is for."""
         self.looked = 0
-        return cascade.routes(self.glances, self._look)
+        return cascade.routes(self.by_tokens, self._look)
 
     def fits(self, cascade: Cascade) -> torch.Tensor:
         """Return how well each message fits to the adapter that it fits best, (N,)."""
@@ -123,7 +127,7 @@ class Seen:
 
     def _look(self, places: Sequence[int]) -> torch.Tensor:
         self.looked = len(places)
-        return self.looks[list(places)]
+        return self.by_states[list(places)]
 
 
 def owners_of(tasks: Mapping[str, Task]) -> dict[str, set[str]]:
@@ -177,7 +181,7 @@ def accuracy(
 
 def out_of_scope(
     hub: AdapterHub,
-    judges: Mapping[str, Judges],
+    judges: Mapping[str, AdapterScorers],
     vectors: Mapping[str, Seen],
     owners: Mapping[str, set[str]],
     limit: int,
@@ -307,7 +311,7 @@ def judged(
     rows = []
     for adapter in dict.fromkeys(adapters):
         own = [e for e, a in zip(examples, adapters, strict=True) if a == adapter]
-        (mix,) = hub._registry.ready([adapter])
+        (mix,) = hub._registry.resolve([adapter])
         if adapter != task.name:
             contract = hub._registry.contract(mix) or PromptContract()
             if METRICS[task.metric].kind == "label" and not contract.labels:

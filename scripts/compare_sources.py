@@ -29,7 +29,7 @@ from adapterhub_chat.pool.stored import read_stored
 from adapterhub_chat.training.loop import train
 from adapterhub_chat.transfer.methods import few_shot_jobs
 from adapterhub_chat.transfer.ranking import spearman
-from adapterhub_chat.transfer.setting import make_setting
+from adapterhub_chat.transfer.setting import make_problem
 from adapterhub_chat.transfer.spec import transfer_config
 from adapterhub_chat.types import as_mix
 
@@ -62,7 +62,7 @@ def _after(
     )
     jobs = []
     for name, path in names.items():
-        setting = make_setting(read_stored(path, name).weights, target, target, shots, config)
+        setting = make_problem(read_stored(path, name).weights, target, target, shots, config)
         few = few_shot_jobs(hub.backbone.tokenizer, setting, ["finetune"])
         jobs += [replace(job, name=name) for job in few if job.name == "finetune"]
     items, values = sample(target.split("test"), limit), {}

@@ -37,7 +37,7 @@ from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.transfer.candidates import AS_IS, Outcome, transfer
 from adapterhub_chat.transfer.gate import verdict
 from adapterhub_chat.transfer.methods import METHODS
-from adapterhub_chat.transfer.setting import make_setting
+from adapterhub_chat.transfer.setting import make_problem
 from adapterhub_chat.transfer.spec import transfer_config
 from adapterhub_chat.types import BACKBONE, SPLITS, Mix, as_mix
 
@@ -139,7 +139,7 @@ class Bench:
                 "eval_every": steps,
             }
         )
-        setting = make_setting(self.weights, self.source, self.target, shots, config)
+        setting = make_problem(self.weights, self.source, self.target, shots, config)
         outcome = transfer(self.hub.model, setting, AUTO, on_event=self.listeners.on_event)
         rows = dict(self.fixed)
         for name in METHODS:

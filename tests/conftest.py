@@ -66,7 +66,7 @@ def imagined_once():
 
     Modules that import `imagined` itself have the real one.
     """
-    make, kept = learn.imagined, {}
+    make, kept = learn.sample_background, {}
 
     @functools.wraps(make)
     def imagined(model, count, seed=0):
@@ -76,7 +76,7 @@ def imagined_once():
         return list(kept[key])
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(learn, "imagined", imagined)
+        patched.setattr(learn, "sample_background", imagined)
         yield
 
 

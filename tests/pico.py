@@ -185,7 +185,7 @@ def keep_adapter(hub, weights, name="toy", value=0.9):
     if value is not None:
         score = Score(name, "toy", "accuracy", value, value - 0.1, value + 0.1, 50, 0.5)
         manifest = manifest.with_scores([score])
-    hub._registry.keep(weights, manifest)
+    hub._registry.save_new(weights, manifest)
     return hub
 
 

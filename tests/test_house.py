@@ -1,9 +1,13 @@
 """The rules of the layout: floors, doors and sizes of the package, read off its source by one `ast` walk."""
 
 import ast
+import builtins
+import collections.abc
+import importlib
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -156,6 +160,30 @@ def _door_misfits(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"door: {library} is not imported by {module}"
 
 
+def definitions(source: str) -> Iterator[str]:
+    """Yield the public names that a module defines."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | Function):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            continue
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def homonyms(sources: Mapping[str, str]) -> dict[tuple[int, str], list[str]]:
+    """Return the public names that two modules of one floor define, with those modules."""
+    modules: dict[tuple[int, str], list[str]] = {}
+    for module, source in sources.items():
+        floor = FLOOR[module.partition(".")[0]]
+        for name in dict.fromkeys(definitions(source)):
+            modules.setdefault((floor, name), []).append(module)
+    return {key: those for key, those in modules.items() if len(those) > 1}
+
+
 def cycle(sources: Mapping[str, str]) -> list[str]:
     """Return the modules of an import cycle, none where there is none."""
     try:
@@ -195,10 +223,40 @@ def test_a_task_file_imports_only_the_ground_floor_assets_and_data(task):
 def test_the_public_names_are_sorted_and_true():
     assert adapterhub_chat.__all__ == sorted(adapterhub_chat._MODULES)
     for name in adapterhub_chat.__all__:
-        assert getattr(adapterhub_chat, name).__name__ == name
+        defined = importlib.import_module(f"{PACKAGE}.{adapterhub_chat._MODULES[name]}")
+        assert getattr(adapterhub_chat, name) is vars(defined)[name]
+        assert name in definitions(MODULES[adapterhub_chat._MODULES[name]])
     assert set(adapterhub_chat.__all__) <= set(dir(adapterhub_chat))
     with pytest.raises(AttributeError, match="'nothing'"):
         adapterhub_chat.nothing  # noqa: B018 - it raises
+
+
+def test_no_public_name_is_defined_in_two_modules_of_one_floor():
+    assert not homonyms(MODULES)
+
+
+def test_all_types_in_public_signatures_can_be_imported_from_the_root():
+    known = {
+        *dir(builtins),
+        *vars(typing),
+        *vars(collections.abc),
+        "Path",
+        "torch",
+        "Tensor",
+        "device",
+    }
+    tree = ast.parse(MODULES["api"])
+    hub = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "AdapterHub")
+    methods = [n for n in hub.body if isinstance(n, Function)]
+    named = set()
+    for method in methods:
+        if method.name.startswith("_") and method.name != "__init__":
+            continue
+        arguments = [*method.args.args, *method.args.kwonlyargs]
+        for annotation in filter(None, [method.returns, *(a.annotation for a in arguments)]):
+            named |= {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
+    assert {"TrainSpec", "Manifest", "Sequence"} <= named
+    assert named - known <= set(adapterhub_chat.__all__)
 
 
 # ---- the rules themselves can be broken ----------------------------------------------------------
@@ -271,6 +329,11 @@ def test_a_cycle_is_seen():
     }
     assert set(cycle(looped)) == {"pool.pool", "artifact.card"}
     assert not cycle({"pool.pool": looped["pool.pool"], "artifact.card": "import json"})
+
+
+def test_a_name_of_two_modules_is_seen():
+    twice = {"pool.pool": "KEPT = 1", "pool.names": "def KEPT(): ...", "model.source": "KEPT = 2"}
+    assert homonyms(twice) == {(FLOOR["pool"], "KEPT"): ["pool.pool", "pool.names"]}
 
 
 # ---- start-up ------------------------------------------------------------------------------------

@@ -19,15 +19,20 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from adapterhub_chat.artifact.guard import MAX_CONFIG, MAX_WEIGHTS, Checked, Layers, check
+from adapterhub_chat.artifact.guard import MAX_CONFIG, MAX_WEIGHTS, Checked, LayerShapes, check
 from adapterhub_chat.artifact.peft_config import CONFIG, plain_config
-from adapterhub_chat.artifact.safetensors_header import HEAD_PLACES, PREFIX, WEIGHTS, Place
+from adapterhub_chat.artifact.safetensors_header import (
+    HEAD_PLACES,
+    PEFT_PREFIX,
+    WEIGHTS,
+    TensorSpan,
+)
 from adapterhub_chat.artifact.untrusted import opened, read_bytes
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.lora.weights import AdapterWeights, Factors, Head, Packed
 from adapterhub_chat.types import HEAD
 
-DTYPES = {
+TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -37,7 +42,7 @@ DTYPES = {
 MOST_SPARE = 64 * 2**20
 """Bytes of the memory that is kept for the next file."""
 
-Memory = Callable[[int], torch.Tensor]
+Allocator = Callable[[int], torch.Tensor]
 """Gives a vector of so many bytes, uint8."""
 Arrived = Callable[[AdapterWeights], object]
 """Is given weights whose form was checked; whether their file is the right one is not known yet."""
@@ -73,11 +78,15 @@ def write_weights(path: Path, weights: AdapterWeights) -> None:
     """Write the tensors under PEFT's names."""
     tensors = {}
     for module, (a, b) in weights.factors.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a.clone(
+            memory_format=torch.contiguous_format
+        )
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b.clone(
+            memory_format=torch.contiguous_format
+        )
     if weights.head:
-        tensors[f"{PREFIX}{HEAD}.weight"] = weights.head.weight.float().contiguous()
-        tensors[f"{PREFIX}{HEAD}.bias"] = weights.head.bias.float().contiguous()
+        tensors[f"{PEFT_PREFIX}{HEAD}.weight"] = weights.head.weight.float().contiguous()
+        tensors[f"{PEFT_PREFIX}{HEAD}.bias"] = weights.head.bias.float().contiguous()
     path.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file hides the OSError
 
 
@@ -86,7 +95,7 @@ def fresh(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-class Scratch:
+class BufferPool:
     """Memory that files are read into again and again: new memory's pages cost more than the bytes."""
 
     def __init__(self) -> None:
@@ -94,7 +103,7 @@ class Scratch:
         self._spare: list[torch.Tensor] = []
 
     @contextmanager
-    def lent(self) -> Iterator[Memory]:
+    def lent(self) -> Iterator[Allocator]:
         """Lend memory for one file at a time; nothing may look at what was read when the block has ended."""
         held = self._spare.pop() if self._spare else fresh(0)
 
@@ -112,18 +121,18 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class Landing:
+class ReadTarget:
     """Where an adapter's numbers go while its file is read."""
 
-    memory: Memory = fresh
+    memory: Allocator = fresh
     arrived: Arrived = lambda _: None
 
 
-ANYWHERE = Landing()
+DEFAULT_TARGET = ReadTarget()
 
 
 def read_folder(
-    folder: Path, layers: Layers | None = None, landing: Landing = ANYWHERE
+    folder: Path, layers: LayerShapes | None = None, landing: ReadTarget = DEFAULT_TARGET
 ) -> tuple[AdapterWeights, dict[str, Any], str]:
     """Return a folder's weights, its config built anew, and the sha256 of the very bytes that were read.
 
@@ -154,7 +163,7 @@ def read_folder(
     return weights, dict(checked.config), digest.hexdigest()
 
 
-def _read_numbers(path: Path, memory: Memory) -> torch.Tensor:
+def _read_numbers(path: Path, memory: Allocator) -> torch.Tensor:
     """Return a file's bytes in memory of their own: a mapped file could change, or end, under us."""
     with opened(path, MAX_WEIGHTS) as (file, size):
         data, read = memory(size), 0
@@ -173,10 +182,10 @@ def _buffer(data: torch.Tensor) -> memoryview:
 def _weights(data: torch.Tensor, checked: Checked) -> AdapterWeights:
     """Return the factors of a checked file, as views of its bytes where these lie on their boundary."""
     layout, start = checked.layout, checked.start
-    dtype = DTYPES[layout.runs[0].kind]
+    dtype = TORCH_DTYPES[layout.runs[0].kind]
     factors: Factors
     if len(layout.runs) == 1 and start % dtype.itemsize == 0:
-        factors = Packed(data[start:].view(dtype), layout.shapes, layout.starts)
+        factors = Packed(data[start:].view(dtype), layout.shapes, layout.offsets)
     else:
         factors = {
             m: (_tensor(data, start, a), _tensor(data, start, b))
@@ -188,7 +197,7 @@ def _weights(data: torch.Tensor, checked: Checked) -> AdapterWeights:
     return AdapterWeights(factors, alphas, checked.config["use_rslora"], head, checked=True)
 
 
-def _tensor(data: torch.Tensor, start: int, place: Place) -> torch.Tensor:
-    first, dtype = start + place.start, DTYPES[place.kind]
+def _tensor(data: torch.Tensor, start: int, place: TensorSpan) -> torch.Tensor:
+    first, dtype = start + place.start, TORCH_DTYPES[place.kind]
     part = data[first : start + place.end]
     return (part if first % dtype.itemsize == 0 else part.clone()).view(dtype).view(place.shape)

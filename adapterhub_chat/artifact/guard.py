@@ -27,11 +27,11 @@ from adapterhub_chat.artifact.peft_config import (
     with_modules,
 )
 from adapterhub_chat.artifact.safetensors_header import (
-    KINDS,
+    FILE_DTYPES,
     WEIGHTS,
     Bytes,
-    Layout,
-    Place,
+    FileLayout,
+    TensorSpan,
     header_end,
     layout_of,
 )
@@ -50,7 +50,7 @@ ship here reach 0.14. Two random factors of deviation 0.3 and rank 64, at scale 
 far more than any training leaves, and far less than it takes to make numbers overflow."""
 MAX_PADDING = 64
 """How many times its numbers an adapter may take once loaded, when all its modules get its largest rank."""
-Layers = Mapping[str, tuple[int, int]]
+LayerShapes = Mapping[str, tuple[int, int]]
 """A backbone's linear layers, each with its numbers of inputs and outputs."""
 
 
@@ -61,12 +61,14 @@ class Checked:
     config: Mapping[str, Any]
     """PEFT's LoraConfig, built anew."""
     alphas: Mapping[str, float]
-    layout: Layout
+    layout: FileLayout
     start: int
     """Where the numbers begin in the weights file."""
 
 
-def check(source: str, config: bytes, weights: memoryview, layers: Layers | None = None) -> Checked:
+def check(
+    source: str, config: bytes, weights: memoryview, layers: LayerShapes | None = None
+) -> Checked:
     """Return what an adapter's config and weights say; raise AdapterError naming everything that is wrong.
 
     With a backbone's `layers`, the modules and their sizes must be those of some, and none may be missing.
@@ -110,7 +112,7 @@ def _settings(config: bytes) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _agreement_misfits(
-    config: Mapping[str, Any], layout: Layout, numbers: Bytes, largest: float
+    config: Mapping[str, Any], layout: FileLayout, numbers: Bytes, largest: float
 ) -> list[str]:
     """Return where the tensors are not what the config says, or an update is larger than one can be."""
     ranks = by_module(config["rank_pattern"], layout.pairs, config["r"])
@@ -133,7 +135,9 @@ def _agreement_misfits(
     return found
 
 
-def _layer_misfits(config: Mapping[str, Any] | None, layout: Layout, layers: Layers) -> list[str]:
+def _layer_misfits(
+    config: Mapping[str, Any] | None, layout: FileLayout, layers: LayerShapes
+) -> list[str]:
     """Return which modules are not those of a backbone, or not all that the config means."""
     found = []
     for module, (a, b) in layout.pairs.items():
@@ -150,7 +154,7 @@ def _layer_misfits(config: Mapping[str, Any] | None, layout: Layout, layers: Lay
     return found
 
 
-def _spread_misfits(ranks: Mapping[str, int], layout: Layout) -> list[str]:
+def _spread_misfits(ranks: Mapping[str, int], layout: FileLayout) -> list[str]:
     """Return whether one large rank would make a small file large in memory."""
     widths = {m: a.shape[1] + b.shape[0] for m, (a, b) in layout.pairs.items()}
     largest, held = max(ranks.values()), sum(ranks[m] * width for m, width in widths.items())
@@ -163,7 +167,7 @@ def _spread_misfits(ranks: Mapping[str, int], layout: Layout) -> list[str]:
 
 
 def _norm_misfits(
-    module: str, scale: float, pair: tuple[Place, Place], numbers: Bytes, largest: float
+    module: str, scale: float, pair: tuple[TensorSpan, TensorSpan], numbers: Bytes, largest: float
 ) -> list[str]:
     (rank, width_in), (width_out, _) = (place.shape for place in pair)
     limit = MAX_GAIN * math.sqrt(max(width_in, width_out))
@@ -181,7 +185,7 @@ def _norm_misfits(
 # ---- the numbers ---------------------------------------------------------------------------------
 
 
-def _largest(layout: Layout, numbers: Bytes) -> float:
+def _largest(layout: FileLayout, numbers: Bytes) -> float:
     """Return the size of the largest number, infinity when that cannot be said at one look."""
     sizes = (_size(run.kind, numbers[run.start : run.end]) for run in layout.runs)
     return max(sizes, default=math.inf)
@@ -193,7 +197,7 @@ def _size(kind: str, numbers: Bytes) -> float:
     Without its sign, a larger number has larger bits. Read as whole numbers without sign, the largest is a
     negative one; read with sign, it is a positive one.
     """
-    width, infinite = KINDS[kind]
+    width, infinite = FILE_DTYPES[kind]
     negative = int(numbers.view(f"<u{width}").max()) - (1 << (8 * width - 1))
     bits = max(negative, int(numbers.view(f"<i{width}").max()))
     return math.inf if bits >= infinite else float(_floats(kind, np.array([bits], f"<u{width}"))[0])
@@ -206,10 +210,10 @@ def _floats(kind: str, bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return bits.view(f"<f{bits.itemsize}")
 
 
-def _value_misfits(layout: Layout, numbers: Bytes) -> list[str]:
+def _value_misfits(layout: FileLayout, numbers: Bytes) -> list[str]:
     found: dict[str, None] = {}
     for (module, factor), place in layout.places.items():
-        if place.kind not in KINDS:
+        if place.kind not in FILE_DTYPES:
             continue
         size = _size(place.kind, numbers[place.start : place.end])
         if size == math.inf:
@@ -220,9 +224,9 @@ def _value_misfits(layout: Layout, numbers: Bytes) -> list[str]:
     return list(found)
 
 
-def _norm(place: Place, numbers: Bytes, step: int = 2**20) -> float:
+def _norm(place: TensorSpan, numbers: Bytes, step: int = 2**20) -> float:
     """Return the Frobenius norm of a factor, decoding a piece at a time."""
-    bits = numbers[place.start : place.end].view(f"<u{KINDS[place.kind][0]}")
+    bits = numbers[place.start : place.end].view(f"<u{FILE_DTYPES[place.kind][0]}")
     total = 0.0
     for first in range(0, len(bits), step):
         piece = _floats(place.kind, bits[first : first + step]).astype("<f8", copy=False)

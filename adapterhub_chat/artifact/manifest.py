@@ -161,7 +161,7 @@ class MergeReport(BaseModel):
     verdict: str = ""
 
 
-class Under(BaseModel):
+class StackBase(BaseModel):
     """An adapter that a stack stands on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -189,7 +189,7 @@ class Manifest(BaseModel):
     contract: PromptContract
     metric: str = ""
     training: Training = Training()
-    stack: tuple[Under, ...] = Field(
+    stack: tuple[StackBase, ...] = Field(
         default=(),
         max_length=8,
         description="What it stands on, the lowest first: it acts together with all of them.",

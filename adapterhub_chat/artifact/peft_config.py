@@ -91,7 +91,7 @@ _SWITCH = (_CHOICE, "it must be true or false")
 _TEXT = (_is_text, "it must be a text of at most 1000 printable characters")
 _PLAIN_LIST = "it must be a list of plain module names; regular expressions are never matched"
 
-SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+PEFT_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     # what makes another equation
     "use_dora": (_off, "DoRA rescales the backbone's own weights, so rows cannot be mixed"),
     "bias": (_one_of("none", None), "trained biases belong to the backbone"),
@@ -162,8 +162,8 @@ PEFT's next kind of LoRA will have another: it is refused until known, unless it
 """
 
 PATTERNS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "rank_pattern": SETTINGS["r"],
-    "alpha_pattern": SETTINGS["lora_alpha"],
+    "rank_pattern": PEFT_SETTINGS["r"],
+    "alpha_pattern": PEFT_SETTINGS["lora_alpha"],
 }
 """Setting that has a value for each of some modules -> what those may be."""
 
@@ -174,12 +174,12 @@ def config_misfits(config: Mapping[str, Any]) -> list[str]:
         return [f"its peft_type is {shown(kind)}; only 'LORA' can be mixed row by row"]
     found = [
         f"{setting} = {shown(config.get(setting))} is refused: {why}"
-        for setting, (fits, why) in SETTINGS.items()
+        for setting, (fits, why) in PEFT_SETTINGS.items()
         if not fits(config.get(setting))
     ]
     for setting, (fits, why) in PATTERNS.items():
         found += _pattern_misfits(setting, config.get(setting), fits, why)
-    for setting in sorted(config.keys() - SETTINGS.keys() - PATTERNS.keys() - {"peft_type"}):
+    for setting in sorted(config.keys() - PEFT_SETTINGS.keys() - PATTERNS.keys() - {"peft_type"}):
         if not _off(config[setting]):
             found.append(
                 f"{shown(setting)} = {shown(config[setting])} is unknown here and may change what the "

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Numbers = npt.NDArray[np.float64]
 
 
-class CloudNumbers(NamedTuple):
+class MixtureNumbers(NamedTuple):
     """Gaussians with one covariance: K centres of W numbers, and R factors."""
 
     centres: Numbers
@@ -31,8 +31,8 @@ class CloudNumbers(NamedTuple):
 class PrototypeNumbers(NamedTuple):
     """All numbers of a prototype, each in its shape."""
 
-    own: CloudNumbers
-    background: CloudNumbers
+    own: MixtureNumbers
+    background: MixtureNumbers
     ratios: Numbers
     """(Q,)"""
     densities: Numbers
@@ -41,7 +41,7 @@ class PrototypeNumbers(NamedTuple):
 
 MAX_TEXT = 800_000
 """Longest text of numbers: a manifest has at most 1 MB."""
-HALF = 2
+HALF_BYTES = 2
 """Bytes of a float16."""
 
 Size = Annotated[int, Field(ge=1, le=4096)]
@@ -74,7 +74,7 @@ class StoredPrototype(BaseModel):
         if self._behind > self.width:
             raise ValueError(f"background_width is {self._behind}, width only {self.width}")
         sizes, found = self._sizes(), len(self.numbers)
-        if found != (wanted := -(-HALF * sum(sizes) // 3) * 4):
+        if found != (wanted := -(-HALF_BYTES * sum(sizes) // 3) * 4):
             raise ValueError(f"numbers: {found} characters, not {wanted}, as the sizes say")
         if problem := _problem(self.decoded()):
             raise ValueError(f"numbers: {problem}")
@@ -97,15 +97,15 @@ class StoredPrototype(BaseModel):
         except binascii.Error as error:
             raise ValueError(f"numbers: {error}") from error
         sizes = self._sizes()
-        if len(raw) != HALF * sum(sizes):
-            raise ValueError(f"numbers: {len(raw)} bytes, not {HALF * sum(sizes)}")
+        if len(raw) != HALF_BYTES * sum(sizes):
+            raise ValueError(f"numbers: {len(raw)} bytes, not {HALF_BYTES * sum(sizes)}")
         with np.errstate(invalid="ignore"):  # a signalling NaN, which `_problem` names
             flat = np.frombuffer(raw, "<f2").astype(np.float64)
         parts = np.split(flat, [*accumulate(sizes)][:-1])
         return PrototypeNumbers(_cloud(parts[:4]), _cloud(parts[4:8]), parts[8], parts[9])
 
 
-class Glance(StoredPrototype):
+class TokenPrototype(StoredPrototype):
     """The prototype of what messages are at a glance."""
 
     features: Literal["token-mean-1"] = Field(
@@ -120,15 +120,15 @@ class Routing(StoredPrototype):
         default="early-mean-2",
         description="How a message becomes a vector; the first, without words, is used no more.",
     )
-    glance: Glance | None = Field(
+    glance: TokenPrototype | None = Field(
         default=None, description="The same for plain messages; None: all are looked at."
     )
 
 
-def _cloud(parts: Sequence[Numbers]) -> CloudNumbers:
+def _cloud(parts: Sequence[Numbers]) -> MixtureNumbers:
     centres, shares, factors, rest = parts
     width = len(rest)
-    return CloudNumbers(centres.reshape(-1, width), shares, factors.reshape(-1, width), rest)
+    return MixtureNumbers(centres.reshape(-1, width), shares, factors.reshape(-1, width), rest)
 
 
 def _problem(prototype: PrototypeNumbers) -> str:

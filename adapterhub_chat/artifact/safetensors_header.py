@@ -26,14 +26,14 @@ MAX_COMMAS = 8 * MAX_TENSORS
 """In a header: a tensor takes six. They bound what JSON can hold before any of it is built."""
 MAX_CACHED = 256 * 2**10
 """Bytes of a header whose layout is kept: four times what 32 layers with seven targets each take."""
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 KEY = re.compile(rf"base_model\.model\.(?P<module>{NAME})\.lora_(?P<factor>[AB])\.weight")
 HEAD_KEY = re.compile(rf"base_model\.model\.{HEAD}\.(?P<part>weight|bias)")
 HEAD_PLACES = (HEAD, "weight"), (HEAD, "bias")
 """An encoder's head among the places of a layout."""
 MAX_LABELS = 4096
 """Of a head."""
-KINDS = {
+FILE_DTYPES = {
     "F16": (2, 0x7C00),
     "BF16": (2, 0x7F80),
     "F32": (4, 0x7F80 << 16),
@@ -46,7 +46,7 @@ Factor = tuple[str, str]
 Bytes = npt.NDArray[np.uint8]
 
 
-class Place(NamedTuple):
+class TensorSpan(NamedTuple):
     """What a tensor is, and where its numbers lie, in bytes behind the header."""
 
     kind: str
@@ -55,7 +55,7 @@ class Place(NamedTuple):
     end: int
 
 
-class Run(NamedTuple):
+class TypeRun(NamedTuple):
     """One type of number as far as it goes, in bytes behind the header."""
 
     kind: str
@@ -64,14 +64,14 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """What the header of a weights file says."""
 
-    places: Mapping[Factor, Place]
-    pairs: Mapping[str, tuple[Place, Place]]
+    places: Mapping[Factor, TensorSpan]
+    pairs: Mapping[str, tuple[TensorSpan, TensorSpan]]
     """Modules that have both factors, as matrices, and the places of these."""
     misfits: Sequence[str]
-    runs: Sequence[Run]
+    runs: Sequence[TypeRun]
     """None where there are misfits."""
 
     @cached_property
@@ -80,10 +80,10 @@ class Layout:
         return {module: (a.shape, b.shape) for module, (a, b) in self.pairs.items()}
 
     @cached_property
-    def starts(self) -> dict[str, tuple[int, int]]:
+    def offsets(self) -> dict[str, tuple[int, int]]:
         """Where each module's A and B begin, counted in numbers: there is one type of them."""
         (run,) = self.runs
-        size = KINDS[run.kind][0]
+        size = FILE_DTYPES[run.kind][0]
         return {module: (a.start // size, b.start // size) for module, (a, b) in self.pairs.items()}
 
     @property
@@ -97,7 +97,7 @@ def header_end(data: Bytes) -> int:
     return 8 + int.from_bytes(data[:8].tobytes(), "little")
 
 
-def layout_of(data: Bytes) -> tuple[Layout | None, list[str]]:
+def layout_of(data: Bytes) -> tuple[FileLayout | None, list[str]]:
     """Return what a weights file holds, or why that cannot be told."""
     end = header_end(data)
     try:
@@ -114,7 +114,7 @@ def layout_of(data: Bytes) -> tuple[Layout | None, list[str]]:
 
 
 @lru_cache(maxsize=16)  # the adapters of one backbone mostly have one header
-def _parsed(header: bytes, size: int) -> Layout:
+def _parsed(header: bytes, size: int) -> FileLayout:
     """Return the layout of `size` bytes of numbers; raise ValueError when it cannot be one."""
     if not header.startswith(b"{"):
         raise ValueError("its header is no JSON object")
@@ -127,7 +127,7 @@ def _parsed(header: bytes, size: int) -> Layout:
     found = [(name, _place(name, entry, size)) for name, entry in entries.items()]
     found.sort(key=lambda item: (item[1].start, item[1].end))
     _check_cover(found, size)
-    places: dict[Factor, Place] = {}
+    places: dict[Factor, TensorSpan] = {}
     foreign = []
     for name, place in found:
         if match := KEY.fullmatch(name):
@@ -138,7 +138,7 @@ def _parsed(header: bytes, size: int) -> Layout:
             foreign.append(name)
     factors = {k: place for k, place in places.items() if k not in HEAD_PLACES}
     misfits = _foreign_misfits(foreign) + _pair_misfits(factors) + _head_misfits(places)
-    return Layout(places, _pairs(places), misfits, [] if misfits else _runs(places))
+    return FileLayout(places, _pairs(places), misfits, [] if misfits else _runs(places))
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -147,7 +147,7 @@ def _check_metadata(metadata: Any) -> None:
         raise ValueError("its __metadata__ must be short printable texts by name")
 
 
-def _place(name: str, entry: Any, size: int) -> Place:
+def _place(name: str, entry: Any, size: int) -> TensorSpan:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} needs dtype, shape and data_offsets, and nothing else")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -155,8 +155,8 @@ def _place(name: str, entry: Any, size: int) -> Place:
         raise ValueError(f"{shown(name)} cannot lie at {shown(offsets)} of {size:,} bytes")
     if not _are_sizes(shape, 1, size) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{shown(name)} cannot have the shape {shown(shape)}")
-    place = Place(kind, tuple(shape), *offsets)
-    if kind in KINDS and math.prod(shape) * KINDS[kind][0] != place.end - place.start:
+    place = TensorSpan(kind, tuple(shape), *offsets)
+    if kind in FILE_DTYPES and math.prod(shape) * FILE_DTYPES[kind][0] != place.end - place.start:
         raise ValueError(
             f"{shown(name)} has {place.end - place.start:,} bytes, which are no {kind} numbers of the shape "
             f"{shown(shape)}"
@@ -168,7 +168,7 @@ def _are_sizes(value: Any, least: int, most: int) -> bool:
     return isinstance(value, list) and all(type(v) is int and least <= v <= most for v in value)
 
 
-def _check_cover(found: Sequence[tuple[str, Place]], size: int) -> None:
+def _check_cover(found: Sequence[tuple[str, TensorSpan]], size: int) -> None:
     """Raise ValueError unless every byte is in exactly one tensor."""
     end = 0
     for name, place in found:
@@ -181,7 +181,7 @@ def _check_cover(found: Sequence[tuple[str, Place]], size: int) -> None:
         raise ValueError(f"its tensors take {end:,} bytes, and it has {size:,}")
 
 
-def _pairs(places: Mapping[Factor, Place]) -> dict[str, tuple[Place, Place]]:
+def _pairs(places: Mapping[Factor, TensorSpan]) -> dict[str, tuple[TensorSpan, TensorSpan]]:
     found = {}
     for (module, factor), a in places.items():
         b = places.get((module, "B"))
@@ -190,11 +190,11 @@ def _pairs(places: Mapping[Factor, Place]) -> dict[str, tuple[Place, Place]]:
     return found
 
 
-def _runs(places: Mapping[Factor, Place]) -> list[Run]:
+def _runs(places: Mapping[Factor, TensorSpan]) -> list[TypeRun]:
     runs = []
     for kind, items in groupby(places.items(), key=lambda item: item[1].kind):
         run = [place for _, place in items]
-        runs.append(Run(kind, run[0].start, run[-1].end))
+        runs.append(TypeRun(kind, run[0].start, run[-1].end))
     return runs
 
 
@@ -206,7 +206,7 @@ def _foreign_misfits(foreign: Sequence[str]) -> list[str]:
     return [f"{WEIGHTS} holds what is not a LoRA factor: {listed}{more}"]
 
 
-def _pair_misfits(places: Mapping[Factor, Place]) -> list[str]:
+def _pair_misfits(places: Mapping[Factor, TensorSpan]) -> list[str]:
     found = [] if places else ["there is not one LoRA factor in it"]
     for module in dict.fromkeys(module for module, _ in places):
         pair = {f: places[module, f] for f in "AB" if (module, f) in places}
@@ -214,15 +214,15 @@ def _pair_misfits(places: Mapping[Factor, Place]) -> list[str]:
             found.append(f"{module} has lora_{next(iter(pair))} but not the other factor")
         if any(len(place.shape) != 2 for place in pair.values()):
             found.append(f"{module}: factors must be matrices")
-        if kinds := sorted({place.kind for place in pair.values()} - KINDS.keys()):
+        if kinds := sorted({place.kind for place in pair.values()} - FILE_DTYPES.keys()):
             listed = " and ".join(map(shown, kinds))
             found.append(
-                f"{module}: numbers of type {listed} are no LoRA factors: {', '.join(KINDS)}"
+                f"{module}: numbers of type {listed} are no LoRA factors: {', '.join(FILE_DTYPES)}"
             )
     return found
 
 
-def _head_misfits(places: Mapping[Factor, Place]) -> list[str]:
+def _head_misfits(places: Mapping[Factor, TensorSpan]) -> list[str]:
     """Return what is wrong with an encoder's head, if there is one."""
     weight, bias = (places.get(place) for place in HEAD_PLACES)
     if weight is None and bias is None:
@@ -235,7 +235,7 @@ def _head_misfits(places: Mapping[Factor, Place]) -> list[str]:
             f"{HEAD}: a head of at most {MAX_LABELS} labels has a weight (labels, width) and a bias "
             f"(labels,), not {weight.shape} and {bias.shape}"
         )
-    if kinds := sorted({weight.kind, bias.kind} - KINDS.keys()):
+    if kinds := sorted({weight.kind, bias.kind} - FILE_DTYPES.keys()):
         listed = " and ".join(map(shown, kinds))
-        found.append(f"{HEAD}: numbers of type {listed} make no head: {', '.join(KINDS)}")
+        found.append(f"{HEAD}: numbers of type {listed} make no head: {', '.join(FILE_DTYPES)}")
     return found

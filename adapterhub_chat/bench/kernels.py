@@ -14,7 +14,7 @@ from adapterhub_chat.lora.kernels import Batched, Dense, Form, Ragged
 from adapterhub_chat.model.devices import pick_device, pick_dtype
 
 WIDTH = 576
-CASES = ((16, 1), (16, 8), (32, 32), (512, 1), (512, 8), (1024, 4), (2048, 16))
+SHAPES = ((16, 1), (16, 8), (32, 32), (512, 1), (512, 8), (1024, 4), (2048, 16))
 """Rows and adapters: decode, prefill and training shapes of the default backbone."""
 RANK = 16
 
@@ -26,7 +26,7 @@ def bench_kernels(*, repeats: int = 15) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for dtype in dict.fromkeys((kind, torch.float32)):
         for train in (False, True):
-            for num_rows, groups in CASES:
+            for num_rows, groups in SHAPES:
                 timed = _case(num_rows, groups, dtype, device, train=train, repeats=repeats)
                 name = f"{str(dtype)[6:]} {'train' if train else 'infer'} rows={num_rows} adapters={groups}"
                 rows.append({"case": name, **timed})

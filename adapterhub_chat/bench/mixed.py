@@ -34,7 +34,7 @@ PROMPT, LONG_PROMPT = 16, 128
 """Tokens of a prompt, and of one whose reading is timed."""
 ASIDE = {"rank8": 8, "rank64": 64, "prefill": 16}
 """Further ways here, with their ranks; they are measured with 16 rows only."""
-PEERS = "adapterhub_chat.bench.peer_workers"
+PEER_WORKERS = "adapterhub_chat.bench.peer_workers"
 """The module of the workers that are other engines' servers."""
 BESIDE = {"mixed8": (16, 8), "mixed32": (32, 32), "backbone": (16, 0), "single": (1, 0)}
 """The cases whose ratios over the peers are shown."""
@@ -66,7 +66,7 @@ def bench_mixed(
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         workers = []
-        for module, kind in [*((__name__, k) for k in kinds), *((PEERS, k) for k in served)]:
+        for module, kind in [*((__name__, k) for k in kinds), *((PEER_WORKERS, k) for k in served)]:
             workers.append(Worker(module, kind, settings if module == __name__ else theirs))
             stack.callback(workers[-1].close)
         for _ in range(repeats):
@@ -93,7 +93,7 @@ def bench_mixed(
 
 
 def _does(kind: str, rows: int, adapters: int) -> bool:
-    """Return whether a way is measured: transformers without adapters, `peft` with, all others in both."""
+    """Return whether a way is measured: transformers without adapters, PEFT with, all others both."""
     if kind in ASIDE:
         return (rows, adapters) in ((16, 0), (16, 8))
     return {"generate": adapters == 0, "peft": adapters > 0}.get(kind, True)
@@ -123,7 +123,7 @@ def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | N
 # ---- the workers ---------------------------------------------------------------------------------
 
 
-def main() -> None:
+def mixed_worker() -> None:
     """Be a worker of the kind that the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
     backbone = load_backbone(settings["backbone"])
@@ -132,7 +132,7 @@ def main() -> None:
     if kind == "prefill":
         settings["prompt"], settings["tokens"] = LONG_PROMPT, 1
     settings["graphs"] = kind == "graphs"
-    decode = KINDS[kind](backbone, settings)
+    decode = MIXED_WORKERS[kind](backbone, settings)
     done: set[str] = set()
 
     def told(what: str) -> Mapping[str, Any]:
@@ -166,7 +166,7 @@ def random_adapter(model: AdapterModel, rank: int, seed: int) -> AdapterWeights:
     )
 
 
-def here(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+def ours_mixed(backbone: Any, settings: Mapping[str, Any]) -> Decode:
     """Decode one mixed batch with this project; nothing is remembered of earlier prompts."""
     model = AdapterModel(backbone)
     engine = Engine(model, prefix_bytes=0, graphs=settings.get("graphs", False))
@@ -185,7 +185,7 @@ def here(backbone: Any, settings: Mapping[str, Any]) -> Decode:
     return decode
 
 
-def plain(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+def transformers_mixed(backbone: Any, settings: Mapping[str, Any]) -> Decode:
     """Decode with transformers alone."""
     backbone.model.set_attn_implementation("sdpa")
 
@@ -195,8 +195,8 @@ def plain(backbone: Any, settings: Mapping[str, Any]) -> Decode:
     return decode
 
 
-def peft(backbone: Any, settings: Mapping[str, Any]) -> Decode:
-    """Decode a mixed batch with `peft`."""
+def peft_mixed(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+    """Decode a mixed batch with `peft_mixed`."""
     library: Any = importlib.import_module("peft")
     backbone.model.set_attn_implementation("sdpa")
     rank = settings["rank"]
@@ -234,13 +234,13 @@ def _generate(model: Any, backbone: Any, rows: int, tokens: int, **options: Any)
     )
 
 
-KINDS: Mapping[str, Callable[[Any, Mapping[str, Any]], Decode]] = {
-    "here": here,
-    "graphs": here,
-    **dict.fromkeys(ASIDE, here),
-    "generate": plain,
-    "peft": peft,
+MIXED_WORKERS: Mapping[str, Callable[[Any, Mapping[str, Any]], Decode]] = {
+    "here": ours_mixed,
+    "graphs": ours_mixed,
+    **dict.fromkeys(ASIDE, ours_mixed),
+    "generate": transformers_mixed,
+    "peft": peft_mixed,
 }
 
 if __name__ == "__main__":
-    main()
+    mixed_worker()

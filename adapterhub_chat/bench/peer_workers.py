@@ -192,7 +192,7 @@ class LlamaCpp(Peer):
         return int(answer["tokens_predicted"])
 
 
-KINDS: Mapping[str, type[Peer]] = {"vllm": VLLM, "llamacpp": LlamaCpp}
+PEERS: Mapping[str, type[Peer]] = {"vllm": VLLM, "llamacpp": LlamaCpp}
 
 
 def ask_all(
@@ -212,13 +212,13 @@ def ask_all(
     return seconds
 
 
-def main() -> None:
+def peer_worker() -> None:
     """Be a worker of the kind that the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
     signal.signal(signal.SIGTERM, _leave)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="adapterhub-peer-")))
-        peer = KINDS[kind](folder, {**settings, "kind": kind})
+        peer = PEERS[kind](folder, {**settings, "kind": kind})
         backbone = load_backbone(settings["backbone"], dtype="bf16", device="cpu")
         peer.write_backbone(backbone)
         model = AdapterModel(backbone)
@@ -253,4 +253,4 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    peer_worker()

@@ -114,7 +114,7 @@ def _row(kind: str, traffic: str, done: list[dict[str, Any]], tokens: int) -> di
 # ---- the workers ---------------------------------------------------------------------------------
 
 
-def main() -> None:
+def pool_worker() -> None:
     """Be a worker of the kind that the command line names."""
     settings = json.loads(sys.argv[2])
     work = answering(settings)
@@ -197,4 +197,4 @@ class _Peak:
 
 
 if __name__ == "__main__":
-    main()
+    pool_worker()

@@ -41,7 +41,7 @@ ENDS = 10
 PLACES = {"here": ("cached", "disk"), "peft": ("peft, cached", "peft, disk")}
 """What a way's loads are called: with the file in the system's cache, and from the disk."""
 
-Work = Callable[[str], Mapping[str, Any]]
+SwapWork = Callable[[str], Mapping[str, Any]]
 
 
 def bench_swap(
@@ -56,7 +56,7 @@ def bench_swap(
 ) -> dict[str, Any]:
     """Return the milliseconds of a switch and of a load, and the last loads' over the first ones'.
 
-    There are at least two `adapters`; `peft`, whose loads are slow, loads two of so many as
+    There are at least two `adapters`; `peft_swap`, whose loads are slow, loads two of so many as
     `peft_every` says. Each repeat starts with nothing loaded. `cold_ms` is a load, off the disk, of
     what is in no slot, and `cold_read_ms` the disk's part of it; the file of a `cached_ms` is in the
     system's cache. `dtype` is that of backbone and adapters, None the fastest one here: in fp32 there
@@ -149,14 +149,14 @@ def _milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
 # ---- the workers ---------------------------------------------------------------------------------
 
 
-def main() -> None:
+def swap_worker() -> None:
     """Be a worker of the kind that the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
     if kind == "save":
         saved = save(settings)
         serve(saved.__getitem__, saved)  # all its work was to get ready
     else:
-        serve(KINDS[kind](settings), {})
+        serve(SWAP_WORKERS[kind](settings), {})
 
 
 def save(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,12 +173,12 @@ def save(settings: Mapping[str, Any]) -> dict[str, Any]:
             fingerprint=backbone.fingerprint,
             contract=PromptContract(),
         )
-        registry.keep(weights, manifest)
+        registry.save_new(weights, manifest)
         registry.unload(f"a{n}")
     return {"parameters": size, "itemsize": backbone.dtype.itemsize}
 
 
-def here(settings: Mapping[str, Any]) -> Work:
+def ours_swap(settings: Mapping[str, Any]) -> SwapWork:
     """Load the adapter that is named; at "switch" use the loaded ones in turn."""
     hub = AdapterHub(settings["backbone"], settings["pool"], dtype=settings.get("dtype"))
 
@@ -197,8 +197,8 @@ def _switch(hub: AdapterHub, name: str) -> None:
         pass
 
 
-def peft(settings: Mapping[str, Any]) -> Work:
-    """Load the adapter that is named with `peft`, by its fastest way, beside those loaded before."""
+def peft_swap(settings: Mapping[str, Any]) -> SwapWork:
+    """Load the adapter that is named with `peft_swap`, by its fastest way, beside those loaded before."""
     library: Any = importlib.import_module("peft")
     backbone = load_backbone(settings["backbone"], dtype=settings.get("dtype"))
     backbone.model.set_attn_implementation("sdpa")
@@ -222,7 +222,10 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-KINDS: Mapping[str, Callable[[Mapping[str, Any]], Work]] = {"here": here, "peft": peft}
+SWAP_WORKERS: Mapping[str, Callable[[Mapping[str, Any]], SwapWork]] = {
+    "here": ours_swap,
+    "peft": peft_swap,
+}
 
 if __name__ == "__main__":
-    main()
+    swap_worker()

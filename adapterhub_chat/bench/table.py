@@ -20,7 +20,7 @@ BENCHES: Mapping[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def told(result: Mapping[str, Any]) -> Iterator[str]:
+def format_rows(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each row of a bench's result, then its ratios."""
     for row in result["rows"]:
         columns = [(n, v) for n, v in row.items() if isinstance(v, int | float | str)]

@@ -1,7 +1,7 @@
-"""`bench train`: several adapters at once, beside plain `peft` one after another, and beside the floor.
+"""`bench train`: several adapters at once, beside plain `peft_train` one after another, and beside the floor.
 
 here: K adapters jointly. one: one adapter with the same rows a step. floor: the same forward on the same
-packed tokens and the backward to the inputs, with no adapters. peft: `peft` and a plain, competent loop:
+packed tokens and the backward to the inputs, with no adapters. peft: PEFT and a plain, competent loop:
 the same examples in the same steps, padded to the longest of each, one adapter after another.
 """
 
@@ -31,21 +31,21 @@ from adapterhub_chat.model.backbone import load_backbone
 from adapterhub_chat.model.devices import peak_memory, pick_dtype
 from adapterhub_chat.training.job import Job, make_job
 from adapterhub_chat.training.learner import schedule
-from adapterhub_chat.training.loop import Run
+from adapterhub_chat.training.loop import TrainingRun
 from adapterhub_chat.types import as_mix
 
-TASKS = ("sentiment", "qa", "generation")
+BENCH_TASKS = ("sentiment", "qa", "generation")
 PAD_STEP = 16
 """The reference's batches are padded to a multiple of this: few shapes cost a CPU less."""
 
-Work = Callable[[], Mapping[str, Any]]
+TrainWork = Callable[[], Mapping[str, Any]]
 
 
 def bench_train(  # noqa: PLR0913 - the settings of the run
     *,
     backbone: str = "smollm2-135m",
     dtype: str | None = None,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = BENCH_TASKS,
     adapters: int = 4,
     rank: int = 16,
     rows_per_step: int = 2,
@@ -100,7 +100,7 @@ def bench_train(  # noqa: PLR0913 - the settings of the run
 
 
 def _compared(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return each adapter's loss on validation, here and with `peft`, and the paired difference.
+    """Return each adapter's loss on validation, here and with `peft_train`, and the paired difference.
 
     A loss is the mean over the answers' tokens; intervals of 95 % resample the examples.
     """
@@ -160,11 +160,11 @@ def _flat(settings: Mapping[str, Any], counts: Sequence[int], repeats: int) -> l
 # ---- the workers ---------------------------------------------------------------------------------
 
 
-def main() -> None:
+def train_worker() -> None:
     """Be a worker of the kind that the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
     backbone = load_backbone(settings["backbone"], dtype=settings.get("dtype"))
-    work, end = KINDS[kind](backbone, settings)
+    work, end = TRAIN_WORKERS[kind](backbone, settings)
     work()  # a first step sets up shapes and memory
 
     def told(what: str) -> Mapping[str, Any]:
@@ -205,21 +205,21 @@ def tokens_of(examples: Sequence[Encoded]) -> dict[str, int]:
     return {"tokens": sum(e.num_inputs for e in examples), "examples": len(examples)}
 
 
-def here(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
+def ours_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
     """Train all adapters jointly."""
-    run = Run(AdapterModel(backbone), jobs_of(backbone, settings))
+    run = TrainingRun(AdapterModel(backbone), jobs_of(backbone, settings))
     return _joint(run, settings["steps"])
 
 
-def one(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
+def one(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
     """Train one adapter on as many rows a step as all of them have together."""
     rows = settings["rows_per_step"] * settings["adapters"]
     alone = {**settings, "adapters": 1, "rows_per_step": rows}
-    run = Run(AdapterModel(backbone), jobs_of(backbone, alone))
+    run = TrainingRun(AdapterModel(backbone), jobs_of(backbone, alone))
     return _joint(run, settings["steps"])
 
 
-def _joint(run: Run, steps: int) -> tuple[Work, Work]:
+def _joint(run: TrainingRun, steps: int) -> tuple[TrainWork, TrainWork]:
     learners = [learner for family in run.families for learner in family.learners]
     losses: dict[str, float] = {}
     run.on_event = lambda event: losses.update({event.adapter: event.values["loss"]})
@@ -260,7 +260,7 @@ def _noted(draw: Callable[[], Any], learnt: list[Encoded]) -> Callable[[], Any]:
     return drawn
 
 
-def floor(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
+def floor(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
     """Run the frozen backbone forward and back to its inputs, on the same packed tokens."""
     model = AdapterModel(backbone)
     embeddings = backbone.model.get_input_embeddings()
@@ -280,8 +280,8 @@ def floor(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
     return work, dict
 
 
-def peft(backbone: Any, settings: Mapping[str, Any]) -> tuple[Work, Work]:
-    """Train the adapters with `peft`, one after another, each step's examples padded to the longest."""
+def peft_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
+    """Train the adapters with `peft_train`, one after another, each step's examples padded to the longest."""
     jobs = jobs_of(backbone, settings)
     model = _peft_model(backbone, jobs)
     parts = []
@@ -387,12 +387,12 @@ def _streams(jobs: Sequence[Job]) -> list[Any]:
     ]
 
 
-KINDS: Mapping[str, Callable[[Any, Mapping[str, Any]], tuple[Work, Work]]] = {
-    "here": here,
+TRAIN_WORKERS: Mapping[str, Callable[[Any, Mapping[str, Any]], tuple[TrainWork, TrainWork]]] = {
+    "here": ours_train,
     "one": one,
     "floor": floor,
-    "peft": peft,
+    "peft": peft_train,
 }
 
 if __name__ == "__main__":
-    main()
+    train_worker()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_chat.bench.table import BENCHES, told
+from adapterhub_chat.bench.table import BENCHES, format_rows
 from adapterhub_chat.cli.options import DtypeOption, JsonOption
 from adapterhub_chat.cli.output import print_json
 from adapterhub_chat.errors import UsageError
@@ -46,5 +46,5 @@ def bench(
     if as_json:
         print_json(result)
         return
-    for line in told(result):
+    for line in format_rows(result):
         typer.echo(line)

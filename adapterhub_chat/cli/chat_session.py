@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from adapterhub_chat.api import AdapterHub
-from adapterhub_chat.cli.options import HERE, Where, with_backbone
-from adapterhub_chat.cli.output import Say
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone
+from adapterhub_chat.cli.output import Notes
 from adapterhub_chat.errors import AdapterHubError, UsageError
 from adapterhub_chat.types import AUTO, BACKBONE, Message, Mix, as_mix
 
@@ -130,10 +130,10 @@ def chat(
     adapter: Annotated[
         str, typer.Option(help="Who answers first, or 'auto'; /use NAME changes it.")
     ] = BACKBONE,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
 ) -> None:
     """Talk in the terminal: /use NAME, /mix a=0.5 b=0.5, /list, /reset, /quit."""
-    hub = where.open(Say(quiet=False))
+    hub = where.open(Notes(quiet=False))
     session = ChatSession(hub, write=lambda text: typer.echo(text, nl=False))
     session.use(adapter)
     typer.echo("Type a message; /help lists the commands.")

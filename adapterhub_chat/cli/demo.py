@@ -17,12 +17,12 @@ from adapterhub_chat.cli.options import (
     BackboneOption,
     DeviceOption,
     DtypeOption,
+    HubOptions,
     JsonOption,
     PoolOption,
-    Where,
     precision,
 )
-from adapterhub_chat.cli.output import Bars, Say, err, print_json, print_scores, print_table
+from adapterhub_chat.cli.output import Bars, Notes, err, print_json, print_scores, print_table
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.data.task import Task, as_task
 from adapterhub_chat.events import SILENT, Event, Listeners
@@ -190,12 +190,12 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Train qa, generation and sentiment jointly, judge them, swap them, mix them in one batch."""
-    say = Say(quiet=as_json)
+    say = Notes(quiet=as_json)
     say(
         "The main job, small: three adapters trained jointly on one frozen backbone. "
         "Five minutes at most; the adapters shipped in adapters/ had a larger budget."
     )
-    hub = Where(backbone, pool, None, dtype, device).open(say)
+    hub = HubOptions(backbone, pool, None, dtype, device).open(say)
     with Bars(err, show=not as_json) as bars:
         result = run_demo(hub, listeners=bars.listeners)
     if as_json:

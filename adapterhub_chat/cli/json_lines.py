@@ -39,7 +39,7 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 
 @contextmanager
-def sink(output: str) -> Iterator[TextIO]:
+def open_output(output: str) -> Iterator[TextIO]:
     """Give standard output for `-`, else a file that takes its name only when all is written."""
     if output == "-":
         yield sys.stdout

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from adapterhub_chat.artifact.manifest import Manifest
-from adapterhub_chat.cli.options import HERE, JsonOption, Where, with_backbone
-from adapterhub_chat.cli.output import Bars, Say, err, number, out, print_json, print_table
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, JsonOption, with_backbone
+from adapterhub_chat.cli.output import Bars, Notes, err, number, out, print_json, print_table
 from adapterhub_chat.config import MergeOptions
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.export.merged_model import FORMS, MOST_DRIFT
@@ -45,13 +45,13 @@ def merge(
         "budget"
     ].default,
     force: Annotated[bool, typer.Option(help=FIELDS["force"].description)] = False,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Make one new adapter of several, and measure what it keeps of each."""
     given = _weights(weights)
     judged_by = dict(_pair(text) for text in task or [])
-    hub = where.open(Say(quiet=as_json))
+    hub = where.open(Notes(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.merge(
             adapters,
@@ -87,11 +87,11 @@ def export(
     most_drift: Annotated[
         float, typer.Option(min=0, help="How near auto asks for: nats of KL on probe prompts.")
     ] = MOST_DRIFT,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Write the backbone with an adapter merged into it, as a model folder for plain transformers."""
-    hub = where.open(Say(quiet=as_json))
+    hub = where.open(Notes(quiet=as_json))
     done = hub.export(adapter, folder, form=form, most_drift=most_drift)
     if as_json:
         print_json({"path": str(done.path), "form": done.form, "drift": dict(done.drift)})

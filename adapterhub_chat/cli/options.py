@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import adapterhub_chat
-from adapterhub_chat.cli.output import Say
+from adapterhub_chat.cli.output import Notes
 from adapterhub_chat.config import RunOptions, TrainConfig
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**given, **chosen)
 
-    return wear(run, command, {"run_options": [*options.values()], "settings": []})
+    return with_signature(run, command, {"run_options": [*options.values()], "settings": []})
 
 
-def wear(
+def with_signature(
     run: Callable[..., None],
     command: Callable[..., None],
     instead: Mapping[str, Sequence[inspect.Parameter]],
@@ -88,7 +88,7 @@ def _option(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
 
 
 @dataclass(frozen=True)
-class Where:
+class HubOptions:
     """On which backbone, kept in what, and in which pool."""
 
     backbone: BackboneOption = "smollm2-135m"
@@ -97,7 +97,7 @@ class Where:
     dtype: DtypeOption = None
     device: DeviceOption = None
 
-    def open(self, say: Say) -> AdapterHub:
+    def open(self, say: Notes) -> AdapterHub:
         """Return a hub, after `say` has heard what the backbone is kept in."""
         given: Any = {"quantize": self.quantize, "dtype": self.dtype, "device": self.device}
         hub = adapterhub_chat.AdapterHub(self.backbone, self.pool, **given)
@@ -111,19 +111,19 @@ class Where:
         return hub
 
 
-HERE = Where()
+DEFAULT_HUB = HubOptions()
 
 
 def with_backbone(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for every field of Where; they arrive as one, `where`."""
-    fields = inspect.signature(Where, eval_str=True).parameters.values()
+    fields = inspect.signature(HubOptions, eval_str=True).parameters.values()
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fields]
 
     def run(**given: Any) -> None:
-        where = Where(**{option.name: given.pop(option.name) for option in options})
+        where = HubOptions(**{option.name: given.pop(option.name) for option in options})
         command(**given, where=where)
 
-    return wear(run, command, {"where": options})
+    return with_signature(run, command, {"where": options})
 
 
 def precision(hub: AdapterHub) -> dict[str, Any]:

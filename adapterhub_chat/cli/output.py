@@ -30,7 +30,7 @@ out = Console()
 err = Console(stderr=True)
 
 
-class Say:
+class Notes:
     """Prints notes for a person to standard error, unless quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -87,7 +87,7 @@ def _score_row(s: Score) -> list[str]:
     return [s.adapter, s.task, s.metric, number(s.value), interval, beside, str(s.n)]
 
 
-def print_finished(done: Finished, pool: str, folder: Path, say: Say) -> None:
+def print_finished(done: Finished, pool: str, folder: Path, say: Notes) -> None:
     """Print what a training run gave: adapters, scores, and what a sweep or a sequence found."""
     for title, manifest in done.manifests.items():
         t = manifest.training

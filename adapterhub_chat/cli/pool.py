@@ -11,16 +11,16 @@ import typer
 from adapterhub_chat.artifact.card import render_card
 from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.cli.options import (
-    HERE,
+    DEFAULT_HUB,
+    HubOptions,
     JsonOption,
     LimitOption,
     PoolOption,
-    Where,
     with_backbone,
 )
 from adapterhub_chat.cli.output import (
     Bars,
-    Say,
+    Notes,
     adapter_row,
     err,
     print_json,
@@ -46,14 +46,14 @@ def evaluate(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the scores in the adapters' manifests and cards.")
     ] = False,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items.
 
     An adapter of the pool that is refused here is named with its reason; the exit code is 1 then.
     """
-    hub = where.open(Say(quiet=as_json))
+    hub = where.open(Notes(quiet=as_json))
     refused: dict[str, str] = {}
     with Bars(err, show=not as_json) as bars:
         listeners = replace(bars.listeners, on_refused=refused.__setitem__)
@@ -113,11 +113,11 @@ def show(
 @with_backbone
 def verify(
     path: Annotated[str, typer.Argument(help="Adapter of the pool, or a folder.")],
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok."""
-    hub = where.open(Say(quiet=True))
+    hub = where.open(Notes(quiet=True))
     verdict = hub.verify(path)
     if as_json:
         print_json(asdict(verdict))

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_chat.cli.json_lines import read_lines, sink
-from adapterhub_chat.cli.options import HERE, Where, with_backbone
-from adapterhub_chat.cli.output import Bars, Say, err
+from adapterhub_chat.cli.json_lines import open_output, read_lines
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone
+from adapterhub_chat.cli.output import Bars, Notes, err
 
 
 @with_backbone
@@ -21,11 +21,11 @@ def predict(
     task: Annotated[
         str | None, typer.Option(help="Prompt and judge by this task, not by the adapter's own.")
     ] = None,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
 ) -> None:
     """Answer JSON lines {"text": ...} (or the task's own fields), in the same order."""
     rows = read_lines(input_)
-    hub = where.open(Say(quiet=True))
-    with sink(output) as file, Bars(err, show=err.is_terminal) as bars:
+    hub = where.open(Notes(quiet=True))
+    with open_output(output) as file, Bars(err, show=err.is_terminal) as bars:
         for found in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
             file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")

@@ -9,22 +9,22 @@ from typing import Annotated
 import typer
 
 from adapterhub_chat.cli.options import (
-    HERE,
+    DEFAULT_HUB,
     BackboneOption,
     DeviceOption,
     DtypeOption,
+    HubOptions,
     JsonOption,
     LimitOption,
     PoolOption,
     QuantizeOption,
-    Where,
     with_backbone,
 )
-from adapterhub_chat.cli.output import Bars, Say, err, print_json, print_scores, print_table
+from adapterhub_chat.cli.output import Bars, Notes, err, print_json, print_scores, print_table
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.remote import signing
-from adapterhub_chat.remote.client import Hub
+from adapterhub_chat.remote.client import HubClient
 from adapterhub_chat.remote.push import push as publish
 
 EndpointOption = Annotated[
@@ -58,7 +58,7 @@ def push(
         Pool(pool),
         adapter,
         repo,
-        Hub(endpoint),
+        HubClient(endpoint),
         version=version,
         private=private,
         force=force,
@@ -91,7 +91,7 @@ def pull(
     locked: Annotated[
         bool, typer.Option("--locked", help="All that adapters.lock.json names, to the byte.")
     ] = False,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,7 +108,7 @@ def pull(
         raise UsageError(
             "pull takes either user/name, or --locked alone: adapters.lock.json says what is pulled then"
         )
-    hub = where.open(Say(quiet=True))
+    hub = where.open(Notes(quiet=True))
     if repo is None:
         found = hub.pull_locked()
     else:
@@ -143,7 +143,7 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """List adapters on a Hub that fit the backbone."""
-    hub = Where(backbone, Path("adapters"), quantize, dtype, device).open(Say(quiet=True))
+    hub = HubOptions(backbone, Path("adapters"), quantize, dtype, device).open(Notes(quiet=True))
     found = hub.search(text, author=author, limit=limit, endpoint=endpoint)
     if as_json:
         print_json({"adapters": [asdict(one) for one in found]})
@@ -174,11 +174,11 @@ def adopt(
         str | None, typer.Option(help="Its name in the pool.", show_default="the folder's")
     ] = None,
     limit: LimitOption = 0,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Measure an adapter that plain PEFT made, and give it manifest, probe and card."""
-    hub = where.open(Say(quiet=as_json))
+    hub = where.open(Notes(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)
     if as_json:

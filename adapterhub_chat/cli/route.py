@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from adapterhub_chat.cli.json_lines import read_lines, sink
-from adapterhub_chat.cli.options import HERE, Where, with_backbone
-from adapterhub_chat.cli.output import Say, print_json, print_table
+from adapterhub_chat.cli.json_lines import open_output, read_lines
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone
+from adapterhub_chat.cli.output import Notes, print_json, print_table
 from adapterhub_chat.errors import DataError, UsageError, join_misfits
 from adapterhub_chat.route.choice import Route
 
@@ -43,7 +43,7 @@ def route(
         list[str] | None,
         typer.Option(help="Learn from this task, not from the adapter's own (repeat the option)."),
     ] = None,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a message, nothing else.")
     ] = False,
@@ -56,7 +56,7 @@ def route(
             "--learn NAME reads the tasks' messages; leave out those of the command line"
         )
     messages = [] if learn else text or _messages(input_)
-    hub = where.open(Say(quiet=True))
+    hub = where.open(Notes(quiet=True))
     if learn:
         learnt = hub.learn_routes(learn, task)
         counts = {name: m.routing.count for name, m in learnt.items() if m.routing}
@@ -67,7 +67,7 @@ def route(
         return
     routes = hub.routes(messages, top=top, among=adapter)
     if as_json or output != "-":
-        with sink(output) as file:
+        with open_output(output) as file:
             for found in routes:
                 file.write(json.dumps(_as_json(found), ensure_ascii=False) + "\n")
         return

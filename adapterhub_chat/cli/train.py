@@ -15,18 +15,18 @@ from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.cli.options import (
     DeviceOption,
     DtypeOption,
+    HubOptions,
     JsonOption,
     QuantizeOption,
-    Where,
     with_settings,
 )
-from adapterhub_chat.cli.output import INTERRUPTED, Bars, Say, err, print_finished, print_json
-from adapterhub_chat.config import RunConfig, RunOptions
-from adapterhub_chat.events import SILENT, Candidate, Event, Ledger, Listeners
-from adapterhub_chat.files import write_json
+from adapterhub_chat.cli.output import INTERRUPTED, Bars, Notes, err, print_finished, print_json
+from adapterhub_chat.config import RunConfig
+from adapterhub_chat.events import Candidate, Ledger, Listeners
 from adapterhub_chat.training.distributed import first_process, leave
 from adapterhub_chat.training.run import Finished
-from adapterhub_chat.training.run_file import FILE, _task, read_run, read_sweep, resumed
+from adapterhub_chat.training.run_file import read_run, read_sweep, resumed
+from adapterhub_chat.training.spec import TrainSpec
 
 
 @with_settings
@@ -61,7 +61,7 @@ def train(
     settings: Mapping[str, Any],
 ) -> None:
     """Train one adapter per task, jointly or one after another; save and measure them."""
-    say = Say(quiet=as_json or not first_process())
+    say = Notes(quiet=as_json or not first_process())
     flags = {
         **run_options,
         "backbone": backbone,
@@ -77,9 +77,9 @@ def train(
     else:
         run = read_run(config, tasks or [], name or [], flags, settings, read_sweep(sweep or []))
     folder = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    hub = Where(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device).open(say)
+    hub = HubOptions(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device).open(say)
     with Bars(err, show=not say.quiet) as bars:
-        done = carry_out(hub, run, folder, resume=resume, listeners=bars.listeners)
+        done = _train(hub, TrainSpec.of_run(run, folder, resume=resume), bars.listeners)
     first = first_process()
     leave()
     if first:
@@ -98,15 +98,8 @@ def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:
     return int(len(manifests) < (1 if grows else len(run.adapters) + (run.how == "shared")))
 
 
-def carry_out(
-    hub: AdapterHub,
-    run: RunConfig,
-    folder: Path,
-    *,
-    resume: bool = False,
-    listeners: Listeners = SILENT,
-) -> Finished:
-    """Train what `run` describes, with log and state in `folder`."""
+def _train(hub: AdapterHub, spec: TrainSpec, listeners: Listeners) -> Finished:
+    """Carry out a run; return its adapters with the sweep's table and the sequence's ledger."""
     done = Finished()
 
     def on_sweep(table: Sequence[Candidate]) -> None:
@@ -115,29 +108,5 @@ def carry_out(
     def on_ledger(ledger: Ledger) -> None:
         done.ledger = ledger
 
-    def on_event(event: Event) -> None:
-        if not written:  # the run has begun: nothing that was wrong with it left a trace
-            write_json(folder / FILE, run.model_dump(mode="json"))
-            written.append(True)
-        listeners.on_event(event)
-
-    written: list[bool] = []
-    tasks = [_task(name, entry) for name, entry in run.adapters.items()]
-    own = {name: dict(entry) for name, entry in run.adapters.items()}
-    sweeps = {name: entry.pop("sweep") for name, entry in own.items() if entry.get("sweep")}
-    for entry in own.values():
-        entry.pop("task", None)
-        entry.pop("tasks", None)
-    options = {key: getattr(run, key) for key in RunOptions.model_fields}
-    done.manifests = hub.train(
-        tasks,
-        names=list(run.adapters),
-        settings=own,
-        sweep=sweeps,
-        run_dir=folder,
-        resume=resume,
-        listeners=replace(listeners, on_event=on_event, on_sweep=on_sweep, on_ledger=on_ledger),
-        **options,
-        **run.settings,
-    )
+    done.manifests = hub.run(spec, replace(listeners, on_sweep=on_sweep, on_ledger=on_ledger))
     return done

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_chat.cli.options import HERE, JsonOption, Where, with_backbone
-from adapterhub_chat.cli.output import Bars, Say, err, print_json, print_table
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, JsonOption, with_backbone
+from adapterhub_chat.cli.output import Bars, Notes, err, print_json, print_table
 from adapterhub_chat.data.readers import read_rows
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.report.transfer import write_report
-from adapterhub_chat.transfer.gate import Verdict
+from adapterhub_chat.transfer.gate import TransferVerdict
 from adapterhub_chat.transfer.methods import METHODS
 from adapterhub_chat.transfer.ranking import Ranked
 from adapterhub_chat.transfer.run import Transferred
@@ -74,7 +74,7 @@ def transfer(
         bool, typer.Option("--rank", help="Train nothing: rank the pool's adapters as sources.")
     ] = False,
     force: Annotated[bool, typer.Option(help="Stack on a source that hurts all the same.")] = False,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid."""
@@ -82,7 +82,7 @@ def transfer(
         raise UsageError("--source: name an adapter of the pool, or --rank them all as sources")
     if also and not (report or as_json):
         raise UsageError("--also is for a report alone: give --report FOLDER, or --json")
-    hub = where.open(Say(quiet=as_json))
+    hub = where.open(Notes(quiet=as_json))
     if rank or source is None:
         _print_ranking(hub.rank_sources(target, [source] if source else None), target, as_json)
         return
@@ -129,11 +129,11 @@ def flatten(
     as_name: Annotated[
         str | None, typer.Option("--name", help="Of the plain adapter.", show_default="NAME-flat")
     ] = None,
-    where: Where = HERE,
+    where: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Keep a stack as one plain PEFT adapter, which needs no source beside it."""
-    hub = where.open(Say(quiet=True))
+    hub = where.open(Notes(quiet=True))
     manifest = hub.flatten(name, as_name)
     if as_json:
         print_json(manifest.model_dump(mode="json"))
@@ -158,7 +158,7 @@ def _print_ranking(ranked: Sequence[Ranked], target: str, as_json: bool) -> None
     print_table(f"Sources for {target}, the most promising first", heads, rows)
 
 
-def _interval(verdict: Verdict) -> str:
+def _interval(verdict: TransferVerdict) -> str:
     return f"{verdict.gain:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}]"
 
 

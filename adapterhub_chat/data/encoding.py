@@ -83,10 +83,10 @@ def encode_examples(
     prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in listed])
     if classifies(tokenizer):
         numbers = [label_numbers(e.contract or contract)[e.answer] for e in listed]
-        return [fit(p, ((n,),), max_length) for p, n in zip(prompts, numbers, strict=True)]
+        return [truncate(p, ((n,),), max_length) for p, n in zip(prompts, numbers, strict=True)]
     words = [(e.contract or contract).labels.get(e.answer, e.answer) for e in listed]
     answers = encode_answers(tokenizer, words)
-    return [fit(p, (a,), max_length) for p, a in zip(prompts, answers, strict=True)]
+    return [truncate(p, (a,), max_length) for p, a in zip(prompts, answers, strict=True)]
 
 
 def encode_choices(
@@ -95,7 +95,7 @@ def encode_choices(
     """Return each example with every label as a continuation, in the order of the label set."""
     labels = encode_labels(tokenizer, contract)
     prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
-    return [fit(p, tuple(labels), max_length) for p in prompts]
+    return [truncate(p, tuple(labels), max_length) for p in prompts]
 
 
 def encode_labels(tokenizer: Any, contract: PromptContract) -> list[tuple[int, ...]]:
@@ -127,7 +127,7 @@ def label_numbers(contract: PromptContract) -> dict[str, int]:
     return {label: number for number, label in enumerate(contract.labels)}
 
 
-def unwritable(tokenizer: Any, texts: Sequence[str]) -> float:
+def unknown_token_share(tokenizer: Any, texts: Sequence[str]) -> float:
     """Return the share of the texts' tokens that are no text alone: unknown, or bytes of a letter."""
     ids = [i for own in tokenizer(list(texts), add_special_tokens=False).input_ids for i in own]
     alone = {i: tokenizer.decode([i]) for i in set(ids)}
@@ -135,7 +135,7 @@ def unwritable(tokenizer: Any, texts: Sequence[str]) -> float:
     return sum(i in bad for i in ids) / max(1, len(ids))
 
 
-def fit(
+def truncate(
     prompt: tuple[int, ...], continuations: tuple[tuple[int, ...], ...], max_length: int
 ) -> Encoded:
     """Return the Encoded cut to `max_length` inputs: answers lose their end, prompts their middle."""

@@ -24,7 +24,7 @@ Rows = npt.NDArray[np.float64]
 """(..., items, columns): the columns depend on the metric's kind."""
 Statistic = Callable[[Rows], Any]
 """(..., items, columns) -> (...): one number for every resample in front."""
-Judge = Callable[[str, Sequence[str]], float]
+MetricFunction = Callable[[str, Sequence[str]], float]
 """(guess, accepted answers) -> between 0 and 1."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -94,7 +94,9 @@ def label_rows(golds: Sequence[str], guesses: Sequence[str]) -> Rows:
     return np.array([(number[a], number[b]) for a, b in zip(golds, guesses, strict=True)], float)
 
 
-def answer_rows(judge: Judge, guesses: Sequence[str], accepted: Sequence[Sequence[str]]) -> Rows:
+def answer_rows(
+    judge: MetricFunction, guesses: Sequence[str], accepted: Sequence[Sequence[str]]
+) -> Rows:
     """Return rows of one judgement each."""
     return np.array([(judge(g, a),) for g, a in zip(guesses, accepted, strict=True)], float)
 
@@ -141,7 +143,7 @@ class Metric:
     reference answer."""
     higher_is_better: bool
     statistic: Statistic
-    judge: Judge | None = None
+    judge: MetricFunction | None = None
     """How one answer is compared; only metrics of the answer kind have one."""
 
     def aggregate(self, rows: Rows) -> float:

@@ -42,7 +42,7 @@ def adopt(
     # nobody knows what it learnt from: the licence of that is not the task's
     changes = {"licence": "", "routing": learn_routing(registry, [task])}
     draft = draft.model_copy(update=changes)
-    registry.keep(stored.weights, draft)
+    registry.save_new(stored.weights, draft)
     registry.record(
         judge_task(registry.model, task, [(draft.name, as_mix(draft.name))], limit, listeners)
     )

@@ -22,7 +22,7 @@ from adapterhub_chat.types import Example, Mix, Retention, Split, as_mix
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class SourceResult:
     """A source's own results on some items of its task: what a merge is held against."""
 
     adapter: str
@@ -31,26 +31,26 @@ class Yardstick:
     rows: Rows
 
 
-def yardsticks(
+def source_results(
     model: AdapterModel,
     tasks: Mapping[str, Sequence[Task]],
     split: Split,
     limit: int,
     told: Callable[[str, int], None],
-) -> list[Yardstick]:
+) -> list[SourceResult]:
     """Judge each source by itself on at most `limit` items of its tasks (0: all); empty splits drop out."""
     found = []
     for adapter, own in tasks.items():
         for task in own:
             if examples := sample(task.split(split), limit):
                 rows = _rows(model, task, examples, as_mix(adapter), told)
-                found.append(Yardstick(adapter, task, examples, rows))
+                found.append(SourceResult(adapter, task, examples, rows))
     return found
 
 
 def retentions(
     model: AdapterModel,
-    sticks: Sequence[Yardstick],
+    sticks: Sequence[SourceResult],
     mix: Mix,
     told: Callable[[str, int], None],
 ) -> list[Retention]:
@@ -60,7 +60,7 @@ def retentions(
     ]
 
 
-def retention(stick: Yardstick, merged: Rows) -> Retention:
+def retention(stick: SourceResult, merged: Rows) -> Retention:
     """Return how much of a source's score is kept by other rows of the same items."""
     metric = METRICS[stick.task.metric]
     value, low, high = kept_share(metric, stick.rows, merged)
@@ -101,14 +101,16 @@ def mean_and_lowest(found: Sequence[Retention]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class ValidationItems:
     """A source's validation items as token ids, and its own mean loss of a token on them."""
 
     encoded: Sequence[Encoded]
     loss: float
 
 
-def lessons(model: AdapterModel, tasks: Mapping[str, Sequence[Task]], limit: int) -> list[Lessons]:
+def validation_items(
+    model: AdapterModel, tasks: Mapping[str, Sequence[Task]], limit: int
+) -> list[ValidationItems]:
     """Return at most `limit` validation items of every task, with its source's loss on them."""
     found = []
     for adapter, own in tasks.items():
@@ -118,11 +120,11 @@ def lessons(model: AdapterModel, tasks: Mapping[str, Sequence[Task]], limit: int
                 model.backbone.tokenizer, task.contract, examples, max_length=ROW_LENGTH
             )
             if encoded:
-                found.append(Lessons(encoded, _loss(model, encoded, as_mix(adapter))))
+                found.append(ValidationItems(encoded, _loss(model, encoded, as_mix(adapter))))
     return found
 
 
-def excess(model: AdapterModel, learnt: Sequence[Lessons], mix: Mix) -> float:
+def excess_loss(model: AdapterModel, learnt: Sequence[ValidationItems], mix: Mix) -> float:
     """Return by how much a mix's loss of a token is above the sources' own (nats), the mean over tasks."""
     return fmean(_loss(model, one.encoded, mix) - one.loss for one in learnt)
 

@@ -88,20 +88,20 @@ def _check(backbone: Backbone, mix: Mix, folder: Path, form: str) -> None:
 
 
 @torch.no_grad()
-def _add(model: Any, source: AdapterModel, mix: Mix) -> None:
+def _add(merged: Any, model: AdapterModel, mix: Mix) -> None:
     """Add a mix's update to the plain model's weights, in float32."""
-    with source.slots.borrowed(source.acquire(mix)) as held:  # with what a stack stands on
-        adapters = [(source.weights(name), weight) for name, weight in held.mix.weights]
-    for adapter, weight in adapters:
+    with model.slots.borrowed(model.source.acquire(mix)) as held:  # with what a stack stands on
+        adapters = [(model.weights(name), weight) for name, weight in held.mix.weights]
+    for adapter, share in adapters:
         for module, (a, b) in adapter.factors.items():
-            layer = model.get_submodule(module)
-            own = layer.weight
-            update = b.float() @ a.float() * (weight * adapter.scale(module))
+            layer = merged.get_submodule(module)
+            base = layer.weight
+            update = b.float() @ a.float() * (share * adapter.scale(module))
             update = update if isinstance(layer, nn.Linear) else update.T  # Conv1D is (in, out)
-            own.data = own.float() + update.to(own.device)
+            base.data = base.float() + update.to(base.device)
     for module in {module for adapter, _ in adapters for module in adapter.factors}:
-        own = model.get_submodule(module).weight
-        own.data = own.to(source.backbone.dtype)
+        weight = merged.get_submodule(module).weight
+        weight.data = weight.to(model.backbone.dtype)
 
 
 @contextmanager

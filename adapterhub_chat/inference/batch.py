@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.inference.decoder import Decoder, Feed
-from adapterhub_chat.inference.detokenizer import Writing
-from adapterhub_chat.inference.kv_cache import KeyValues, Prefixes, rounded
+from adapterhub_chat.inference.decoder import Decoder, StepInput
+from adapterhub_chat.inference.detokenizer import Detokenizer
+from adapterhub_chat.inference.kv_cache import KeyValues, PrefixCache, round_up
 from adapterhub_chat.inference.requests import Completion, Request, Ticket
 from adapterhub_chat.inference.sampling import TokenLogprob, generator_of, logprob_of, pick
 from adapterhub_chat.lora.plan import Plan
-from adapterhub_chat.lora.slots import Held, plan_of
+from adapterhub_chat.lora.slots import Lease, plan_of
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Mix
 
@@ -27,15 +27,15 @@ CHUNK_STEP = 16
 """Prompts are fed in chunks of a multiple of this: few shapes."""
 
 
-class Row:
+class RunningRow:
     """A request while it is being decoded."""
 
-    def __init__(self, ticket: Ticket, held: Held, tokenizer: object) -> None:
+    def __init__(self, ticket: Ticket, held: Lease, tokenizer: object) -> None:
         """Start with nothing fed."""
         self.ticket, self.held, self.request = ticket, held, ticket.request
-        self.writing = Writing(tokenizer, self.request.sampling, silent=ticket.on_text is None)
+        self.writing = Detokenizer(tokenizer, self.request.sampling, silent=ticket.on_text is None)
         self.generator = generator_of(self.request.sampling)
-        self.fed = self.reused = 0  # tokens that are in the cache
+        self.num_computed = self.reused = 0  # tokens that are in the cache
         self.logprobs: list[TokenLogprob] = []
         self.first_token = 0.0
         self.error: Exception | None = None
@@ -55,7 +55,7 @@ class Row:
     @property
     def left(self) -> int:
         """Tokens of the prompt that are still to be fed."""
-        return max(0, len(self.request.prompt) - self.fed)
+        return max(0, len(self.request.prompt) - self.num_computed)
 
     def take(self, token: int, logits: Tensor | None) -> None:
         """Accept a token; tell the listener what became certain."""
@@ -80,8 +80,8 @@ class Row:
         """End with an error: what was computed for this row is no answer."""
         self.unsound = True
         self.error = AdapterError(
-            f"{self.request.mix}: the logits are not finite after {self.fed} tokens; it cannot be used in "
-            "this dtype, or with this weight"
+            f"{self.request.mix}: the logits are not finite after {self.num_computed} tokens; it cannot "
+            "be used in this dtype, or with this weight"
         )
         self.writing.close("error")
 
@@ -100,7 +100,7 @@ class Row:
         )
 
 
-class Running:
+class RunningBatch:
     """All rows, in one cache."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Running:
         *,
         chunk: int,
         cache_bytes: int,
-        prefixes: Prefixes,
+        prefixes: PrefixCache,
     ) -> None:
         """Start with none; see Engine for the limits."""
         self.model, self.decoder, self.prefixes = model, decoder, prefixes
@@ -119,9 +119,9 @@ class Running:
         self.cache = KeyValues(decoder.heads, backbone.dtype, backbone.device)
         itemsize = torch.empty(0, dtype=backbone.dtype).element_size()
         self._token_bytes = sum(2 * k * d for k, d in decoder.heads) * itemsize
-        self.rows: list[Row] = []
+        self.rows: list[RunningRow] = []
         self._decoding = 0
-        self._plan: tuple[list[Held], Plan | None] = ([], None)
+        self._plan: tuple[list[Lease], Plan | None] = ([], None)
 
     def step(self) -> None:
         """Feed a chunk of prompts, then one token of every row that is past its prompt."""
@@ -130,7 +130,7 @@ class Running:
         if self._decoding:
             self._decode()
 
-    def abandon(self) -> list[Row]:
+    def abandon(self) -> list[RunningRow]:
         """Return all rows and forget them: after a failure the cache is not trusted any more."""
         rows, self.rows, self._decoding = self.rows, [], 0
         self._plan = ([], None)
@@ -146,9 +146,9 @@ class Running:
 
     def _length_of(self, request: Request) -> int:
         whole = len(request.prompt) + request.sampling.max_new_tokens
-        return rounded(min(whole, self.decoder.limit) + CHUNK_STEP)
+        return round_up(min(whole, self.decoder.limit) + CHUNK_STEP)
 
-    def start(self, row: Row) -> None:
+    def start(self, row: RunningRow) -> None:
         """Give a row a place behind all others, with what is known of its beginning already."""
         place, length = len(self.rows), self._length_of(row.request)
         if not self.rows and self.cache.length > 2 * length:
@@ -157,14 +157,14 @@ class Running:
         found = self.prefixes.find(row.held.key, row.request.prompt)
         if found is not None:
             prefix, shared = found
-            row.fed = row.reused = min(shared, len(row.request.prompt) - 1)
-            self.cache.put(place, prefix, row.fed)
+            row.num_computed = row.reused = min(shared, len(row.request.prompt) - 1)
+            self.cache.put(place, prefix, row.num_computed)
         self.rows.append(row)
 
     def _reserve(self, rows: int, length: int) -> None:
         """Have room for so many rows of so many tokens, and for twice the rows where the budget allows."""
         if rows > self.cache.rows or length > self.cache.length:
-            row_bytes = max(rounded(length), self.cache.length) * self._token_bytes
+            row_bytes = max(round_up(length), self.cache.length) * self._token_bytes
             rows = max(rows, min(2 * rows, self.cache_bytes // row_bytes))
             self.cache.reserve(rows, length)
 
@@ -182,17 +182,17 @@ class Running:
         new = new[:count]
         lengths = [min(row.left, width) for row in new]
         chunks = [
-            row.request.prompt[row.fed : row.fed + n] for row, n in zip(new, lengths, strict=True)
+            row.request.prompt[row.num_computed :][:n] for row, n in zip(new, lengths, strict=True)
         ]
         ids = [[*chunk, *[0] * (width - len(chunk))] for chunk in chunks]
-        starts = [row.fed for row in new]
+        starts = [row.num_computed for row in new]
         self._reserve(len(self.rows), max(starts) + width)
         plan = plan_of([row.held for row in new])
-        feed = Feed(self._decoding, self._tensor(ids), starts, lengths)
+        feed = StepInput(self._decoding, self._tensor(ids), starts, lengths)
         logits = self.decoder.forward(self.cache, feed, plan)
         through = []
         for n, (row, length) in enumerate(zip(new, lengths, strict=True)):
-            row.fed += length
+            row.num_computed += length
             if not row.left:
                 through.append(n)
         self._choose(new, logits, through)
@@ -202,7 +202,7 @@ class Running:
 
         The mix of the row that has waited longest comes first, so that none waits for ever.
         """
-        places = [n for n in range(self._decoding, len(self.rows)) if not self.rows[n].fed]
+        places = [n for n in range(self._decoding, len(self.rows)) if not self.rows[n].num_computed]
         fresh = [self.rows[n] for n in places]
         oldest: dict[Mix, float] = {}
         for row in fresh:
@@ -221,16 +221,16 @@ class Running:
         if self._plan[0] != held:
             self._plan = held, plan_of(held)
         ids, starts = [[row.writing.ids[-1]] for row in rows], [row.length - 1 for row in rows]
-        feed = Feed(0, self._tensor(ids), starts, [1] * len(rows))
+        feed = StepInput(0, self._tensor(ids), starts, [1] * len(rows))
         logits = self.decoder.forward(self.cache, feed, self._plan[1])
         for row in rows:
-            row.fed = row.length
+            row.num_computed = row.length
         self._choose(rows, logits, range(len(rows)))
 
     def _tensor(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, device=self.model.backbone.device)
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor, through: Iterable[int]) -> None:
+    def _choose(self, rows: Sequence[RunningRow], logits: Tensor, through: Iterable[int]) -> None:
         """Let the rows at the places `through` take their next token from (N, V) logits of all rows.
 
         A row whose numbers went out of bounds ends with an error, alone.
@@ -249,7 +249,7 @@ class Running:
             if not row.writing.ended and row.length >= self.decoder.limit:
                 row.tell(row.writing.close("length"))
 
-    def retire(self) -> list[Row]:
+    def retire(self) -> list[RunningRow]:
         """Take out and return the rows that have ended; those past their prompts stand first again."""
         ended = [row for row in self.rows if row.writing.ended]
         for row in ended:
@@ -267,9 +267,9 @@ class Running:
         self.rows, self._decoding = self.rows[: len(going)], len(past)
         return ended
 
-    def _rearrange(self, past: list[Row], new: list[Row]) -> None:
+    def _rearrange(self, past: list[RunningRow], new: list[RunningRow]) -> None:
         """Move as few rows as possible so that `past` come first and `new` behind them."""
-        places: list[Row | None] = [None] * (len(past) + len(new))
+        places: list[RunningRow | None] = [None] * (len(past) + len(new))
         homeless = []
         for begin, group in ((0, past), (len(past), new)):
             region = range(begin, begin + len(group))
@@ -278,17 +278,19 @@ class Running:
                 if at in region:
                     places[at] = row
                 else:
-                    homeless.append((region, row, self.cache.take(at, row.tokens[: row.fed])))
+                    homeless.append(
+                        (region, row, self.cache.take(at, row.tokens[: row.num_computed]))
+                    )
         for region, row, kept in homeless:
             at = next(i for i in region if places[i] is None)
             places[at] = row
-            self.cache.put(at, kept, row.fed)
+            self.cache.put(at, kept, row.num_computed)
         self.rows = [row for row in places if row is not None]
 
-    def _remember(self, row: Row) -> None:
-        if self.prefixes.wants(row.fed * self._token_bytes, row.fed):
+    def _remember(self, row: RunningRow) -> None:
+        if self.prefixes.wants(row.num_computed * self._token_bytes, row.num_computed):
             place = self.rows.index(row)
-            self.prefixes.keep(row.held.key, self.cache.take(place, row.tokens[: row.fed]))
+            self.prefixes.keep(row.held.key, self.cache.take(place, row.tokens[: row.num_computed]))
 
 
 def _step_up(width: int) -> int:

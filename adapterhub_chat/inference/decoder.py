@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adapterhub_chat.inference.kv_cache import Heads, KeyValues, rounded
+from adapterhub_chat.inference.kv_cache import Heads, KeyValues, round_up
 from adapterhub_chat.lora.plan import Plan, activate
 from adapterhub_chat.model.adapter_model import AdapterModel, keeping
 
 
 @dataclass(frozen=True)
-class Feed:
+class StepInput:
     """New tokens of rows that lie side by side in the cache."""
 
     first: int
@@ -52,7 +52,7 @@ class Decoder(Protocol):
     limit: int
     """The longest row, in tokens."""
 
-    def forward(self, cache: KeyValues, feed: Feed, plan: Plan | None) -> Tensor:
+    def forward(self, cache: KeyValues, feed: StepInput, plan: Plan | None) -> Tensor:
         """Return the logits (N, V) after each row's last new token."""
         ...
 
@@ -87,11 +87,11 @@ def mask_of(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 class View:
     """The cache as transformers' modules see it during one forward."""
 
-    def __init__(self, cache: KeyValues, feed: Feed) -> None:
+    def __init__(self, cache: KeyValues, feed: StepInput) -> None:
         """Look at the rows of a feed."""
         rows, width = feed.ids.shape
         self.cache, self.positions = cache, feed.positions
-        self.seen = min(rounded(max(feed.starts) + width), cache.length)
+        self.seen = min(round_up(max(feed.starts) + width), cache.length)
         self.rows = slice(feed.first, feed.first + rows)
         self.index = torch.arange(rows, device=feed.ids.device)[:, None]
 
@@ -126,7 +126,7 @@ class ModuleDecoder:
         self.heads: Heads = [(kv_heads, width)] * config.num_hidden_layers
 
     @torch.inference_mode()
-    def forward(self, cache: KeyValues, feed: Feed, plan: Plan | None) -> Tensor:
+    def forward(self, cache: KeyValues, feed: StepInput, plan: Plan | None) -> Tensor:
         """See Decoder."""
         view = View(cache, feed)
         with activate(plan), keeping(feed.last):

@@ -11,7 +11,7 @@ KEPT = 6
 """Tokens before the new ones that are decoded with them: what they look like may depend on those before."""
 
 
-class Writing:
+class Detokenizer:
     """The text of one row."""
 
     def __init__(self, tokenizer: Any, sampling: Sampling, *, silent: bool = False) -> None:

@@ -17,18 +17,18 @@ from pathlib import Path
 
 from adapterhub_chat.assets.fetch import cache_dir
 from adapterhub_chat.errors import NoRoomError, QueueFullError, UsageError
-from adapterhub_chat.inference.batch import Row, Running
+from adapterhub_chat.inference.batch import RunningBatch, RunningRow
 from adapterhub_chat.inference.fused_decoder import make_decoder
-from adapterhub_chat.inference.graph_decoder import RecordedDecoder
-from adapterhub_chat.inference.kv_cache import Prefixes
+from adapterhub_chat.inference.graph_decoder import GraphDecoder
+from adapterhub_chat.inference.kv_cache import PrefixCache
 from adapterhub_chat.inference.requests import Completion, Request, Ticket
-from adapterhub_chat.lora.slots import Held
+from adapterhub_chat.lora.slots import Lease
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Mix
 
-AHEAD = 4
+STAGED_SLOTS = 4
 """Waiting requests whose adapters are fetched before there is a row for them."""
-NEAR = 16
+PREFETCH_ROWS = 16
 """Waiting requests whose adapters are read from the disk, while there is no slot for them yet."""
 FEW_CORES = 4
 """Cores up to which a fetch beside a step costs more than one between two steps (docs/performance.md)."""
@@ -67,16 +67,16 @@ class Engine:
         self._may_fetch = True  # between these two steps
         self.decoder = make_decoder(model, folder or cache_dir() / "native")
         if graphs:
-            self.decoder = RecordedDecoder(model, self.decoder)
-        self._batch = Running(
+            self.decoder = GraphDecoder(model, self.decoder)
+        self._batch = RunningBatch(
             model,
             self.decoder,
             chunk=chunk,
             cache_bytes=cache_bytes,
-            prefixes=Prefixes(prefix_bytes),
+            prefixes=PrefixCache(prefix_bytes),
         )
         self._waiting: deque[Ticket] = deque()
-        self._fetched: dict[Ticket, Future[Held]] = {}
+        self._fetched: dict[Ticket, Future[Lease]] = {}
         self._nearing: Future[None] | None = None
         self._near: set[Ticket] = set()  # whose adapters were read ahead
         self._alone: Ticket | None = None  # whose adapters were fetched last while nothing ran
@@ -192,13 +192,15 @@ class Engine:
             wait(self._fetched.values(), timeout=PAUSE, return_when=FIRST_COMPLETED)
 
     def _end_the_unwanted(self) -> None:
-        for ticket in [t for t in list(self._waiting) if t.unwanted]:  # others may submit meanwhile
+        for ticket in [
+            t for t in list(self._waiting) if t.end_reason
+        ]:  # others may submit meanwhile
             self._drop(ticket)
-            nothing = Completion("", (), ticket.unwanted, len(ticket.request.prompt), 0)
+            nothing = Completion("", (), ticket.end_reason, len(ticket.request.prompt), 0)
             self._finish(ticket, nothing)
         for row in self._batch.rows:
-            if row.ticket.unwanted:
-                row.tell(row.writing.close(row.ticket.unwanted))
+            if row.ticket.end_reason:
+                row.tell(row.writing.close(row.ticket.end_reason))
         self._retire()
 
     def _retire(self) -> None:
@@ -212,9 +214,9 @@ class Engine:
         self._no_room = self._no_room and bool(self._batch.rows or self._fetched)
         for ahead, ticket in enumerate(list(self._waiting)):
             if len(self._batch.rows) >= self.max_rows:
-                if ahead >= NEAR:
+                if ahead >= PREFETCH_ROWS:
                     return
-                if ahead >= AHEAD:
+                if ahead >= STAGED_SLOTS:
                     self._bring_near(ticket)
                 else:
                     self._fetch(ticket)
@@ -243,7 +245,7 @@ class Engine:
         self._waiting.remove(ticket)
         self._near.discard(ticket)
         try:
-            self._batch.start(Row(ticket, held, self.model.backbone.tokenizer))
+            self._batch.start(RunningRow(ticket, held, self.model.backbone.tokenizer))
         except BaseException as error:  # no memory for its keys and values, or Ctrl-C
             self.model.slots.release(held)
             self._finish(ticket, error=error)
@@ -251,7 +253,7 @@ class Engine:
                 raise
         return True
 
-    def _held(self, ticket: Ticket) -> Held | None:
+    def _held(self, ticket: Ticket) -> Lease | None:
         """Return the request's adapters, held; None while they are being fetched."""
         future = self._fetched.get(ticket)
         if future is not None:
@@ -263,21 +265,21 @@ class Engine:
             return None
         if not (self._batch.rows or self._fetched):
             self._alone = ticket
-        return self.model.acquire(ticket.request.mix)
+        return self.model.source.acquire(ticket.request.mix)
 
     def _fetch(self, ticket: Ticket) -> bool:
         """Have a request's adapters fetched, if some are not there; return whether some are not."""
         mix = ticket.request.mix
         if self.model.holds(mix):
             return False
-        if ticket not in self._fetched and len(self._fetched) < AHEAD and not self._no_room:
+        if ticket not in self._fetched and len(self._fetched) < STAGED_SLOTS and not self._no_room:
             if not (self._batch.rows or self._fetched):
                 self._alone = ticket
             if self._beside:
-                self._fetched[ticket] = self._loader.submit(self.model.acquire, mix)
+                self._fetched[ticket] = self._loader.submit(self.model.source.acquire, mix)
             elif self._may_fetch:
                 self._may_fetch = False
-                self._fetched[ticket] = _called(self.model.acquire, mix)
+                self._fetched[ticket] = _called(self.model.source.acquire, mix)
         if ticket not in self._fetched:
             self._bring_near(ticket)
         return True
@@ -285,13 +287,18 @@ class Engine:
     def _bring_near(self, ticket: Ticket) -> None:
         """Have a request's adapters read from the disk, one request's at a time, behind what is fetched."""
         busy = self._nearing is not None and not self._nearing.done()
-        if self._beside and not busy and ticket not in self._near and len(self._near) < NEAR:
+        if (
+            self._beside
+            and not busy
+            and ticket not in self._near
+            and len(self._near) < PREFETCH_ROWS
+        ):
             self._near.add(ticket)
-            self._nearing = self._loader.submit(self.model.prefetch, ticket.request.mix)
+            self._nearing = self._loader.submit(self.model.source.prefetch, ticket.request.mix)
 
-    def _return(self, ticket: Ticket, held: Held) -> None:
+    def _return(self, ticket: Ticket, held: Lease) -> None:
         """Keep what was fetched for a request that has to wait."""
-        kept: Future[Held] = Future()
+        kept: Future[Lease] = Future()
         kept.set_result(held)
         self._fetched[ticket] = kept
 
@@ -311,7 +318,7 @@ class Engine:
         if future is not None and not future.cancel():
             future.add_done_callback(self._let_go)
 
-    def _let_go(self, future: Future[Held]) -> None:
+    def _let_go(self, future: Future[Lease]) -> None:
         if not future.cancelled() and future.exception() is None:
             self.model.slots.release(future.result())
 
@@ -327,9 +334,9 @@ class Engine:
             self._changed.notify_all()
 
 
-def _called(acquire: Callable[[Mix], Held], mix: Mix) -> Future[Held]:
+def _called(acquire: Callable[[Mix], Lease], mix: Mix) -> Future[Lease]:
     """Return the outcome of a call, made now."""
-    future: Future[Held] = Future()
+    future: Future[Lease] = Future()
     try:
         future.set_result(acquire(mix))
     except Exception as error:

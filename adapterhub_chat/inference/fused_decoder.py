@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from adapterhub_chat.inference.decoder import (
     Decoder,
-    Feed,
     ModuleDecoder,
+    StepInput,
     View,
     head_shape,
     limit_of,
@@ -159,7 +159,7 @@ class FusedDecoder:
         if packing and self.head.bias is None:
             self._head, self._head_product = _packed(self._head)
         self._folder = folder
-        self._step: tuple[tuple[int, int], native.Step] | None = None
+        self._step: tuple[tuple[int, int], native.NativeStep] | None = None
 
     @cached_property
     def _products(self) -> native.Products | None:
@@ -170,7 +170,7 @@ class FusedDecoder:
         return native.Products(self.backbone.dtype, self._folder)
 
     @torch.inference_mode()
-    def forward(self, cache: KeyValues, feed: Feed, plan: Plan | None) -> Tensor:
+    def forward(self, cache: KeyValues, feed: StepInput, plan: Plan | None) -> Tensor:
         """See Decoder."""
         rows, width = feed.ids.shape
         if width == 1 and self._products is not None:
@@ -283,7 +283,7 @@ class FusedDecoder:
     # -- a step of one token a row, by native products -----------------------------------------------
 
     def _one_token(
-        self, products: native.Products, cache: KeyValues, feed: Feed, plan: Plan | None
+        self, products: native.Products, cache: KeyValues, feed: StepInput, plan: Plan | None
     ) -> Tensor:
         rows = len(feed.ids)
         x = self.embed(feed.ids[:, 0])
@@ -306,10 +306,10 @@ class FusedDecoder:
             delta = _plus(block.down(own), block.down.site, own, entries, products)
         return self._logits(self._norm(self.last_norm, x, delta))
 
-    def _prepared(self, cache: KeyValues, rows: int) -> native.Step:
+    def _prepared(self, cache: KeyValues, rows: int) -> native.NativeStep:
         key = (cache.length, rows)
         if self._step is None or self._step[0] != key:
-            self._step = key, native.Step(self.shape, self.scale, cache.length, rows)
+            self._step = key, native.NativeStep(self.shape, self.scale, cache.length, rows)
         return self._step[1]
 
 

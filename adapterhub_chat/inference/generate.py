@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -15,25 +14,24 @@ from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Example, Mix, PromptContract
 
-_making = threading.Lock()
-
 
 def engine_of(model: AdapterModel) -> Engine:
     """Return the model's engine; the first call makes it. Raises UsageError for an encoder."""
     check_writes(model)
-    with _making:
-        if model.engine is None:
-            model.engine = Engine(
-                model,
-                rows=model.options.rows,
-                queue=model.options.queue,
-                chunk=model.options.chunk,
-                cache_bytes=model.options.cache_bytes,
-                prefix_bytes=model.options.prefix_bytes,
-                graphs=model.options.graphs,
-            )
-        engine: Engine = model.engine
-    return engine
+    return model.once(_make_engine)
+
+
+def _make_engine(model: AdapterModel) -> Engine:
+    options = model.options
+    return Engine(
+        model,
+        rows=options.rows,
+        queue=options.queue,
+        chunk=options.chunk,
+        cache_bytes=options.cache_bytes,
+        prefix_bytes=options.prefix_bytes,
+        graphs=options.graphs,
+    )
 
 
 def check_writes(model: AdapterModel) -> None:

@@ -23,11 +23,11 @@ from torch._dynamo import config as dynamo
 from torch.nn import functional
 
 from adapterhub_chat.errors import UsageError
-from adapterhub_chat.inference.decoder import Feed, mask_of
+from adapterhub_chat.inference.decoder import StepInput, mask_of
 from adapterhub_chat.inference.fused_decoder import FusedDecoder, rotated
 from adapterhub_chat.inference.kv_cache import KeyValues
 from adapterhub_chat.lora.bank import Bank
-from adapterhub_chat.lora.plan import Place, Plan
+from adapterhub_chat.lora.plan import MixPlace, Plan
 from adapterhub_chat.lora.sites import Site
 from adapterhub_chat.model.adapter_model import AdapterModel
 
@@ -38,7 +38,7 @@ WARM_UP = 3
 
 _capturing = threading.Lock()
 """torch captures one graph at a time."""
-Step = Callable[[], Tensor]
+DecodeStep = Callable[[], Tensor]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class _Stage:
     """Whose factors are in the bank, as long as it is anybody's: a plan keeps slots that others may need."""
 
 
-class RecordedDecoder:
+class GraphDecoder:
     """See Decoder and the module. `records` counts what was recorded."""
 
     def __init__(self, model: AdapterModel, inner: object, *, backend: Any = "inductor") -> None:
@@ -79,12 +79,12 @@ class RecordedDecoder:
         self._sites = model.sites
         self._rank = 0
         self._stages: dict[tuple[int, bool], _Stage] = {}
-        self._played: dict[tuple[int, bool], Step] = {}
+        self._played: dict[tuple[int, bool], DecodeStep] = {}
         self._refused: set[tuple[int, bool]] = set()
         self._memory: Tensor | None = None  # of the cache that the records know
         self._compiled = torch.compile(_call, backend=backend, fullgraph=True, dynamic=False)
 
-    def forward(self, cache: KeyValues, feed: Feed, plan: Plan | None) -> Tensor:
+    def forward(self, cache: KeyValues, feed: StepInput, plan: Plan | None) -> Tensor:
         """See Decoder."""
         rows, width = feed.ids.shape
         own = [] if plan is None else plan.single()
@@ -113,7 +113,7 @@ class RecordedDecoder:
         return self.inner.forward(cache, feed, plan)
 
     def _staged(
-        self, size: int, plan: Plan | None, own: Sequence[tuple[Place, float] | None]
+        self, size: int, plan: Plan | None, own: Sequence[tuple[MixPlace, float] | None]
     ) -> _Stage:
         """Return the memory for so many rows, with the plan's factors in it."""
         rank = max((place[0].rank for place, _ in filter(None, own)), default=0)
@@ -145,7 +145,7 @@ class RecordedDecoder:
             bank = Bank(self._sites, slots=size, rank=self._rank, dtype=dtype, device=device)
         return _Stage(ids, positions, cos, sin, bank, weights)
 
-    def _set(self, stage: _Stage, cache: KeyValues, feed: Feed) -> None:
+    def _set(self, stage: _Stage, cache: KeyValues, feed: StepInput) -> None:
         """Put a step's tokens and positions where its record reads them.
 
         Spare rows write behind all tokens that a row may ever have.
@@ -158,13 +158,13 @@ class RecordedDecoder:
         stage.cos[:rows].copy_(cos)
         stage.sin[:rows].copy_(sin)
 
-    def _record(self, step: Step) -> Step:
+    def _record(self, step: DecodeStep) -> DecodeStep:
         self.records += 1
         if self.backbone.device.type == "cuda":
             return _captured(step, self.backbone.device)
         return partial(self._played_back, step)
 
-    def _played_back(self, step: Step) -> Tensor:
+    def _played_back(self, step: DecodeStep) -> Tensor:
         """Run what torch.compile made of a step: as many forms of it as there are records."""
         limits = {"recompile_limit": MOST_RECORDS, "accumulated_recompile_limit": MOST_RECORDS}
         with dynamo.patch(limits):
@@ -214,7 +214,7 @@ def _products(fused: Any, x: Tensor, stage: _Stage) -> list[Tensor]:
     ]
 
 
-def _fill(bank: Bank, row: int, one: tuple[Place, float] | None) -> None:
+def _fill(bank: Bank, row: int, one: tuple[MixPlace, float] | None) -> None:
     """Put a row's factors into slot `row`: whole where the layouts agree, else piece by piece."""
     if one is None:
         bank.flat[row].zero_()
@@ -231,7 +231,7 @@ def _fill(bank: Bank, row: int, one: tuple[Place, float] | None) -> None:
             bank.B[member][row, : own.rank].copy_(own.B[member][slot])
 
 
-def _captured(step: Step, device: torch.device) -> Step:
+def _captured(step: DecodeStep, device: torch.device) -> DecodeStep:
     """Return what plays a CUDA graph of the step; it reads and writes the memory that the step did.
 
     Other threads may load adapters meanwhile: what they do is no part of it.
@@ -257,5 +257,5 @@ def _captured(step: Step, device: torch.device) -> Step:
     return play
 
 
-def _call(step: Step) -> Tensor:
+def _call(step: DecodeStep) -> Tensor:
     return step()

@@ -53,7 +53,7 @@ class KeyValues:
         """Have room for `rows` rows of `length` tokens; the first `rows` rows stay as they are."""
         if rows <= self.rows and length <= self.length:
             return
-        length = rounded(max(length, self.length))
+        length = round_up(max(length, self.length))
         keys, values = (
             [self._larger(old, rows, length) for old in tensors]
             for tensors in (self.keys, self.values)
@@ -92,7 +92,7 @@ class KeyValues:
                 t[row, :, :length] = part[:, :length]
 
 
-def rounded(length: int) -> int:
+def round_up(length: int) -> int:
     """Return the next multiple of LENGTH_STEP."""
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
@@ -104,7 +104,7 @@ Key = tuple[tuple[str, float], ...]
 """Contents and weights of a row's mix: never names, whose content may change."""
 
 
-class Prefixes:
+class PrefixCache:
     """Finished rows by the content of their mix; the least recently used go first."""
 
     def __init__(self, budget: int) -> None:

@@ -76,7 +76,7 @@ class Ticket:
         return self.completion
 
     @property
-    def unwanted(self) -> str:
+    def end_reason(self) -> str:
         """Why it should not go on ("cancelled", "deadline"), or an empty string."""
         limit = self.request.deadline
         if self.cancelled:

@@ -18,7 +18,7 @@ from torch import Tensor
 from adapterhub_chat.lora.sites import Site
 from adapterhub_chat.lora.weights import AdapterWeights, Head
 
-Layout = tuple[tuple[Site, ...], int, tuple[int, int] | None]
+BankLayout = tuple[tuple[Site, ...], int, tuple[int, int] | None]
 """What the numbers of a slot are: sites, rank, and a head's labels and width."""
 
 
@@ -47,7 +47,7 @@ class Bank:
         """Allocate `slots` x `rank` for the given sites, and a head (labels, width) if there is one."""
         self.sites = {site.name: site for site in sites}
         self.slots, self.rank, self.trainable = slots, rank, trainable
-        self.layout: Layout = (tuple(sites), rank, head)
+        self.layout: BankLayout = (tuple(sites), rank, head)
         self.labels = [0] * slots
         self.dtype, self.device = dtype, torch.device(device)
         self.home = {m: (s.name, j) for s in sites for j, m in enumerate(s.members)}
@@ -74,7 +74,7 @@ class Bank:
                 leaf.requires_grad_().grad = slope
 
     @cached_property
-    def starts(self) -> dict[str, tuple[int, int]]:
+    def offsets(self) -> dict[str, tuple[int, int]]:
         """Where A and B of each module begin among a slot's numbers."""
         starts = accumulate(self._sizes, initial=0)
         first_a, first_b = (dict(zip(own, starts, strict=False)) for own in (self._a, self._b))
@@ -133,7 +133,7 @@ class Bank:
         out[self._scaled].mul_(scale)
         return out
 
-    def twin(self) -> Bank:
+    def host_copy(self) -> Bank:
         """Return an empty bank of one slot of the same layout, in the host's memory."""
         sites, rank, head = self.layout
         return Bank(sites, slots=1, rank=rank, dtype=self.dtype, head=head)

@@ -1,4 +1,4 @@
-"""Three ways to compute `sum_s M[n, s] * B_s A_s x_n`; `choose` picks one per batch by a measured rule.
+"""Three ways to compute `sum_s M[n, s] * B_s A_s x_n`; `choose_form` picks one per batch by a measured rule.
 
 Each form has two halves: `shrink` (x, A) -> h and `add` (y, h, B) -> y + B h, so that linears which share
 an input share one shrink, and nothing is written beside y where one product can accumulate into it.
@@ -222,7 +222,7 @@ def terms(mix: Tensor) -> list[Tensor]:
     return [mix * (place == n) for n in range(1, widest + 1)]
 
 
-def choose(weights: Tensor, device: torch.device | str = "cpu") -> Form:
+def choose_form(weights: Tensor, device: torch.device | str = "cpu") -> Form:
     """Return the fastest form for `weights` (N, G): every row and every column has a nonzero entry."""
     return _to_device(_choose(weights), torch.device(device))
 

@@ -143,7 +143,7 @@ def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
     start = bank.flat.data_ptr() + slot * bank.flat.stride(0) * size
     parts, scales = [], []
     for (module, (a, b)), (at_a, at_b) in zip(weights.shapes.items(), found, strict=True):
-        to_a, to_b = bank.starts[module]
+        to_a, to_b = bank.offsets[module]
         parts += [at_a, start + to_a * size, *a, 0, at_b, start + to_b * size, *b, 1]
         scales += [1.0, weights.scale(module)]
     call = getattr(library(folder), f"fill_{SUFFIX[bank.dtype]}")
@@ -153,7 +153,7 @@ def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
 
 def _write_whole(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:
     """Put an adapter together in the host's memory, and copy it to the bank's device in one go."""
-    twin = bank.twin()
+    twin = bank.host_copy()
     write(folder, twin, 0, weights)
     bank.flat[slot].copy_(twin.flat[0])
     bank.labels[slot] = twin.labels[0]
@@ -215,7 +215,7 @@ class Entries:
                 products.lora(*given)
 
 
-class Step:
+class NativeStep:
     """One decoding step's shapes and positions, for `attend`."""
 
     def __init__(self, heads: tuple[int, int, int], scale: float, capacity: int, rows: int) -> None:
@@ -263,7 +263,9 @@ class Products:
         self._silu(_at(both), _at(out), _int(rows), _int(width))
         return out
 
-    def attend(self, step: Step, qkv: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> Tensor:
+    def attend(
+        self, step: NativeStep, qkv: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> Tensor:
         """Turn q and k, cache k and v, and attend: `out` (N, heads * width) from qkv (N, all heads)."""
         self._attend(step.itself, _at(qkv), _at(keys), _at(values), _at(out))
         return out

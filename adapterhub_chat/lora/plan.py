@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapterhub_chat.lora.bank import Bank, Layout
-from adapterhub_chat.lora.kernels import Form, choose, in_place, site_products, terms
+from adapterhub_chat.lora.bank import Bank, BankLayout
+from adapterhub_chat.lora.kernels import Form, choose_form, in_place, site_products, terms
 from adapterhub_chat.lora.native import Entries, Sites
 from adapterhub_chat.lora.sites import Layers, Site
 
-Place = tuple[Bank, int]
+MixPlace = tuple[Bank, int]
 """A slot of a bank."""
 
 
@@ -34,7 +34,7 @@ class _Term:
     """A part of a mix that one form computes, in slots of one layout."""
 
     form: Form
-    places: Sequence[Place]
+    places: Sequence[MixPlace]
     rows: Tensor | None
     """The rows that take part; None is all of them."""
 
@@ -60,7 +60,7 @@ class Plan:
     A plan is used by one thread at a time.
     """
 
-    def __init__(self, places: Sequence[Place], mix: Tensor) -> None:
+    def __init__(self, places: Sequence[MixPlace], mix: Tensor) -> None:
         """Analyse `mix` (N, S), a CPU tensor of weights; column s belongs to `places[s]`."""
         self.num_rows = len(mix)
         self._alike = [(own, mix[:, columns]) for own, columns in _by_layout(places, mix)]
@@ -186,9 +186,9 @@ class Plan:
         self._entries[tokens] = found
         return found
 
-    def single(self) -> list[tuple[Place, float] | None] | None:
+    def single(self) -> list[tuple[MixPlace, float] | None] | None:
         """Return every row's one slot and its weight, None for a row without; None where rows mix several."""
-        rows: list[tuple[Place, float] | None] = [None] * self.num_rows
+        rows: list[tuple[MixPlace, float] | None] = [None] * self.num_rows
         for places, mix in self._alike:
             for row, column in (mix != 0).nonzero().tolist():
                 if rows[row] is not None:
@@ -240,7 +240,7 @@ class Plan:
         return factors
 
 
-_SITES: dict[Layout, Sites] = {}
+_SITES: dict[BankLayout, Sites] = {}
 """The native products' view of every layout of bank: few, and small."""
 
 
@@ -254,7 +254,9 @@ def _block_diagonal(factors: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _by_layout(places: Sequence[Place], mix: Tensor) -> Iterator[tuple[list[Place], list[int]]]:
+def _by_layout(
+    places: Sequence[MixPlace], mix: Tensor
+) -> Iterator[tuple[list[MixPlace], list[int]]]:
     """Yield the places in use whose banks have one layout, with their columns of the mix."""
     columns = (mix != 0).any(0).nonzero().flatten().tolist()
     for layout in dict.fromkeys(places[c][0].layout for c in columns):
@@ -262,11 +264,11 @@ def _by_layout(places: Sequence[Place], mix: Tensor) -> Iterator[tuple[list[Plac
         yield [places[c] for c in own], own
 
 
-def _term(mix: Tensor, places: Sequence[Place]) -> _Term:
+def _term(mix: Tensor, places: Sequence[MixPlace]) -> _Term:
     used, device = mix != 0, places[0][0].device
     rows = used.any(1).nonzero().flatten()
     columns = used.any(0).nonzero().flatten().tolist()
-    form = choose(mix[rows][:, columns], device)
+    form = choose_form(mix[rows][:, columns], device)
     own = [places[c] for c in columns]
     return _Term(form, own, None if len(rows) == len(mix) else rows.to(device))
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from adapterhub_chat.errors import NoRoomError, UnknownNameError
-from adapterhub_chat.lora.bank import Bank, Layout
-from adapterhub_chat.lora.plan import Place, Plan
+from adapterhub_chat.lora.bank import Bank, BankLayout
+from adapterhub_chat.lora.plan import MixPlace, Plan
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.types import BACKBONE, Mix
 
@@ -40,7 +40,7 @@ _fresh, _clock = itertools.count(), itertools.count()
 class Resident:
     """One adapter's content in a slot."""
 
-    place: Place
+    place: MixPlace
     identity: str
     """Its content's hash, else something that no other content has."""
     like: AdapterWeights
@@ -53,7 +53,7 @@ class Resident:
 
 
 @dataclass(frozen=True)
-class Held:
+class Lease:
     """A mix whose adapters stay as they are now, whatever is loaded or unloaded, until it is released."""
 
     mix: Mix
@@ -85,7 +85,7 @@ class Slots:
         self._new_bank, self._write = new_bank, write
         self._names: dict[str, Resident] = {}
         self._segments: list[_Segment] = []
-        self._layouts: dict[tuple[tuple[str, ...], int, int], tuple[Layout, int]] = {}
+        self._layouts: dict[tuple[tuple[str, ...], int, int], tuple[BankLayout, int]] = {}
         self._likes: dict[object, AdapterWeights] = {}
         self._lock = threading.RLock()
 
@@ -108,7 +108,7 @@ class Slots:
         name: str,
         weights: AdapterWeights,
         identity: str | None = None,
-        ahead: Ahead | None = None,
+        ahead: StagedSlot | None = None,
     ) -> None:
         """Put an adapter into a slot; under a name in use it replaces that adapter for new users.
 
@@ -128,15 +128,15 @@ class Slots:
             self.loads += 1
 
     @contextmanager
-    def ahead(self, fits: Callable[[AdapterWeights], bool]) -> Iterator[Ahead]:
+    def ahead(self, fits: Callable[[AdapterWeights], bool]) -> Iterator[StagedSlot]:
         """Give who fills a slot ahead of `load`; a slot that was not taken is free again after the block."""
-        own = Ahead(self, fits)
+        own = StagedSlot(self, fits)
         try:
             yield own
         finally:
             own.clear()
 
-    def fill_free(self, weights: AdapterWeights) -> Place | None:
+    def fill_free(self, weights: AdapterWeights) -> MixPlace | None:
         """Fill a slot that nobody has and that nobody must leave for it; None where there is none."""
         with self._lock:
             place = self._free(weights)
@@ -144,14 +144,14 @@ class Slots:
             self._fill(place, weights)
         return place
 
-    def _fill(self, place: Place, weights: AdapterWeights) -> None:
+    def _fill(self, place: MixPlace, weights: AdapterWeights) -> None:
         try:
             self._write(*place, weights)
         except BaseException:
             self.give_back(place)
             raise
 
-    def give_back(self, place: Place) -> None:
+    def give_back(self, place: MixPlace) -> None:
         """Make a slot free that no name means and nobody uses."""
         with self._lock:
             segment = next(s for s in self._segments if s.bank is place[0])
@@ -170,16 +170,16 @@ class Slots:
             bank, slot = resident.place
             return bank.read(slot, resident.like)
 
-    def hold(self, mix: Mix) -> Held:
+    def hold(self, mix: Mix) -> Lease:
         """Keep the mix's adapters until `release`; raise UnknownNameError for one that is not here."""
         with self._lock:
             found = tuple((self._resident(name), weight) for name, weight in mix.weights)
             for resident, _ in found:
                 resident.users += 1
                 resident.used = next(_clock)
-            return Held(mix, found)
+            return Lease(mix, found)
 
-    def gather(self, mix: Mix, load: Callable[[str], None]) -> Held:
+    def acquire(self, mix: Mix, load: Callable[[str], None]) -> Lease:
         """Hold a mix after `load(name)` for each adapter that is not here.
 
         Each is held as soon as it is there, so that the next one's load cannot evict it. Raises what
@@ -201,7 +201,7 @@ class Slots:
         with self.borrowed(held):
             yield
 
-    def release(self, held: Held) -> None:
+    def release(self, held: Lease) -> None:
         """End what `hold` began."""
         with self._lock:
             for resident, _ in held.weights:
@@ -210,7 +210,7 @@ class Slots:
                     self.give_back(resident.place)
 
     @contextmanager
-    def borrowed(self, held: Held) -> Iterator[Held]:
+    def borrowed(self, held: Lease) -> Iterator[Lease]:
         """Release what is held when the block ends."""
         try:
             yield held
@@ -239,7 +239,7 @@ class Slots:
             if not old.users:
                 self.give_back(old.place)
 
-    def _room(self, weights: AdapterWeights, name: str) -> Place:
+    def _room(self, weights: AdapterWeights, name: str) -> MixPlace:
         """Return a slot of the right layout that nobody has: a free one, a new one, or after evictions.
 
         Raises NoRoomError before anybody has to go in vain.
@@ -253,7 +253,7 @@ class Slots:
             place = self._free(weights)
         return place
 
-    def _free(self, weights: AdapterWeights) -> Place | None:
+    def _free(self, weights: AdapterWeights) -> MixPlace | None:
         """Return a slot of the right layout that is free or that the budget still allows."""
         layout, size = self._layout(weights)
         for segment in self._segments:
@@ -266,7 +266,7 @@ class Slots:
         self._segments.append(_Segment(bank, list(range(slots - 1))))
         return bank, slots - 1
 
-    def _layout(self, weights: AdapterWeights) -> tuple[Layout, int]:
+    def _layout(self, weights: AdapterWeights) -> tuple[BankLayout, int]:
         """Return the layout that these weights need, and the bytes of a slot of it."""
         kind = modules, rank, labels = _kind(weights)
         if kind not in self._layouts:
@@ -301,13 +301,13 @@ class Slots:
         )
 
 
-class Ahead:
+class StagedSlot:
     """A slot that is filled before anybody knows whether its adapter may be used; see Slots.ahead."""
 
     def __init__(self, slots: Slots, fits: Callable[[AdapterWeights], bool]) -> None:
         """Have filled none; what does not fit is left for `load` to refuse."""
         self._slots, self._fits = slots, fits
-        self._filled: tuple[Place, AdapterWeights] | None = None
+        self._filled: tuple[MixPlace, AdapterWeights] | None = None
 
     def fill(self, weights: AdapterWeights) -> None:
         """Fill a free slot, if there is one; what was filled before is free again."""
@@ -315,7 +315,7 @@ class Ahead:
         place = self._slots.fill_free(weights) if self._fits(weights) else None
         self._filled = None if place is None else (place, weights)
 
-    def take(self, weights: AdapterWeights) -> Place | None:
+    def take(self, weights: AdapterWeights) -> MixPlace | None:
         """Return the slot that has these very weights, and leave it to the caller."""
         if self._filled is None or self._filled[1] is not weights:
             return None
@@ -337,7 +337,7 @@ def _kind(weights: AdapterWeights) -> tuple[tuple[str, ...], int, int]:
     return tuple(weights.factors), rank, weights.labels
 
 
-def plan_of(held: Sequence[Held]) -> Plan | None:
+def plan_of(held: Sequence[Lease]) -> Plan | None:
     """Return the plan that gives row i the mix `held[i]`; None when no row has an adapter."""
     residents = list(dict.fromkeys(r for one in held for r, _ in one.weights))
     if not residents:

@@ -25,16 +25,16 @@ class Packed(Mapping[str, tuple[Tensor, Tensor]]):
         self,
         numbers: Tensor,
         shapes: Mapping[str, tuple[Shape, Shape]],
-        starts: Mapping[str, tuple[int, int]],
+        offsets: Mapping[str, tuple[int, int]],
     ) -> None:
-        """Look at `numbers`, on the CPU, in which each module's A and B begin at `starts`."""
-        self.numbers, self.shapes, self.starts = numbers, shapes, starts
+        """Look at `numbers`, on the CPU, in which each module's A and B begin at `offsets`."""
+        self.numbers, self.shapes, self.offsets = numbers, shapes, offsets
 
     def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
         """Return a module's A and B, views of the numbers."""
         a, b = (
             self.numbers[start : start + math.prod(shape)].view(shape)
-            for start, shape in zip(self.starts[module], self.shapes[module], strict=True)
+            for start, shape in zip(self.offsets[module], self.shapes[module], strict=True)
         )
         return a, b
 
@@ -138,7 +138,7 @@ class AdapterWeights:
         if isinstance(self.factors, Packed):
             numbers, size = self.factors.numbers, dtype.itemsize
             first = numbers.data_ptr()
-            found = [(first + a * size, first + b * size) for a, b in self.factors.starts.values()]
+            found = [(first + a * size, first + b * size) for a, b in self.factors.offsets.values()]
             return found if numbers.dtype == dtype else None
         pairs = list(self.factors.values())
         plain = all(
@@ -221,7 +221,7 @@ def initial_weights(
     With `head` (labels, width of the features) it has a head of zeros, to which all labels are alike.
 
     `shapes` maps each module to (in, out). Every module draws from its own generator, seeded by `seed`
-    and its name, so that an adapter starts the same whatever is trained beside it.
+    and its name, so that an adapter offsets the same whatever is trained beside it.
     """
     factors = {}
     for module, (width_in, width_out) in shapes.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 from adapterhub_chat.errors import ConfigError
 from adapterhub_chat.lora.lowrank import Pair, compress, joined, size_of
 from adapterhub_chat.lora.weights import AdapterWeights
-from adapterhub_chat.merge.methods import METHODS, Method, Moments, Setting, shrunk
+from adapterhub_chat.merge.methods import METHODS, MergeSettings, Method, Moments, shrunk
 
 SHOWN = 5
 """Modules that a message lists."""
@@ -56,11 +56,11 @@ def merge(
     """Merge adapters by a method of METHODS; raise ConfigError naming all that does not fit.
 
     `rank` None takes the method's own (`Method.ranks`). Nothing random happens but by `seed`. `moments` are
-    asked for by a method that looks (`Method.looks`), module by module in the order of `modules_of`.
+    asked for by a method that looks (`Method.needs_moments`), module by module in the order of `modules_of`.
     """
     chosen = METHODS.get(method)
     found = list(_misfits(adapters, weights, method, rank, density))
-    if chosen and chosen.looks and moments is None:
+    if chosen and chosen.needs_moments and moments is None:
         found.append(f"{method} needs moments: what enters each module (a hub gathers them)")
     if any(adapter.head for adapter in adapters):
         found.append(
@@ -77,8 +77,8 @@ def merge(
     for module, size in sizes.items():
         pairs = [_delta(adapter, module, size) for adapter in adapters]
         share = chosen.density if density is None else density
-        seen = tuple(map(shrunk, moments(module))) if moments and chosen.looks else ()
-        setting = Setting(tuple(map(float, given)), share or 1.0, seed, module, seen)
+        seen = tuple(map(shrunk, moments(module))) if moments and chosen.needs_moments else ()
+        setting = MergeSettings(tuple(map(float, given)), share or 1.0, seed, module, seen)
         delta = chosen.function(pairs, setting)
         if chosen.ranks == "joined" and not isinstance(delta, Tensor):
             (b, a), kept, total = delta, 1.0, 1.0
@@ -161,7 +161,7 @@ def setting_misfits(
             yield f"weights must be finite numbers, not {list(weights)}"
         elif len(weights) and not any(weights):
             yield "all weights are zero: the merged adapter would do nothing"
-        elif chosen is not None and chosen.looks and min(weights, default=0) < 0:
+        elif chosen is not None and chosen.needs_moments and min(weights, default=0) < 0:
             yield f"{method} weighs what enters a module, so weights are at least 0; use another method"
     if density is None:
         return

@@ -31,7 +31,7 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class MergeSettings:
     """What a method is told beside the deltas of one module."""
 
     weights: tuple[float, ...]
@@ -50,7 +50,7 @@ class Setting:
 
 Moments = Callable[[str], Sequence[Tensor]]
 """Module -> the mean x x^T (in, in) of its inputs x under each source, on items of that source's task."""
-Function = Callable[[Sequence[Pair], Setting], Pair | Tensor]
+Function = Callable[[Sequence[Pair], MergeSettings], Pair | Tensor]
 """(deltas of one module, setting) -> the merged delta, as factors or dense (out, in)."""
 Sparsify = Callable[[Tensor, float, Generator], Tensor]
 """(delta, density, random numbers) -> the delta with fewer numbers in it."""
@@ -73,14 +73,14 @@ class Method:
     result needs, or the largest of the sources."""
     density: float | None = None
     """The share of numbers kept where none is given; None: the method has no density."""
-    looks: bool = False
+    needs_moments: bool = False
     """Whether it looks at what enters the modules."""
 
 
 # -- methods ---------------------------------------------------------------------------------------
 
 
-def weighted_sum(pairs: Sequence[Pair], setting: Setting) -> Pair:
+def weighted_sum(pairs: Sequence[Pair], setting: MergeSettings) -> Pair:
     """Return sum_i w_i delta_i, exactly, as factors."""
     return joined([(b * w, a) for (b, a), w in zip(pairs, setting.weights, strict=True)])
 
@@ -88,7 +88,7 @@ def weighted_sum(pairs: Sequence[Pair], setting: Setting) -> Pair:
 def elementwise(sparsify: Sparsify, consensus: Consensus) -> Function:
     """Return the method that thins every weighted delta out by itself, and then brings them together."""
 
-    def method(pairs: Sequence[Pair], setting: Setting) -> Tensor:
+    def method(pairs: Sequence[Pair], setting: MergeSettings) -> Tensor:
         thin = [
             sparsify(delta, setting.density, _random(setting, source))
             for source, delta in enumerate(_dense(pairs, setting))
@@ -98,7 +98,7 @@ def elementwise(sparsify: Sparsify, consensus: Consensus) -> Function:
     return method
 
 
-def sce(pairs: Sequence[Pair], setting: Setting) -> Tensor:
+def sce(pairs: Sequence[Pair], setting: MergeSettings) -> Tensor:
     """Select where the sources differ most, weigh them by what is left of them, erase the minority's sign."""
     deltas = torch.stack(_dense(pairs, setting))
     spread = deltas.var(dim=0, correction=0)
@@ -109,7 +109,7 @@ def sce(pairs: Sequence[Pair], setting: Setting) -> Tensor:
     return (deltas * agreeing).sum(0) / agreeing.sum(0).clamp(min=torch.finfo(deltas.dtype).tiny)
 
 
-def knots(pairs: Sequence[Pair], setting: Setting) -> Pair:
+def knots(pairs: Sequence[Pair], setting: MergeSettings) -> Pair:
     """Turn all deltas into one shared basis U S, and bring their coordinates V_i together by TIES.
 
     [delta_1 ... delta_n] = U S [V_1 ... V_n]; directions that no source uses are left out, so that they
@@ -126,7 +126,7 @@ def knots(pairs: Sequence[Pair], setting: Setting) -> Pair:
     return q @ (u[:, used] * values[used]), agree(torch.stack(thin))
 
 
-def regmean(pairs: Sequence[Pair], setting: Setting) -> Pair:
+def regmean(pairs: Sequence[Pair], setting: MergeSettings) -> Pair:
     """Return the delta whose outputs are nearest to each source's own on that source's inputs.
 
     It solves min_D sum_i w_i E|D x_i - delta_i x_i|^2: D = (sum_i w_i delta_i G_i) (sum_i w_i G_i)^-1,
@@ -150,12 +150,12 @@ def shrunk(moment: Tensor) -> Tensor:
     return own * BETWEEN + torch.diag(diagonal * (1 - BETWEEN) + floor)
 
 
-def _dense(pairs: Sequence[Pair], setting: Setting) -> list[Tensor]:
+def _dense(pairs: Sequence[Pair], setting: MergeSettings) -> list[Tensor]:
     """Return the weighted deltas (out, in) of one module, float32."""
     return [(b @ a * w).float() for (b, a), w in zip(pairs, setting.weights, strict=True)]
 
 
-def _random(setting: Setting, source: int) -> Generator:
+def _random(setting: MergeSettings, source: int) -> Generator:
     """Return a source's own random numbers in a module: the same whoever else is merged."""
     return Generator().manual_seed(seed_of(setting.seed, f"{source} {setting.module}"))
 
@@ -250,7 +250,7 @@ METHODS: Mapping[str, Method] = {
             regmean,
             "https://arxiv.org/abs/2212.09849",
             "on each source's own inputs the outputs nearest to its own, by least squares",
-            looks=True,
+            needs_moments=True,
         ),
     )
 }

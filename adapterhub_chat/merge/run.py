@@ -17,15 +17,15 @@ from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.metrics import METRICS
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, UsageError
-from adapterhub_chat.evaluation.retention import drift, mean_and_lowest, retention, yardsticks
+from adapterhub_chat.evaluation.retention import drift, mean_and_lowest, retention, source_results
 from adapterhub_chat.evaluation.scoring import judge, score
 from adapterhub_chat.events import Listeners
 from adapterhub_chat.files import file_sha256
 from adapterhub_chat.merge.combine import Merged, distance, merge, modules_of
 from adapterhub_chat.merge.methods import METHODS
 from adapterhub_chat.merge.moments import InputMoments
-from adapterhub_chat.merge.selection import MIX, choose, keeps_floor, learn
-from adapterhub_chat.merge.spec import AUTO, LEARN, MergeOrder, merged_by, read_source, tasks_of
+from adapterhub_chat.merge.selection import MIX, choose_method, keeps_floor, learn_weights
+from adapterhub_chat.merge.spec import AUTO, LEARN, MergeSpec, merged_by, read_source, tasks_of
 from adapterhub_chat.pool.probe import make_probe, probe_problem, probe_prompts
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import Stored
@@ -39,7 +39,7 @@ IDENTITY = 1e-3
 
 def merge_adapters(
     registry: Registry,
-    order: MergeOrder,
+    order: MergeSpec,
     tasks: Mapping[str, str | Path | Task],
     listeners: Listeners,
 ) -> Manifest:
@@ -53,9 +53,9 @@ def merge_adapters(
     tried: tuple[Tried, ...] = ()
     chosen = order.method == AUTO
     if chosen:
-        order, tried = choose(registry, order, sources, own, moments, listeners)
+        order, tried = choose_method(registry, order, sources, own, moments, listeners)
     if order.weights == LEARN:
-        learnt = replace(order, weights=learn(registry, order, sources, own, listeners))
+        learnt = replace(order, weights=learn_weights(registry, order, sources, own, listeners))
         keeps = not chosen or keeps_floor(registry, learnt, sources, own, listeners)
         order = (
             learnt if keeps else replace(order, weights=None)
@@ -65,7 +65,7 @@ def merge_adapters(
     draft = _draft(registry, order, sources, merged, tried)
     with registry.model.temporarily_loaded(merged.weights, order.name) as trial:
         draft = _measured(registry, order, draft, trial, own, listeners)
-    done = registry.keep(merged.weights, draft)
+    done = registry.save_new(merged.weights, draft)
     _check_saved(registry, done.name, merged)
     if done.merge and done.merge.verdict:
         warnings.warn(f"{done.name}: {done.merge.verdict}", stacklevel=3)
@@ -74,7 +74,7 @@ def merge_adapters(
 
 def _draft(
     registry: Registry,
-    order: MergeOrder,
+    order: MergeSpec,
     sources: Sequence[Stored],
     merged: Merged,
     tried: tuple[Tried, ...],
@@ -130,7 +130,7 @@ def _once(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def _check_identity(
-    registry: Registry, order: MergeOrder, sources: Sequence[Stored], moments: InputMoments
+    registry: Registry, order: MergeSpec, sources: Sequence[Stored], moments: InputMoments
 ) -> None:
     """Raise AdapterError unless each source, merged alone with weight 1, is and answers as it does itself."""
     density = None if METHODS[order.method].density is None else 1.0
@@ -180,7 +180,7 @@ def _take_back(registry: Registry, name: str) -> None:
 
 def _measured(
     registry: Registry,
-    order: MergeOrder,
+    order: MergeSpec,
     draft: Manifest,
     trial: str,
     own: Mapping[str, Sequence[Task]],
@@ -191,7 +191,7 @@ def _measured(
     found: list[Retention] = []
     mixed: list[Retention] = []
     scores: dict[str, Score] = {}
-    for stick in yardsticks(model, own, "test", order.options.limit, listeners.on_judged):
+    for stick in source_results(model, own, "test", order.options.limit, listeners.on_judged):
         task, items = stick.task, stick.examples
         told = partial(listeners.on_judged, task.name)
         judged, at_run_time, backbone = (
@@ -238,7 +238,7 @@ def _drift(registry: Registry, source: str, merged: str) -> float:
 
 
 def _verdict(
-    order: MergeOrder, report: MergeReport, found: Sequence[Retention], mixed: Sequence[Retention]
+    order: MergeSpec, report: MergeReport, found: Sequence[Retention], mixed: Sequence[Retention]
 ) -> str:
     """Return what speaks against the merge, or an empty string."""
     said = []

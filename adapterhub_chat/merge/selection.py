@@ -10,16 +10,16 @@ from adapterhub_chat.artifact.manifest import Tried
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.retention import (
-    excess,
-    lessons,
+    excess_loss,
     mean_and_lowest,
     retentions,
-    yardsticks,
+    source_results,
+    validation_items,
 )
 from adapterhub_chat.events import Event, Listeners
 from adapterhub_chat.merge.methods import METHODS, Method, Moments
-from adapterhub_chat.merge.spec import LEARN, MergeOrder, merged_by
-from adapterhub_chat.merge.weight_search import search
+from adapterhub_chat.merge.spec import LEARN, MergeSpec, merged_by
+from adapterhub_chat.merge.weight_search import search_weights
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.types import as_mix
@@ -30,20 +30,20 @@ EXACT = ("cat", "linear")
 """Methods that `auto` leaves out: they keep every rank, so they are the run-time mix itself."""
 
 
-def choose(
+def choose_method(
     registry: Registry,
-    order: MergeOrder,
+    order: MergeSpec,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
     moments: Moments,
     listeners: Listeners,
-) -> tuple[MergeOrder, tuple[Tried, ...]]:
+) -> tuple[MergeSpec, tuple[Tried, ...]]:
     """Try the table at one rank, on the same validation items; return the best method's order, and all.
 
     The best has the highest mean retention among those that leave every task above the floor.
     """
     told = listeners.on_judged
-    sticks = yardsticks(registry.model, own, "validation", order.options.limit, told)
+    sticks = source_results(registry.model, own, "validation", order.options.limit, told)
     judged = {(stick.adapter, stick.task.name) for stick in sticks}
     if left := [t.name for n, tasks in own.items() for t in tasks if (n, t.name) not in judged]:
         raise UsageError(
@@ -52,7 +52,7 @@ def choose(
         )
     mean, lowest = mean_and_lowest(retentions(registry.model, sticks, order.mix, told))
     tried = [Tried(method=MIX, mean=mean, lowest=lowest)]
-    orders: dict[str, MergeOrder] = {}
+    orders: dict[str, MergeSpec] = {}
     for method in METHODS.values():
         if method.name in EXACT or not _able(order, method):
             continue
@@ -73,31 +73,33 @@ def choose(
 
 def keeps_floor(
     registry: Registry,
-    order: MergeOrder,
+    order: MergeSpec,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
     listeners: Listeners,
 ) -> bool:
     """Return whether a merge leaves every task above the floor, on the validation items."""
-    sticks = yardsticks(registry.model, own, "validation", order.options.limit, listeners.on_judged)
+    sticks = source_results(
+        registry.model, own, "validation", order.options.limit, listeners.on_judged
+    )
     with registry.model.temporarily_loaded(merged_by(order, sources).weights, order.name) as trial:
         found = retentions(registry.model, sticks, as_mix(trial), listeners.on_judged)
     return mean_and_lowest(found)[1] >= order.options.floor
 
 
-def _able(order: MergeOrder, method: Method) -> bool:
+def _able(order: MergeSpec, method: Method) -> bool:
     """Whether a method can do with the weights: one that looks has nothing to learn or to take away."""
-    return not method.looks or not (order.weights == LEARN or min(order.given or (0,)) < 0)
+    return not method.needs_moments or not (order.weights == LEARN or min(order.given or (0,)) < 0)
 
 
-def _by(order: MergeOrder, method: Method) -> MergeOrder:
+def _by(order: MergeSpec, method: Method) -> MergeSpec:
     """Return the order by another method, without a density where that takes none."""
     density = None if method.density is None else order.options.density
     options = order.options.model_copy(update={"density": density})
     return replace(order, method=method.name, options=options)
 
 
-def _below(order: MergeOrder, tried: Sequence[Tried]) -> str:
+def _below(order: MergeSpec, tried: Sequence[Tried]) -> str:
     best = max(tried[1:], key=lambda one: one.lowest)
     return (
         f"no method keeps {order.options.floor:.0%} of every source's score: {best.method} comes nearest "
@@ -107,9 +109,9 @@ def _below(order: MergeOrder, tried: Sequence[Tried]) -> str:
     )
 
 
-def learn(
+def learn_weights(
     registry: Registry,
-    order: MergeOrder,
+    order: MergeSpec,
     sources: Sequence[Stored],
     own: Mapping[str, Sequence[Task]],
     listeners: Listeners,
@@ -118,7 +120,7 @@ def learn(
 
     Every set that is tried is an event, with its loss above the sources' own.
     """
-    items = lessons(registry.model, own, order.options.limit)
+    items = validation_items(registry.model, own, order.options.limit)
     if not items:
         raise UsageError("the sources' tasks have no validation items to learn weights on")
 
@@ -129,9 +131,9 @@ def learn(
         if any(weights):
             merged = merged_by(replace(order, weights=tuple(weights)), sources)
             with registry.model.temporarily_loaded(merged.weights, order.name) as trial:
-                loss = excess(registry.model, items, as_mix(trial))
+                loss = excess_loss(registry.model, items, as_mix(trial))
         listeners.on_event(Event(order.name, "step", next(tries), budget, {"loss": loss}))
         return loss
 
-    found = search(objective, len(sources), budget, order.options.seed)
+    found = search_weights(objective, len(sources), budget, order.options.seed)
     return tuple(round(weight, 4) for weight in found)

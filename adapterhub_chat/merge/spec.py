@@ -15,9 +15,9 @@ from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.merge.combine import Merged, default_weights, merge, setting_misfits
 from adapterhub_chat.merge.methods import METHODS, Moments
 from adapterhub_chat.pool.names import check_name
-from adapterhub_chat.pool.provenance import trained_task
+from adapterhub_chat.pool.provenance import load_trained_task
 from adapterhub_chat.pool.registry import Registry
-from adapterhub_chat.pool.stacks import flat
+from adapterhub_chat.pool.stacks import flattened
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.types import BACKBONE, Mix
 from adapterhub_chat.validation import read_settings
@@ -27,7 +27,7 @@ LEARN: Literal["learn"] = "learn"
 
 
 @dataclass(frozen=True)
-class MergeOrder:
+class MergeSpec:
     """What a merge is asked for; see AdapterHub.merge."""
 
     names: tuple[str, ...]
@@ -49,7 +49,7 @@ class MergeOrder:
     @property
     def needs_tasks(self) -> bool:
         """Whether the sources' tasks are needed: to choose by, or because the method looks."""
-        return self.method == AUTO or self.weights == LEARN or METHODS[self.method].looks
+        return self.method == AUTO or self.weights == LEARN or METHODS[self.method].needs_moments
 
     @property
     def mix(self) -> Mix:
@@ -58,15 +58,15 @@ class MergeOrder:
         return Mix(tuple(zip(self.names, weights, strict=True)))
 
 
-def merge_order(
+def merge_spec(
     names: Sequence[str],
     method: str,
     weights: Sequence[float] | str | None,
     name: str,
     options: Mapping[str, Any],
-) -> MergeOrder:
+) -> MergeSpec:
     """Return the order that a caller's words mean; raise ConfigError for all that is wrong with them."""
-    order = MergeOrder(
+    order = MergeSpec(
         tuple(names),
         check_name(name),
         method,
@@ -91,13 +91,13 @@ def _weights(given: Any) -> tuple[float, ...] | Literal["learn"] | None:
         ) from error
 
 
-def _misfits(order: MergeOrder) -> Iterator[str]:
+def _misfits(order: MergeSpec) -> Iterator[str]:
     """Yield what is wrong with an order, before anything is read."""
     # auto hands the density to those methods that have one
     known = "ties" if order.method == AUTO else order.method
     names = order.names
     yield from setting_misfits(len(names), order.given, known, order.options.density)
-    if order.weights == LEARN and known in METHODS and METHODS[known].looks:
+    if order.weights == LEARN and known in METHODS and METHODS[known].needs_moments:
         yield f"{known} finds what is nearest by itself, so no weights are learnt for it; leave them out"
     if not names:
         yield "there are no adapters to merge; name one or more"
@@ -111,10 +111,10 @@ def _misfits(order: MergeOrder) -> Iterator[str]:
 
 def read_source(registry: Registry, name: str) -> Stored:
     """Load a source, and read its numbers as they lie on the disk: those in a slot are rounded."""
-    registry.ready([name])
+    registry.resolve([name])
     known = registry.known(name)
     stored = registry.find(known.path if known else registry.pool.path(name), name)
-    return replace(stored, weights=flat(registry.pool, stored))
+    return replace(stored, weights=flattened(registry.pool, stored))
 
 
 def tasks_of(
@@ -129,12 +129,12 @@ def tasks_of(
         if source.name in given:
             task = given[source.name]
             found[source.name] = [
-                task if isinstance(task, Task) else trained_task(str(task), source.name)
+                task if isinstance(task, Task) else load_trained_task(str(task), source.name)
             ]
             continue
         trained_on = source.manifest.training.tasks if source.manifest else ()
         try:
-            found[source.name] = [trained_task(task, source.name) for task in trained_on]
+            found[source.name] = [load_trained_task(task, source.name) for task in trained_on]
         except UsageError:
             if needed:
                 raise
@@ -153,7 +153,7 @@ def tasks_of(
 
 
 def merged_by(
-    order: MergeOrder, sources: Sequence[Stored], moments: Moments | None = None
+    order: MergeSpec, sources: Sequence[Stored], moments: Moments | None = None
 ) -> Merged:
     """Return what an order makes of its sources; `moments` are for a method that looks."""
     return merge(

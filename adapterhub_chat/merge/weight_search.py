@@ -19,7 +19,9 @@ Objective = Callable[[Sequence[float]], float]
 """Weights -> a number, the smaller the better; a NaN is worse than all numbers."""
 
 
-def search(objective: Objective, count: int, budget: int = 40, seed: int = 0) -> list[float]:
+def search_weights(
+    objective: Objective, count: int, budget: int = 40, seed: int = 0
+) -> list[float]:
     """Return the best of `budget` sets of `count` weights by a caller's objective.
 
     The first are the plain choices: the mean, the sum, each source alone. CMA-ES goes on from the best of
@@ -53,10 +55,10 @@ def _evolve(
 ) -> None:
     """Let `loss` see `budget` more points, each population where the ones before it were best."""
     bounds = np.array([[-MOST, MOST]] * len(start))
-    search = CMA(mean=np.array(start), sigma=STEP, bounds=bounds, seed=seed)
+    evolution = CMA(mean=np.array(start), sigma=STEP, bounds=bounds, seed=seed)
     while budget > 0:
-        points = [search.ask() for _ in range(min(search.population_size, budget))]
+        points = [evolution.ask() for _ in range(min(evolution.population_size, budget))]
         judged = [(point, loss(point.tolist())) for point in points]
         budget -= len(points)
-        if len(points) == search.population_size:
-            search.tell(judged)
+        if len(points) == evolution.population_size:
+            evolution.tell(judged)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -26,10 +27,11 @@ from adapterhub_chat.lora.bank import Bank
 from adapterhub_chat.lora.layer import attach
 from adapterhub_chat.lora.plan import activate, active
 from adapterhub_chat.lora.sites import find_sites, linear_shapes
-from adapterhub_chat.lora.slots import Ahead, Held, Slots, plan_of
+from adapterhub_chat.lora.slots import Slots, StagedSlot, plan_of
 from adapterhub_chat.lora.weights import AdapterWeights, misfits
 from adapterhub_chat.model.backbone import Backbone
 from adapterhub_chat.model.encoders import first_position, pooled
+from adapterhub_chat.model.source import AdapterSource, LoadedOnly
 from adapterhub_chat.types import BACKBONE, NO_ADAPTER, Mix
 
 RANK_STEP = 8
@@ -42,6 +44,8 @@ EARLY = 0.27
 """How far up, as a share of the blocks, `early_states` goes."""
 
 DEFAULT_OPTIONS = EngineOptions()
+
+_T = TypeVar("_T")
 
 _KEEP: ContextVar[Tensor | None] = ContextVar("adapterhub_keep", default=None)
 _EARLY: ContextVar[bool] = ContextVar("adapterhub_early", default=False)
@@ -76,14 +80,22 @@ class AdapterModel:
         self.slots = Slots(
             self._new_slots, options.adapter_bytes, partial(native.write, cache_dir() / "native")
         )
-        self.acquire: Callable[[Mix], Held] = self.slots.hold
-        """How forwards and engines hold a mix's adapters; a registry loads those first that are not here."""
-        self.whole: Callable[[Mix], Mix] = lambda mix: mix
-        """A mix with what its stacks stand on; a registry knows."""
-        self.prefetch: Callable[[Mix], None] = lambda mix: None
-        """Bring a mix's adapters nearer, before there is a slot for them; a registry knows how."""
-        self.engine: Any = None
-        """What decodes with this model, once something is decoded (generate.py)."""
+        self.source: AdapterSource = LoadedOnly(self.slots)
+        """Where forwards and engines take a mix's adapters from."""
+        self._made: dict[Callable[[AdapterModel], Any], Any] = {}
+        self._making = threading.Lock()
+
+    def use_source(self, source: AdapterSource) -> None:
+        """Take adapters from `source` from now on; without one, only what was loaded can be used."""
+        self.source = source
+
+    def once(self, make: Callable[[AdapterModel], _T]) -> _T:
+        """Return `make(self)`, made at the first call and kept as long as the model."""
+        with self._making:
+            if make not in self._made:
+                self._made[make] = make(self)
+            made: _T = self._made[make]
+        return made
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,13 +105,13 @@ class AdapterModel:
     def holds(self, mix: Mix) -> bool:
         """Return whether all that a mix needs is loaded."""
         here = all(name in self.slots for name in mix.names)
-        return here and all(name in self.slots for name in self.whole(mix).names)
+        return here and all(name in self.slots for name in self.source.with_stack_bases(mix).names)
 
     def weights(self, name: str) -> AdapterWeights:
         """Return a copy of a loaded adapter's numbers, rounded as they are in its slot."""
         return self.slots.weights(name)
 
-    def ahead(self) -> AbstractContextManager[Ahead]:
+    def ahead(self) -> AbstractContextManager[StagedSlot]:
         """Give who fills a slot with weights that fit before `load` is called with them; see Slots.ahead."""
         return self.slots.ahead(lambda own: not misfits(own, self.shapes, self.backbone.width))
 
@@ -108,7 +120,7 @@ class AdapterModel:
         name: str,
         weights: AdapterWeights,
         identity: str | None = None,
-        ahead: Ahead | None = None,
+        ahead: StagedSlot | None = None,
     ) -> None:
         """Put an adapter into a slot; under a name in use it replaces that adapter for new forwards.
 
@@ -156,7 +168,7 @@ class AdapterModel:
         """
         with ExitStack() as stack:
             held = {
-                mix: stack.enter_context(self.slots.borrowed(self.acquire(mix)))
+                mix: stack.enter_context(self.slots.borrowed(self.source.acquire(mix)))
                 for mix in dict.fromkeys(mixes)
             }
             with activate(plan_of([held[mix] for mix in mixes])):
@@ -208,9 +220,9 @@ class AdapterModel:
         return plan.label_logits(features, batch.keep // batch.ids.shape[1], width)
 
     def early_states(self, ids: Tensor) -> Tensor:
-        """Return the hidden states (N, T, H) that enter a block a quarter of the way up, with no adapter.
+        """Return the hidden states (N, _T, H) that enter a block a quarter of the way up, with no adapter.
 
-        `ids` (N, T) are padded on the right. What lies above is not run. Raises UsageError for a backbone
+        `ids` (N, _T) are padded on the right. What lies above is not run. Raises UsageError for a backbone
         that is not made of blocks.
         """
         token = _EARLY.set(True)

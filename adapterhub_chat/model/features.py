@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adapterhub_chat.data.encoding import Encoded, encode_prompts, fit, messages_of
+from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of, truncate
 from adapterhub_chat.data.packing import Batch, in_order, pack
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Example, Mix, PromptContract
@@ -20,7 +20,7 @@ ROWS, ROW_LENGTH = 8, 256
 
 
 @contextmanager
-def listening(model: AdapterModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+def capture_blocks(model: AdapterModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Give a dict that gets the output (N, L, H) of each named block in forwards inside the block.
 
     Blocks are counted from 0, from the last one with -1; raises IndexError for one that is not there.
@@ -39,7 +39,7 @@ def listening(model: AdapterModel, layers: Iterable[int]) -> Iterator[dict[int, 
             hook.remove()
 
 
-def pooled(hidden: Tensor, batch: Batch) -> Tensor:
+def mean_pooled(hidden: Tensor, batch: Batch) -> Tensor:
     """Return the mean of `hidden` (N, L, H) over each example's prompt, (examples, H) float32."""
     places, owners = (index.to(hidden.device) for index in batch.prompt_tokens())
     values = hidden.flatten(0, 1).index_select(0, places).float()
@@ -47,7 +47,7 @@ def pooled(hidden: Tensor, batch: Batch) -> Tensor:
     return sums / owners.bincount()[:, None]
 
 
-def questions(
+def encode_inputs(
     tokenizer: Any,
     contract: PromptContract,
     examples: Sequence[Example],
@@ -57,7 +57,7 @@ def questions(
 ) -> list[Encoded]:
     """Return the prompts of examples whose answers nobody looks at; `token` stands for each answer."""
     prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in examples])
-    return [fit(prompt, ((token,),), max_length) for prompt in prompts]
+    return [truncate(prompt, ((token,),), max_length) for prompt in prompts]
 
 
 def features(
@@ -76,7 +76,7 @@ def features(
     """
     tokenizer = model.backbone.tokenizer
     token = 0 if model.backbone.encodes else int(tokenizer.eos_token_id)
-    asked = questions(tokenizer, contract, examples, token=token)
+    asked = encode_inputs(tokenizer, contract, examples, token=token)
     parts: list[Tensor] = []
     order: list[int] = []
     for rows, indices in in_order(asked, num_rows=ROWS, length=ROW_LENGTH):
@@ -92,9 +92,9 @@ def _vectors(model: AdapterModel, batch: Batch, layer: int, where: str) -> Tenso
     """Return a vector for each example of a batch under the active mix, (examples, hidden) float32."""
     if model.backbone.encodes:
         return model.features(batch)
-    with listening(model, [layer]) as heard:
+    with capture_blocks(model, [layer]) as heard:
         model.answer_logits(batch)
     hidden = heard[layer]
     if where == "mean":
-        return pooled(hidden, batch)
+        return mean_pooled(hidden, batch)
     return hidden.flatten(0, 1)[batch.keep.to(hidden.device)].float()

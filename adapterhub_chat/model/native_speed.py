@@ -30,7 +30,7 @@ ROUNDS, PATIENCE = 5, 0.05
 """Times that a pair of products is measured, and the seconds after which fewer must do."""
 MARGIN = 1.1
 """How many times as fast fp32 must be to make up for twice the memory."""
-KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPE_KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Timings = Mapping[str, Mapping[int, float]]
 """`fp32` and `bf16` -> rows of a product -> its seconds."""
@@ -69,16 +69,16 @@ def measure_products() -> dict[str, dict[int, float]]:
     """Return the median seconds of products in both dtypes, measured in turn."""
     weights = {
         name: [torch.full((HEIGHT, WIDTH), 0.01, dtype=kind) for _ in range(NUM_WEIGHTS)]
-        for name, kind in KINDS.items()
+        for name, kind in DTYPE_KINDS.items()
     }
-    found: dict[str, dict[int, float]] = {name: {} for name in KINDS}
+    found: dict[str, dict[int, float]] = {name: {} for name in DTYPE_KINDS}
     for rows in (*TRAINING, *DECODING):
-        taken: dict[str, list[float]] = {name: [] for name in KINDS}
+        taken: dict[str, list[float]] = {name: [] for name in DTYPE_KINDS}
         started = time.perf_counter()
         for turn in range(1 + ROUNDS):
             if turn > 1 and time.perf_counter() - started > PATIENCE:
                 break
-            for name, kind in KINDS.items():
+            for name, kind in DTYPE_KINDS.items():
                 own = weights[name][: 1 if rows in TRAINING else NUM_WEIGHTS]
                 seconds = _seconds(torch.full((rows, WIDTH), 0.01, dtype=kind), own)
                 taken[name] += [seconds] if turn else []  # the first one makes its kernel
@@ -118,13 +118,15 @@ def _read(path: Path) -> Timings | None:
     """Return the timings in a file, None where it is missing or damaged."""
     try:
         kept = json.loads(path.read_text("utf-8"))["seconds"]
-        found = {name: {int(rows): float(s) for rows, s in kept[name].items()} for name in KINDS}
+        found = {
+            name: {int(rows): float(s) for rows, s in kept[name].items()} for name in DTYPE_KINDS
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     wanted = {*TRAINING, *DECODING}
     whole = all(
         found[name].keys() == wanted and all(0 < s < math.inf for s in found[name].values())
-        for name in KINDS
+        for name in DTYPE_KINDS
     )
     return found if whole else None
 

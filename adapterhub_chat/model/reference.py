@@ -15,15 +15,15 @@ from adapterhub_chat.data.packing import Batch
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.model.adapter_model import AdapterModel
 
-CHUNK = 2**24
+CHUNK_NUMBERS = 2**24
 """Numbers of a weight that are held in float32 at a time: 64 MB."""
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def has_reference(model: AdapterModel) -> bool:
     """Return whether float32 says more than the backbone's dtype: it has 16 bits, and no encoder is there."""
     backbone = model.backbone
-    return backbone.dtype in HALF and backbone.quantize is None and not backbone.encodes
+    return backbone.dtype in HALF_DTYPES and backbone.quantize is None and not backbone.encodes
 
 
 def reference_logits(
@@ -73,7 +73,7 @@ class _Float32(TorchFunctionMode):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = _float32(x)
-        rows = max(1, CHUNK // weight.shape[1])
+        rows = max(1, CHUNK_NUMBERS // weight.shape[1])
         y = torch.cat([functional.linear(x, part.float()) for part in weight.split(rows)], -1)
         for a, b in self._updates.get(id(weight), ()):
             y[0] += functional.linear(functional.linear(x[0], a), b)
@@ -81,4 +81,4 @@ class _Float32(TorchFunctionMode):
 
 
 def _float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF_DTYPES else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.artifact.peft_config import absent_misfits
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.lora.slots import Ahead
+from adapterhub_chat.lora.slots import StagedSlot
 from adapterhub_chat.lora.weights import misfits
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.pool import Pool
@@ -90,7 +90,7 @@ class Admission:
             return Verdict(False, "refused", error.misfits)
         return Verdict(False, "refused", (problem,)) if problem else verdict
 
-    def accepted(self, stored: Stored, ahead: Ahead | None = None) -> str:
+    def accepted(self, stored: Stored, ahead: StagedSlot | None = None) -> str:
         """Return what is worth a warning; raise AdapterError for what may not be loaded here.
 
         A slot that was filled `ahead` is given back where the probe needs one.

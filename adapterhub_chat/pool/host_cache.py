@@ -24,7 +24,7 @@ def ram_budget(ram_bytes: int | None, device: str) -> int:
     return 0 if device == "cpu" else RAM_BYTES
 
 
-class Ram:
+class HostCache:
     """Adapters by folder, under a budget of bytes. Safe from several threads."""
 
     def __init__(self, budget: int) -> None:

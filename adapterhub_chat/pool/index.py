@@ -7,7 +7,7 @@ from pathlib import Path
 from adapterhub_chat.artifact.manifest import Manifest, read_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.errors import PoolError, UnknownNameError
-from adapterhub_chat.pool.names import NAME
+from adapterhub_chat.pool.names import ADAPTER_NAME
 from adapterhub_chat.pool.transaction import sweep
 
 
@@ -33,7 +33,7 @@ class PoolIndex:
 
     def __contains__(self, name: object) -> bool:
         """Return whether an adapter of that name is in the pool."""
-        is_name = isinstance(name, str) and NAME.fullmatch(name)
+        is_name = isinstance(name, str) and ADAPTER_NAME.fullmatch(name)
         return bool(is_name) and (self.root / str(name) / CONFIG).is_file()
 
     def path(self, name: str) -> Path:

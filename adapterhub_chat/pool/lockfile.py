@@ -18,7 +18,7 @@ from adapterhub_chat.validation import explain
 FILE, NEXT, STEP = "adapters.lock.json", ".next.lock.json", ".next.lock.step"
 """The lock; the one that is to come; and what has to be in its place first."""
 MOST_BYTES, MOST_VALUES = 2**20, 20_000
-COMMIT = r"^[0-9a-f]{40}$"
+COMMIT_HASH = r"^[0-9a-f]{40}$"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,95}$")]
 """Of a file in an adapter's folder, and of an adapter."""
@@ -32,7 +32,7 @@ class Pinned(BaseModel):
     endpoint: str
     repo: str
     revision: str = Field(description="What was asked for: a branch, tag or commit.")
-    commit: str = Field(pattern=COMMIT, description="What that was then.")
+    commit: str = Field(pattern=COMMIT_HASH, description="What that was then.")
     files: dict[Name, Sha256] = Field(description="sha256 of each file that was pulled.")
     installed: dict[Name, Sha256] = Field(
         default_factory=dict, description="sha256 of each file as it was put into the pool."
@@ -58,7 +58,7 @@ class Lock(BaseModel):
         return Lock(adapters=dict(sorted({**rest, **({name: pinned} if pinned else {})}.items())))
 
 
-class Step(BaseModel):
+class LockStep(BaseModel):
     """The adapter that has to be in its place before the lock that is to come is in force."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,7 +91,7 @@ def plan_lock(root: Path, name: str, pinned: Pinned | None) -> None:
     lock = read_lock(root)
     if pinned is None and name not in lock.adapters:
         return
-    step = Step(name=name, pinned=pinned)
+    step = LockStep(name=name, pinned=pinned)
     for file, text in (
         (NEXT, dump_lock(lock.with_pinned(name, pinned))),
         (STEP, step.model_dump_json()),
@@ -106,7 +106,7 @@ def settle_lock(root: Path) -> None:
     """Put a planned lock into force if its adapter came into place, else forget it."""
     path = root / STEP
     try:
-        step = Step.model_validate_json(path.read_bytes())
+        step = LockStep.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         (root / NEXT).unlink(missing_ok=True)
         return
@@ -118,7 +118,7 @@ def settle_lock(root: Path) -> None:
     path.unlink()
 
 
-def _has_come(root: Path, step: Step) -> bool:
+def _has_come(root: Path, step: LockStep) -> bool:
     """Return whether an adapter is what a step was to make of it: what is pinned, or not that any more."""
     folder = root / step.name
     if step.pinned is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_chat.artifact.card import render_card
-from adapterhub_chat.artifact.folder import ANYWHERE, Landing, read_folder, write_weights
+from adapterhub_chat.artifact.folder import DEFAULT_TARGET, ReadTarget, read_folder, write_weights
 from adapterhub_chat.artifact.manifest import FILE as MANIFEST
 from adapterhub_chat.artifact.manifest import Manifest, dump_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
@@ -42,7 +42,7 @@ PROBE_KEY = re.compile(r"[0-9a-f]{64}")
 class Pool(PoolIndex):
     """A folder of adapters."""
 
-    def load(self, name: str, landing: Landing = ANYWHERE) -> Stored:
+    def load(self, name: str, landing: ReadTarget = DEFAULT_TARGET) -> Stored:
         """Read an adapter; raise AdapterError when its bytes are not what its manifest says."""
         return read_stored(self.path(name), name, landing=landing)
 

@@ -33,7 +33,7 @@ def draft_of(name: str, backbone: Backbone, tasks: Sequence[Task], training: Tra
     )
 
 
-def own_tasks(
+def tasks_trained_on(
     registry: Registry, named: Sequence[tuple[str, Mix]]
 ) -> list[tuple[Task, list[tuple[str, Mix]]]]:
     """Return the tasks that adapters were trained on, each with the adapters that it is to judge."""
@@ -45,10 +45,10 @@ def own_tasks(
             raise UsageError(f"adapter {name!r} does not say what it was trained on; name tasks")
         for task in trained_on:
             groups.setdefault(task, []).append((name, mix))
-    return [(trained_task(task, group[0][0]), group) for task, group in groups.items()]
+    return [(load_trained_task(task, group[0][0]), group) for task, group in groups.items()]
 
 
-def trained_task(name: str, adapter: str) -> Task:
+def load_trained_task(name: str, adapter: str) -> Task:
     """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
     try:
         return load_task(name)

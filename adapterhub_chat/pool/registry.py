@@ -11,20 +11,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterhub_chat.artifact.folder import ANYWHERE, Landing, Scratch, config_of, fresh
+from adapterhub_chat.artifact.folder import DEFAULT_TARGET, BufferPool, ReadTarget, config_of, fresh
 from adapterhub_chat.artifact.manifest import Manifest, read_manifest
 from adapterhub_chat.errors import AdapterError, AdapterHubError, NoRoomError, UsageError
 from adapterhub_chat.files import version_of
-from adapterhub_chat.lora.slots import Ahead, Held
+from adapterhub_chat.lora.slots import Lease, StagedSlot
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.admission import Admission, Verdict, fingerprint_misfits, status_of
-from adapterhub_chat.pool.host_cache import Ram, ram_budget
+from adapterhub_chat.pool.host_cache import HostCache, ram_budget
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.probe import make_probe
 from adapterhub_chat.pool.stacks import Stacks
-from adapterhub_chat.pool.stored import FILES, Known, Status, Stored, read_stored
+from adapterhub_chat.pool.stored import FILES, LoadedAdapter, Status, Stored, read_stored
 from adapterhub_chat.types import AUTO, AdapterChoice, Mix, PromptContract, Score, as_mix
 
 
@@ -47,16 +47,16 @@ class Registry:
     def __init__(self, model: AdapterModel, pool: Pool) -> None:
         """Start with nothing loaded; the model's options say how much of what is read is kept in RAM."""
         self.model, self.pool = model, pool
-        self.ram = Ram(ram_budget(model.options.ram_bytes, model.backbone.device.type))
-        self._known: dict[str, Known] = {}
+        self.ram = HostCache(ram_budget(model.options.ram_bytes, model.backbone.device.type))
+        self._known: dict[str, LoadedAdapter] = {}
         self._stacks = Stacks(self.model, pool, self._known, self.load)
         self._admission = Admission(model, pool, self._stacks)
-        self._scratch = Scratch()
+        self._scratch = BufferPool()
         self._changing = threading.RLock()
         """Held from reading an adapter until it is loaded: an older version must not follow a newer one."""
-        model.acquire, model.whole, model.prefetch = self.acquire, self.whole, self.prefetch
+        model.use_source(self)
 
-    def known(self, name: str) -> Known | None:
+    def known(self, name: str) -> LoadedAdapter | None:
         """Return what is known of an adapter, None when it was not loaded."""
         return self._known.get(name)
 
@@ -65,7 +65,7 @@ class Registry:
         loaded = {n: h for n in self.model.names if (h := self.known(n)) is not None}
         return [self._info(n, loaded.get(n)) for n in sorted({*self.pool.names(), *loaded})]
 
-    def _info(self, name: str, held: Known | None) -> AdapterInfo:
+    def _info(self, name: str, held: LoadedAdapter | None) -> AdapterInfo:
         try:
             manifest = held.manifest if held else self.pool.manifest(name)
         except AdapterError:  # its manifest cannot be read
@@ -86,7 +86,7 @@ class Registry:
         `waiting`: where there is no room now, whoever is given a row with it loads it.
         """
         with self._changing, self._scratch.lent() as memory, self.model.ahead() as ahead:
-            stored = self._read(source, name, Landing(memory, ahead.fill))
+            stored = self._read(source, name, ReadTarget(memory, ahead.fill))
             try:
                 if note := self._admission.accepted(stored, ahead):
                     warnings.warn(note, stacklevel=3)
@@ -95,7 +95,7 @@ class Registry:
                 if not waiting:
                     raise
                 if stored.name not in self.model.slots:  # else somebody has loaded it meanwhile
-                    self._known[stored.name] = Known.of(stored)
+                    self._known[stored.name] = LoadedAdapter.of(stored)
             return stored.name
 
     def prefetch(self, mix: Mix) -> None:
@@ -103,11 +103,13 @@ class Registry:
         if not self.ram.budget:
             return
         with suppress(AdapterHubError):
-            for name in self.whole(mix).names:
+            for name in self.with_stack_bases(mix).names:
                 if name not in self.model.slots:
                     self._read(self._source(name), name)
 
-    def _read(self, source: str | Path, name: str | None, landing: Landing = ANYWHERE) -> Stored:
+    def _read(
+        self, source: str | Path, name: str | None, landing: ReadTarget = DEFAULT_TARGET
+    ) -> Stored:
         """Find an adapter in the host's memory, else on disk, from where it then is there, too."""
         if not self.ram.budget:
             return self.find(source, name, landing)
@@ -150,7 +152,7 @@ class Registry:
         return self._admission.verdict(stored)
 
     def find(
-        self, source: str | Path, name: str | None = None, landing: Landing = ANYWHERE
+        self, source: str | Path, name: str | None = None, landing: ReadTarget = DEFAULT_TARGET
     ) -> Stored:
         """Read the pool member called `source`, else the adapter in the folder `source`."""
         if isinstance(source, str) and source in self.pool:
@@ -166,7 +168,7 @@ class Registry:
             raise UsageError(f"{str(source)[:100]!r} cannot be a folder: {error!s:.200}") from error
         return self.pool.load(str(source))  # raises, naming the adapters that are there
 
-    def _strangers(self, folder: Path, name: str, landing: Landing) -> Stored:
+    def _strangers(self, folder: Path, name: str, landing: ReadTarget) -> Stored:
         """Read a folder that is no pool member, with all that speaks against it in one message."""
         try:
             return read_stored(folder, name, self.model.shapes, landing)
@@ -179,7 +181,7 @@ class Registry:
             message = "\n  - ".join([str(error), *more])
             raise AdapterError(message, [*error.misfits, *more]) from error
 
-    def ready(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
+    def resolve(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
         """Return the mixes, after loading from the pool what they name and is not loaded yet."""
         mixes = [as_mix(choice) for choice in choices]
         if any(AUTO in mix.names for mix in mixes):
@@ -200,7 +202,7 @@ class Registry:
         usable = []
         for name in names:
             try:
-                self.ready([name])
+                self.resolve([name])
             except AdapterError as error:
                 on_refused(name, str(error))
                 if len(names) == 1:
@@ -213,23 +215,25 @@ class Registry:
             )
         return usable
 
-    def acquire(self, mix: Mix) -> Held:
+    def acquire(self, mix: Mix) -> Lease:
         """Hold a mix's adapters, and what its stacks stand on; those that are in no slot are loaded first."""
-        whole = self.whole(mix)
-        held = self.model.slots.gather(whole, self._load_again)
+        whole = self.with_stack_bases(mix)
+        held = self.model.slots.acquire(whole, self._load_again)
         try:
-            self.whole(mix)  # what was loaded just now may not be what a stack was made on
+            self.with_stack_bases(
+                mix
+            )  # what was loaded just now may not be what a stack was made on
         except AdapterError:
             self.model.slots.release(held)
             raise
         return held
 
-    def whole(self, mix: Mix) -> Mix:
+    def with_stack_bases(self, mix: Mix) -> Mix:
         """Return a mix with what its stacks stand on, each as heavy as its stack.
 
         Raises AdapterError for a stack under which something is missing or has changed.
         """
-        return self._stacks.whole(mix)
+        return self._stacks.with_stack_bases(mix)
 
     def _load_again(self, name: str) -> None:
         self.load(self._source(name), name)
@@ -248,7 +252,7 @@ class Registry:
         held = self._known.get(heaviest)
         return held.manifest.contract if held and held.manifest else None
 
-    def keep(
+    def save_new(
         self, weights: AdapterWeights, manifest: Manifest, *, probing: bool = True
     ) -> Manifest:
         """Save a new adapter with its probe to the pool and load it; return the final manifest.
@@ -288,10 +292,10 @@ class Registry:
         if held and held.manifest and manifest and held.manifest.sha256 == manifest.sha256:
             self._known[name] = replace(held, manifest=manifest)
 
-    def _hold(self, stored: Stored, ahead: Ahead | None = None) -> None:
+    def _hold(self, stored: Stored, ahead: StagedSlot | None = None) -> None:
         """Load what was accepted, and keep all but its numbers."""
         self.model.load(stored.name, stored.weights, _identity(stored), ahead)
-        self._known[stored.name] = Known.of(stored)
+        self._known[stored.name] = LoadedAdapter.of(stored)
 
     def _replace(self, stored: Stored) -> None:
         """Load what the pool has now; where there is no room, whoever asks for it next loads it."""
@@ -300,7 +304,7 @@ class Registry:
         except NoRoomError:
             if stored.name in self.model.slots:
                 self.model.unload(stored.name)  # who runs with it ends with it
-            self._known[stored.name] = Known.of(stored)
+            self._known[stored.name] = LoadedAdapter.of(stored)
 
 
 def _identity(stored: Stored) -> str | None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from adapterhub_chat.artifact.manifest import Manifest, Under
+from adapterhub_chat.artifact.manifest import Manifest, StackBase
 from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.lora.weights import AdapterWeights, concatenate
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.pool import Pool
-from adapterhub_chat.pool.stored import Known, Stored
+from adapterhub_chat.pool.stored import LoadedAdapter, Stored
 from adapterhub_chat.types import Mix, as_mix
 
 
-def standing(pool: Pool, manifest: Manifest) -> list[str]:
+def stack_bases(pool: Pool, manifest: Manifest) -> list[str]:
     """Return the names, in the pool, of the adapters that a stack stands on; none for a plain adapter.
 
     Raises AdapterError naming each that is missing or has other content by now, and the cure.
@@ -39,7 +39,7 @@ def standing(pool: Pool, manifest: Manifest) -> list[str]:
     return names
 
 
-def _found(pool: Pool, under: Under) -> str | None:
+def _found(pool: Pool, under: StackBase) -> str | None:
     """Return the adapter with this content: the one that was called so, else any."""
     for name in (under.name, *pool.names()):
         with suppress(AdapterError):
@@ -49,11 +49,11 @@ def _found(pool: Pool, under: Under) -> str | None:
     return None
 
 
-def flat(pool: Pool, stored: Stored) -> AdapterWeights:
+def flattened(pool: Pool, stored: Stored) -> AdapterWeights:
     """Return all that an adapter computes as one plain adapter: a stack's ranks side by side."""
     if stored.manifest is None or not stored.manifest.stack:
         return stored.weights
-    under = [pool.load(name).weights for name in standing(pool, stored.manifest)]
+    under = [pool.load(name).weights for name in stack_bases(pool, stored.manifest)]
     return concatenate([*under, stored.weights])
 
 
@@ -64,14 +64,14 @@ class Stacks:
         self,
         model: AdapterModel,
         pool: Pool,
-        known: Mapping[str, Known],
+        known: Mapping[str, LoadedAdapter],
         load: Callable[[str], object],
     ) -> None:
         """Look names up in `known`, which the registry changes, and `load` what is another version."""
         self.model, self.pool = model, pool
         self._known, self._load = known, load
 
-    def whole(self, mix: Mix) -> Mix:
+    def with_stack_bases(self, mix: Mix) -> Mix:
         """Return a mix with what its stacks stand on, each as heavy as its stack.
 
         Raises AdapterError for a stack under which something is missing or has changed.
@@ -94,7 +94,7 @@ class Stacks:
         hashes = [one.manifest.sha256 if one and one.manifest else "" for one in loaded]
         if hashes == [under.sha256 for under in manifest.stack]:
             return [under.name for under in manifest.stack]
-        names = standing(self.pool, manifest)
+        names = stack_bases(self.pool, manifest)
         for name, under in zip(names, manifest.stack, strict=True):
             here = self._known.get(name)
             if here and (here.manifest is None or here.manifest.sha256 != under.sha256):

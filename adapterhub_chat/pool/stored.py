@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from adapterhub_chat.artifact.folder import ANYWHERE, Landing, read_folder
-from adapterhub_chat.artifact.guard import Layers
+from adapterhub_chat.artifact.folder import DEFAULT_TARGET, ReadTarget, read_folder
+from adapterhub_chat.artifact.guard import LayerShapes
 from adapterhub_chat.artifact.manifest import FILE as MANIFEST
 from adapterhub_chat.artifact.manifest import Manifest, read_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
@@ -35,7 +35,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Known:
+class LoadedAdapter:
     """What is known of an adapter that was loaded; its numbers are the model's alone."""
 
     path: Path
@@ -45,14 +45,14 @@ class Known:
     parameters: int
 
     @classmethod
-    def of(cls, stored: Stored) -> Known:
+    def of(cls, stored: Stored) -> LoadedAdapter:
         """Return what is kept of a loaded adapter."""
         weights = stored.weights
         return cls(stored.path, stored.manifest, weights.max_rank, weights.num_parameters)
 
 
 def read_stored(
-    folder: Path, name: str, layers: Layers | None = None, landing: Landing = ANYWHERE
+    folder: Path, name: str, layers: LayerShapes | None = None, landing: ReadTarget = DEFAULT_TARGET
 ) -> Stored:
     """Read an adapter folder, a stranger's with a backbone's `layers`; raise AdapterError for what is wrong.
 
@@ -70,7 +70,7 @@ def read_stored(
                 return stored
 
 
-def _read_once(folder: Path, name: str, layers: Layers | None, landing: Landing) -> Stored:
+def _read_once(folder: Path, name: str, layers: LayerShapes | None, landing: ReadTarget) -> Stored:
     weights, config, actual = read_folder(folder, layers, landing)
     manifest = read_manifest(folder)
     if manifest is not None and actual != manifest.sha256:

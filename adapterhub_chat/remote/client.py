@@ -52,7 +52,7 @@ CODES = {
 HOPS = 5
 """Redirects that are followed."""
 SHA256, GIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Fetched:
     sha256: str
 
 
-class Hub:
+class HubClient:
     """A Hub at one endpoint, asked with one token or none."""
 
     def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
@@ -272,7 +272,9 @@ class Hub:
                 request = answer.next_request
         raise HubError(f"{self.endpoint} sends on for {what} more than {HOPS} times")
 
-    def _ask(self, what: str, work: Callable[[], T], size: int = 0, most: int = ANSWER_BYTES) -> T:
+    def _ask(
+        self, what: str, work: Callable[[], _T], size: int = 0, most: int = ANSWER_BYTES
+    ) -> _T:
         """Return what `work` returns, which asks the endpoint alone, for `most` bytes, in time for `size`.
 
         Whatever goes wrong is a HubError about `what`.

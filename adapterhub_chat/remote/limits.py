@@ -20,7 +20,7 @@ from huggingface_hub.utils import _http as http
 from adapterhub_chat.errors import HubError
 from adapterhub_chat.remote.names import Hosts
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 library: Any = getattr(http, "httpx2", None) or getattr(http, "httpx", None)
 """The HTTP library that the client is made of."""
 _bounds: ContextVar[Bounds | None] = ContextVar("adapterhub_hub_bounds", default=None)
@@ -42,7 +42,7 @@ class Bounds:
         return self.end - time.monotonic()
 
 
-def within(bounds: Bounds, what: str, work: Callable[[], T]) -> T:
+def within(bounds: Bounds, what: str, work: Callable[[], _T]) -> _T:
     """Return what `work` returns; raise HubError about `what` when it is not done in time.
 
     It runs in a thread of its own, which is left to itself then: a server that sends a byte now and then, or
@@ -50,7 +50,7 @@ def within(bounds: Bounds, what: str, work: Callable[[], T]) -> T:
     more of the Hub: its next request comes too late.
     """
     _hook_in()
-    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
         _bounds.set(bounds)

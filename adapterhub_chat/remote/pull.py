@@ -26,14 +26,14 @@ from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import CARD, Status, Stored
 from adapterhub_chat.remote import signing
-from adapterhub_chat.remote.client import Hub, Snapshot
+from adapterhub_chat.remote.client import HubClient, Snapshot
 from adapterhub_chat.remote.names import check_repo
 
 LIMITS = {
     CONFIG: MAX_CONFIG,
     WEIGHTS: MAX_WEIGHTS,
     MANIFEST: MAX_MANIFEST,
-    signing.FILE: 64 * 2**10,
+    signing.SIGNATURE_FILE: 64 * 2**10,
 }
 """The files that are taken, and the most bytes of each."""
 NEEDED = (CONFIG, WEIGHTS)
@@ -56,7 +56,7 @@ class Pulled:
 def pull(
     registry: Registry,
     repo: str,
-    hub: Hub,
+    hub: HubClient,
     *,
     revision: str | None = None,
     name: str | None = None,
@@ -136,7 +136,7 @@ def _is_there(folder: Path, pinned: Pinned) -> bool:
 
 
 def _refuse_strangers(
-    registry: Registry, name: str, repo: str, hub: Hub, lock: Lock, *, replace: bool
+    registry: Registry, name: str, repo: str, hub: HubClient, lock: Lock, *, replace: bool
 ) -> None:
     """Raise UsageError when the pool has an adapter of that name from elsewhere."""
     known = lock.adapters.get(name)
@@ -154,7 +154,7 @@ def _refuse_strangers(
     )
 
 
-def _refuse_rewritten(hub: Hub, snapshot: Snapshot, known: Pinned, wanted: str) -> None:
+def _refuse_rewritten(hub: HubClient, snapshot: Snapshot, known: Pinned, wanted: str) -> None:
     """Raise HubError when the past has changed: a tag that moved, a commit that is gone."""
     if snapshot.commit == known.commit:
         return
@@ -176,7 +176,7 @@ def _refuse_rewritten(hub: Hub, snapshot: Snapshot, known: Pinned, wanted: str) 
 # ---- what is taken -------------------------------------------------------------------------------
 
 
-def _download(hub: Hub, snapshot: Snapshot, folder: Path) -> dict[str, str]:
+def _download(hub: HubClient, snapshot: Snapshot, folder: Path) -> dict[str, str]:
     """Fetch the files that are known by name; return the sha256 of each."""
     missing = [name for name in NEEDED if name not in snapshot.files]
     if missing:
@@ -196,9 +196,9 @@ def _download(hub: Hub, snapshot: Snapshot, folder: Path) -> dict[str, str]:
 def _signer(folder: Path, hashes: Mapping[str, str], key: str | None) -> str:
     """Return who signed the files, empty for nobody; raise AdapterError when it must be `key` and is not."""
     signer = ""
-    if signing.FILE in hashes:
-        signed = {name: digest for name, digest in hashes.items() if name != signing.FILE}
-        signer = signing.signer_of((folder / signing.FILE).read_bytes(), signed)
+    if signing.SIGNATURE_FILE in hashes:
+        signed = {name: digest for name, digest in hashes.items() if name != signing.SIGNATURE_FILE}
+        signer = signing.signer_of((folder / signing.SIGNATURE_FILE).read_bytes(), signed)
     if key is not None and signer != key:
         raise AdapterError(f"it is signed by {signer or 'nobody'}, not by {key}")
     return signer
@@ -274,8 +274,8 @@ def _keep_for_later(folder: Path, hashes: Mapping[str, str]) -> None:
 def _restore(pinned: Pinned, folder: Path, token: str | None) -> None:
     """Put the files that a lock names into a folder; raise HubError when they cannot be had any more."""
     snapshot: Snapshot | None = None
-    own = Hub().endpoint  # a token is for the user's own Hub, whatever a lock names
-    hub = Hub(pinned.endpoint, token if pinned.endpoint == own else None)
+    own = HubClient().endpoint  # a token is for the user's own Hub, whatever a lock names
+    hub = HubClient(pinned.endpoint, token if pinned.endpoint == own else None)
     for name, sha256 in pinned.files.items():
         if name not in LIMITS:
             raise UsageError(f"adapters.lock.json names a file {name!r:.80}, which no adapter has")

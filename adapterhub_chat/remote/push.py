@@ -16,7 +16,7 @@ from adapterhub_chat.errors import AdapterError, HubError
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.stored import CARD
 from adapterhub_chat.remote import signing
-from adapterhub_chat.remote.client import Hub
+from adapterhub_chat.remote.client import HubClient
 from adapterhub_chat.remote.names import check_repo, check_revision
 
 VERSION = re.compile(r"v([1-9][0-9]{0,5})")
@@ -37,7 +37,7 @@ def push(
     pool: Pool,
     name: str,
     repo: str,
-    hub: Hub,
+    hub: HubClient,
     *,
     version: str | None = None,
     private: bool = False,
@@ -107,11 +107,11 @@ def _files(pool: Pool, name: str, manifest: Manifest, key: Path | None) -> dict[
     if hashes[WEIGHTS] != manifest.sha256:
         raise AdapterError(f"adapter {name!r} was saved anew a moment ago; push it again")
     if key is not None:
-        files[signing.FILE] = signing.sign(key, hashes)
+        files[signing.SIGNATURE_FILE] = signing.sign(key, hashes)
     return {**files, CARD: render_card(manifest).encode()}
 
 
-def _tagged(hub: Hub, repo: str, commit: str, version: str | None) -> str:
+def _tagged(hub: HubClient, repo: str, commit: str, version: str | None) -> str:
     """Give a commit its version: the one that is asked for, else the next free one; return it."""
     if version is not None:
         if hub.tag(repo, version, commit):

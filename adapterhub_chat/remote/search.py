@@ -8,7 +8,7 @@ from typing import Any, Literal
 from adapterhub_chat.artifact.card import REPO, fingerprint_tag
 from adapterhub_chat.assets.catalogue import ASSETS
 from adapterhub_chat.model.backbone import Backbone
-from adapterhub_chat.remote.client import Hub, plain
+from adapterhub_chat.remote.client import HubClient, plain
 
 Fit = Literal["exact", "unverified", "other weights"]
 ORDER: tuple[Fit, ...] = ("exact", "unverified", "other weights")
@@ -28,7 +28,7 @@ class Found:
     """Task, metric, value."""
 
 
-def search(backbone: Backbone, hub: Hub, text: str, author: str, limit: int) -> list[Found]:
+def search(backbone: Backbone, hub: HubClient, text: str, author: str, limit: int) -> list[Found]:
     """Return adapters for a backbone, by its fingerprint and by its base model's name."""
     own = fingerprint_tag(backbone.fingerprint)
     asset = ASSETS.get(backbone.name)

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterhub_chat.errors import AdapterError, UsageError
 
-FILE = "adapterhub.sig.json"
+SIGNATURE_FILE = "adapterhub.sig.json"
 """Beside the files that it signs."""
-PREFIX = "ed25519:"
+SIGNATURE_PREFIX = "ed25519:"
 
 
 class Signature(BaseModel):
@@ -76,37 +76,43 @@ def signer_of(data: bytes, hashes: Mapping[str, str]) -> str:
         found = Signature.model_validate_json(data)
     except ValidationError as error:
         raise AdapterError(
-            f"{FILE} is no signature: {error.error_count()} of its fields do not fit"
+            f"{SIGNATURE_FILE} is no signature: {error.error_count()} of its fields do not fit"
         ) from error
     wrong = sorted(
         {*hashes, *found.files} - {n for n, h in hashes.items() if found.files.get(n) == h}
     )
     if wrong:
-        raise AdapterError(f"{FILE} signs other content than that of {', '.join(map(repr, wrong))}")
+        raise AdapterError(
+            f"{SIGNATURE_FILE} signs other content than that of {', '.join(map(repr, wrong))}"
+        )
     public = _ed25519().Ed25519PublicKey.from_public_bytes(key_bytes(found.key))
     try:
         public.verify(base64.b64decode(found.signature, validate=True), _message(hashes))
     except (ValueError, _import("cryptography.exceptions").InvalidSignature) as error:
-        raise AdapterError(f"{FILE} is not the signature of the key that it names") from error
+        raise AdapterError(
+            f"{SIGNATURE_FILE} is not the signature of the key that it names"
+        ) from error
     return found.key
 
 
 def key_bytes(key: str) -> bytes:
     """Return the 32 bytes of a public key; raise AdapterError when it is none."""
     try:
-        data = base64.b64decode(key.removeprefix(PREFIX), validate=True)
+        data = base64.b64decode(key.removeprefix(SIGNATURE_PREFIX), validate=True)
     except ValueError:  # binascii's, too
         data = b""
-    if len(data) != 32 or key != PREFIX + base64.b64encode(data).decode():  # one way to write it
+    if (
+        len(data) != 32 or key != SIGNATURE_PREFIX + base64.b64encode(data).decode()
+    ):  # one way to write it
         raise AdapterError(
-            f"{key!r:.120} is no public key: it is {PREFIX} and 44 characters, as "
+            f"{key!r:.120} is no public key: it is {SIGNATURE_PREFIX} and 44 characters, as "
             "adapterhub-chat keygen prints"
         )
     return data
 
 
 def _public(key: Any) -> str:
-    return PREFIX + base64.b64encode(key.public_key().public_bytes_raw()).decode()
+    return SIGNATURE_PREFIX + base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
 def _message(hashes: Mapping[str, str]) -> bytes:

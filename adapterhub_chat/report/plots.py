@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_chat.events import Ledger, Listeners
-from adapterhub_chat.transfer.adversarial import Game
+from adapterhub_chat.transfer.adversarial import DomainDiscriminator
 from adapterhub_chat.transfer.candidates import Outcome
 from adapterhub_chat.transfer.maxent import Weighting
 
@@ -133,7 +133,7 @@ def _weights(weighting: Weighting, axes: Any) -> None:
     axes.set_xlabel("weight of a source example (1: as without weights)")
 
 
-def _course(game: Game, axes: Any) -> None:
+def _course(game: DomainDiscriminator, axes: Any) -> None:
     axes.plot(range(1, len(game.accuracy) + 1), game.accuracy)
     axes.axhline(0.5, linestyle="--")
     axes.set_ylim(0, 1.05)

@@ -11,7 +11,7 @@ from adapterhub_chat.report.plots import draw_transfer
 from adapterhub_chat.transfer.candidates import Outcome
 from adapterhub_chat.transfer.run import Transferred
 
-FILE = "report.md"
+REPORT_FILE = "report.md"
 
 Scores = dict[str, tuple[float, float, float]]
 """Value, and its 95 % interval, by candidate."""
@@ -28,10 +28,10 @@ def write_report(done: Transferred, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         pictures = draw_transfer(scores, done.outcome, folder, by_shots)
         text = _text(done, scores, pictures) + _table(by_shots)
-        (folder / FILE).write_text(text, encoding="utf-8")
+        (folder / REPORT_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise PoolError(f"the report cannot be written to {folder}: {error.strerror}") from error
-    return folder / FILE
+    return folder / REPORT_FILE
 
 
 def _scores(outcome: Outcome) -> Scores:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from adapterhub_chat.lora.lowrank import compress
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.model.adapter_model import AdapterModel
-from adapterhub_chat.route.message_features import own_states
+from adapterhub_chat.route.message_features import message_states
 
 
 def arrows(model: AdapterModel, weights: AdapterWeights) -> Tensor:
@@ -32,7 +32,7 @@ def arrows(model: AdapterModel, weights: AdapterWeights) -> Tensor:
 
 def alignment(model: AdapterModel, text: str, vectors: Mapping[str, Tensor]) -> dict[str, float]:
     """Return how far a message's states lie along each adapter's `arrows`, in [0, 1]; 0 without any."""
-    states = own_states(model, text)
+    states = message_states(model, text)
     norm = _first_norm(model.backbone.model.get_submodule(model.early_block))
     with torch.inference_mode():
         read = functional.normalize(norm(states).double().cpu(), dim=-1)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from adapterhub_chat.route.fit import Fits, Judge
-from adapterhub_chat.route.gaussians import Apart
+from adapterhub_chat.route.fit import Fits, PrototypeScorer
+from adapterhub_chat.route.gaussians import LinearDiscriminant
 from adapterhub_chat.types import BACKBONE, NO_ADAPTER, Mix
 
 LEAST = 0.02
@@ -23,7 +23,7 @@ STAY = 4.0
 """How much likelier than any other the adapter of the turn before is, before the message is read."""
 PLAIN, TYPICAL = 0.99, 0.3
 """Share and fit from which an adapter is chosen at a glance."""
-BATCH = 16
+SCORER_BATCH = 16
 """Messages that a panel judges at once."""
 SLIGHT = 0.1
 """A share of a mix below this is left out."""
@@ -44,14 +44,14 @@ class Route:
     """Adapter -> its `share` among those that are close (of all, where none is), and its `fit`."""
 
 
-class Panel:
+class ScorerSet:
     """Several adapters' judges together: whom messages are for."""
 
-    def __init__(self, judges: Mapping[str, Judge]) -> None:
+    def __init__(self, judges: Mapping[str, PrototypeScorer]) -> None:
         """Take the judges by adapter name, at least one; most of the time is one factorisation (W, W)."""
         self.judges = dict(judges)
         own = [judge.prototype for judge in self.judges.values()]
-        self._apart = Apart([(one.own, one.background) for one in own])
+        self._apart = LinearDiscriminant([(one.own, one.background) for one in own])
         alike: dict[tuple[torch.Size, ...], list[int]] = {}
         fits = [judge.fits for judge in self.judges.values()]
         for place, one in enumerate(fits):
@@ -62,7 +62,7 @@ class Panel:
     def routes(self, vectors: Tensor, *, top: int = 1, previous: str | None = None) -> list[Route]:
         """Return whom the message of each vector (N, W) is for; see `choose`."""
         likely = self._apart(vectors).tolist()
-        fits = torch.cat([self._fits(some) for some in vectors.split(BATCH)]).tolist()
+        fits = torch.cat([self._fits(some) for some in vectors.split(SCORER_BATCH)]).tolist()
         rows = (
             dict(zip(self.judges, zip(*own, strict=True), strict=True))
             for own in zip(likely, fits, strict=True)
@@ -75,25 +75,25 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Judges:
+class AdapterScorers:
     """Who judges an adapter's messages, by a look and at a glance; None where no glance has been learnt."""
 
-    look: Judge
-    glance: Judge | None = None
+    look: PrototypeScorer
+    glance: PrototypeScorer | None = None
 
 
 class Cascade:
     """The panel that looks at messages, behind one that spares it those that are plain at a glance."""
 
-    def __init__(self, judges: Mapping[str, Judges]) -> None:
+    def __init__(self, judges: Mapping[str, AdapterScorers]) -> None:
         """Take the judges by adapter name.
 
         All messages are looked at where one has no glance, and where there is one alone: a message is plain
         beside others, and whether it is anybody's is what a glance tells worst.
         """
         glances = {name: own.glance for name, own in judges.items() if own.glance}
-        self.look = Panel({name: own.look for name, own in judges.items()})
-        self.glance = Panel(glances) if 1 < len(glances) == len(judges) else None
+        self.look = ScorerSet({name: own.look for name, own in judges.items()})
+        self.glance = ScorerSet(glances) if 1 < len(glances) == len(judges) else None
 
     def routes(
         self,

@@ -29,30 +29,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub_chat.route.gaussians import Densities, cloud_of, rounded
-from adapterhub_chat.route.prototype import Cloud, Prototype
+from adapterhub_chat.route.gaussians import Densities, as_half, fit_mixture
+from adapterhub_chat.route.prototype import GaussianMixture, Prototype
 
 CENTRES, RANK, BACKGROUND_RANK, QUANTILES = 2, 64, 64, 33
 """Size of what is kept of an adapter's messages, and of the background."""
 GLANCE_RANK = 16
 """Of the clouds of glances, own and background."""
-FEWEST = 5
+MIN_MESSAGES = 5
 """Messages that a prototype needs to be learnt from, and as many held out."""
 WIDENED, SLIGHTLY = (0.8, 0.02), (0.9, 0.1)
 """Weights of own and background covariance: in the ratio, and in the density."""
 
 
-def learn(own: Tensor, held_out: Tensor, background: Cloud, rank: int = RANK) -> Prototype:
+def fit_prototype(
+    own: Tensor, held_out: Tensor, background: GaussianMixture, rank: int = RANK
+) -> Prototype:
     """Return the prototype of an adapter from vectors of its messages: to learn from, and to rank among.
 
     `own` and `held_out` are (N, W), FEWEST or more; a message must not be in both. The background may end
     before W: how well a message fits is told by that many numbers.
     """
-    cloud = cloud_of(own, CENTRES, rank)
+    cloud = fit_mixture(own, CENTRES, rank)
     blank = torch.zeros(2, dtype=own.dtype)
     raw = Fits.of(Prototype(cloud, background, blank, blank)).raw(held_out)[:, 0]
     places = torch.linspace(0, 1, QUANTILES, dtype=own.dtype)
-    ratios, densities = (rounded(t.quantile(places)) for t in raw)
+    ratios, densities = (as_half(t.quantile(places)) for t in raw)
     return Prototype(cloud, background, ratios, densities, len(own))
 
 
@@ -99,7 +101,7 @@ class Fits:
         return _joint(*_rank(self.raw(vectors), self.quantiles)).T
 
 
-class Judge:
+class PrototypeScorer:
     """A prototype made ready for a panel."""
 
     def __init__(self, prototype: Prototype) -> None:

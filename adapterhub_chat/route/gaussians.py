@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterhub_chat.route.prototype import Cloud
+from adapterhub_chat.route.prototype import GaussianMixture
 
 ROUNDS = 15
 """Of k-means."""
@@ -22,7 +22,7 @@ COMMON = (0.9, 0.1)
 """Weights of own and background covariances in the one that all clouds are compared under."""
 
 
-def cloud_of(vectors: Tensor, centres: int, rank: int) -> Cloud:
+def fit_mixture(vectors: Tensor, centres: int, rank: int) -> GaussianMixture:
     """Return the cloud of vectors (N, W): k-means' centres, the largest directions around them."""
     labels = _k_means(vectors, min(centres, len(vectors)))
     counts = torch.bincount(labels)
@@ -33,9 +33,11 @@ def cloud_of(vectors: Tensor, centres: int, rank: int) -> Cloud:
     _, sizes, directions = torch.linalg.svd(around, full_matrices=False)
     largest = torch.zeros(rank, vectors.shape[1], dtype=vectors.dtype)
     largest[: len(sizes)] = (sizes[:, None] * directions)[:rank]
-    factors = rounded(largest)
+    factors = as_half(largest)
     rest = (around.pow(2).sum(0) - factors.pow(2).sum(0)).clamp_min(0)
-    return Cloud(rounded(middles), rounded(counts[present] / len(vectors)), factors, rounded(rest))
+    return GaussianMixture(
+        as_half(middles), as_half(counts[present] / len(vectors)), factors, as_half(rest)
+    )
 
 
 class Densities:
@@ -46,7 +48,13 @@ class Densities:
         self._parts = roots, inside, centres, offsets
 
     @classmethod
-    def of(cls, cloud: Cloud, first: Cloud, second: Cloud, weights: Sequence[float]) -> Densities:
+    def of(
+        cls,
+        cloud: GaussianMixture,
+        first: GaussianMixture,
+        second: GaussianMixture,
+        weights: Sequence[float],
+    ) -> Densities:
         """Return one."""
         parts = [(w, c) for w, c in zip(weights, (first, second), strict=True) if w]
         factors = torch.cat([math.sqrt(w) * c.factors for w, c in parts])
@@ -92,10 +100,10 @@ class Densities:
         return torch.logsumexp(offsets[:, None] - distance / 2, -1).T
 
 
-class Apart:
+class LinearDiscriminant:
     """log p of every cloud's centres under one covariance for all, up to a constant of the message."""
 
-    def __init__(self, clouds: Sequence[tuple[Cloud, Cloud]]) -> None:
+    def __init__(self, clouds: Sequence[tuple[GaussianMixture, GaussianMixture]]) -> None:
         """Take each cloud with its background, which may have fewer numbers."""
         width = clouds[0][0].width
         weighted = [
@@ -120,7 +128,7 @@ class Apart:
         return torch.logsumexp((vectors @ slopes).view(-1, *heights.shape) + heights, -1)
 
 
-def _filled(cloud: Cloud, most: int) -> tuple[Tensor, Tensor]:
+def _filled(cloud: GaussianMixture, most: int) -> tuple[Tensor, Tensor]:
     """Return centres and shares, filled up to `most` with what counts nothing."""
     missing = most - len(cloud.centres)
     return pad(cloud.centres, (0, 0, 0, missing)), pad(cloud.shares, (0, missing))
@@ -141,7 +149,7 @@ def _k_means(vectors: Tensor, centres: int) -> Tensor:
     return labels
 
 
-def rounded(numbers: Tensor) -> Tensor:
+def as_half(numbers: Tensor) -> Tensor:
     """Return numbers as they come back from float16, in float64."""
     largest = torch.finfo(torch.float16).max
     return numbers.clamp(-largest, largest).half().double()

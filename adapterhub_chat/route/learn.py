@@ -18,11 +18,23 @@ from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.registry import Registry
-from adapterhub_chat.route.choice import Judges
-from adapterhub_chat.route.fit import BACKGROUND_RANK, FEWEST, GLANCE_RANK, Judge, learn
-from adapterhub_chat.route.gaussians import cloud_of
-from adapterhub_chat.route.message_features import glances, looks, read, width, wordless
-from adapterhub_chat.route.prototype import Cloud, prototype_of, routing_of
+from adapterhub_chat.route.choice import AdapterScorers
+from adapterhub_chat.route.fit import (
+    BACKGROUND_RANK,
+    GLANCE_RANK,
+    MIN_MESSAGES,
+    PrototypeScorer,
+    fit_prototype,
+)
+from adapterhub_chat.route.gaussians import fit_mixture
+from adapterhub_chat.route.message_features import (
+    early_layer_features,
+    token_features,
+    tokenize_messages,
+    width,
+    wordless,
+)
+from adapterhub_chat.route.prototype import GaussianMixture, prototype_of, routing_of
 from adapterhub_chat.types import NO_ADAPTER, Example, Split
 
 LEARNT, HELD_OUT, IMAGINED = 1400, 250, 480
@@ -46,28 +58,30 @@ def usable_routing(registry: Registry, manifest: Manifest | None) -> Routing | N
     return routing if fits else routing.model_copy(update={"glance": None})
 
 
-def judges_of(routing: Routing) -> Judges:
+def scorers_of(routing: Routing) -> AdapterScorers:
     """Return who judges by a manifest's routing."""
-    glance = None if routing.glance is None else Judge(prototype_of(routing.glance))
-    return Judges(Judge(prototype_of(routing)), glance)
+    glance = None if routing.glance is None else PrototypeScorer(prototype_of(routing.glance))
+    return AdapterScorers(PrototypeScorer(prototype_of(routing)), glance)
 
 
 def learn_routing(registry: Registry, tasks: Sequence[Task]) -> Routing | None:
     """Return what an adapter's messages look like; None where they are too few to tell, and on an encoder."""
     own = messages_in(tasks, "train", LEARNT)
     held_out = messages_in(tasks, "validation", HELD_OUT)
-    if len(held_out) < FEWEST:
+    if len(held_out) < MIN_MESSAGES:
         cut = len(own) * 3 // 4
         own, held_out = own[:cut], own[cut:]
     model = registry.model
     encodes = model.backbone.encodes  # it makes nothing up, so there is no background
-    if min(len(own), len(held_out)) < FEWEST or encodes or not model.early_block:
+    if min(len(own), len(held_out)) < MIN_MESSAGES or encodes or not model.early_block:
         return None
     sketched, seen = _backgrounds(registry)
-    texts, held = read(model, own), read(model, held_out)
+    texts, held = tokenize_messages(model, own), tokenize_messages(model, held_out)
     return routing_of(
-        learn(looks(model, texts), looks(model, held), seen),
-        learn(glances(model, texts), glances(model, held), sketched, GLANCE_RANK),
+        fit_prototype(early_layer_features(model, texts), early_layer_features(model, held), seen),
+        fit_prototype(
+            token_features(model, texts), token_features(model, held), sketched, GLANCE_RANK
+        ),
     )
 
 
@@ -85,7 +99,7 @@ def messages_in(tasks: Sequence[Task], split: Split, limit: int) -> list[str]:
     return [text for turn in zip_longest(*rows) for text in turn if text is not None]
 
 
-def _backgrounds(registry: Registry) -> tuple[Cloud, Cloud]:
+def _backgrounds(registry: Registry) -> tuple[GaussianMixture, GaussianMixture]:
     """Return the clouds of what the backbone makes up, glances and looks: a pool member's, or made up now."""
     for name in registry.pool.names():
         try:
@@ -95,10 +109,10 @@ def _backgrounds(registry: Registry) -> tuple[Cloud, Cloud]:
         if routing is not None and routing.glance is not None:
             return prototype_of(routing.glance).background, prototype_of(routing).background
     model, narrow = registry.model, wordless(registry.model)
-    texts = read(model, imagined(model, IMAGINED))
+    texts = tokenize_messages(model, sample_background(model, IMAGINED))
     return (
-        cloud_of(glances(model, texts)[:, :narrow], 1, GLANCE_RANK),
-        cloud_of(looks(model, texts)[:, :narrow], 1, BACKGROUND_RANK),
+        fit_mixture(token_features(model, texts)[:, :narrow], 1, GLANCE_RANK),
+        fit_mixture(early_layer_features(model, texts)[:, :narrow], 1, BACKGROUND_RANK),
     )
 
 
@@ -107,7 +121,7 @@ MARK = "\u2402"
 """Stands for the message when the chat template is cut open there."""
 
 
-def imagined(model: AdapterModel, count: int, seed: int = 0) -> list[str]:
+def sample_background(model: AdapterModel, count: int, seed: int = 0) -> list[str]:
     """Return about `count` texts sampled from the bare backbone; those that are blank are left out."""
     tokenizer = model.backbone.tokenizer
     start = _opening(tokenizer)

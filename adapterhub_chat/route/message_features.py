@@ -24,7 +24,7 @@ WIDEST = 1024
 """Wider hidden states are folded to this width, so that what a manifest keeps stays small."""
 TOKENS, CHARACTERS = 128, 4_000
 """Of a longer message, the beginning and the end are looked at."""
-BATCH = 32
+FEATURE_BATCH = 32
 FREQUENT, FIRST = 3000, 30
 """A token's weight in a glance is 1 / (1 + FREQUENT / (id + FIRST)): tokenizers number their tokens by how
 frequent they are, about, and Zipf's law makes a frequency of the place."""
@@ -33,7 +33,7 @@ Part = TypeVar("Part", str, list[int])
 
 
 @dataclass(frozen=True)
-class Read:
+class TokenizedMessage:
     """A message as a user types it, read: its tokens, and what its text tells without any model."""
 
     ids: list[int]
@@ -42,15 +42,15 @@ class Read:
     """(NUM_LETTERS + NUM_WORDS,) float64"""
 
 
-def read(model: AdapterModel, texts: Sequence[str]) -> list[Read]:
+def tokenize_messages(model: AdapterModel, texts: Sequence[str]) -> list[TokenizedMessage]:
     """Return each text's tokens, letters and words."""
     cut = [_ends(text, CHARACTERS) for text in texts]
     rows = [_ends(ids, TOKENS) for ids in _ids(model, cut)] if cut else []
     told = (torch.cat([torch.tensor(letters(t)).double(), words(t)]) for t in cut)
-    return [Read(ids, numbers) for ids, numbers in zip(rows, told, strict=True)]
+    return [TokenizedMessage(ids, numbers) for ids, numbers in zip(rows, told, strict=True)]
 
 
-def glances(model: AdapterModel, messages: Sequence[Read]) -> Tensor:
+def token_features(model: AdapterModel, messages: Sequence[TokenizedMessage]) -> Tensor:
     """Return a vector of each message by its tokens alone, (N, W) float64 on the CPU."""
     seen = torch.zeros(len(messages), min(_hidden(model), WIDEST), dtype=torch.float64)
     for row, message in zip(seen, messages, strict=True):
@@ -58,18 +58,18 @@ def glances(model: AdapterModel, messages: Sequence[Read]) -> Tensor:
     return _beside(seen, messages)
 
 
-def looks(model: AdapterModel, messages: Sequence[Read]) -> Tensor:
+def early_layer_features(model: AdapterModel, messages: Sequence[TokenizedMessage]) -> Tensor:
     """Return a vector of each message by the backbone's early states, (N, W) float64 on the CPU."""
     rows = [message.ids for message in messages]
     seen = torch.zeros(len(rows), min(_hidden(model), WIDEST), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+    for start in range(0, len(order), FEATURE_BATCH):
+        chosen = order[start : start + FEATURE_BATCH]
         seen[chosen] = _folded(_means(model, [rows[i] for i in chosen]))
     return _beside(seen, messages)
 
 
-def own_states(model: AdapterModel, text: str) -> Tensor:
+def message_states(model: AdapterModel, text: str) -> Tensor:
     """Return the states of a message's tokens, (T, H), in the backbone's dtype."""
     (row,) = _ids(model, [_ends(text, CHARACTERS)])
     ids = torch.tensor([_ends(row, TOKENS)], device=model.backbone.device)
@@ -131,7 +131,7 @@ def _even(states: Tensor) -> Tensor:
     return states / states.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
-def _beside(seen: Tensor, messages: Sequence[Read]) -> Tensor:
+def _beside(seen: Tensor, messages: Sequence[TokenizedMessage]) -> Tensor:
     """Return what the backbone sees in messages with what their texts tell."""
     told = seen.new_zeros(len(seen), NUM_LETTERS + NUM_WORDS)
     for row, message in zip(told, messages, strict=True):

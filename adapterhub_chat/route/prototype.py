@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub_chat.artifact.prototype import CloudNumbers, Glance, Routing, StoredPrototype
+from adapterhub_chat.artifact.prototype import (
+    MixtureNumbers,
+    Routing,
+    StoredPrototype,
+    TokenPrototype,
+)
 
 
 @dataclass(frozen=True)
-class Cloud:
+class GaussianMixture:
     """Messages as Gaussians with one covariance, factors^T factors + diag(rest), rounded to float16."""
 
     centres: Tensor
@@ -30,9 +35,9 @@ class Cloud:
         """W."""
         return self.rest.shape[0]
 
-    def narrowed(self, width: int) -> Cloud:
+    def narrowed(self, width: int) -> GaussianMixture:
         """Return the cloud of the first numbers of the same messages."""
-        return Cloud(
+        return GaussianMixture(
             self.centres[:, :width], self.shares, self.factors[:, :width], self.rest[:width]
         )
 
@@ -41,8 +46,8 @@ class Cloud:
 class Prototype:
     """What an adapter's messages look like."""
 
-    own: Cloud
-    background: Cloud
+    own: GaussianMixture
+    background: GaussianMixture
     """Of the first B numbers."""
     ratios: Tensor
     """(Q,): quantiles over the held-out messages, ascending."""
@@ -60,13 +65,15 @@ def prototype_of(stored: StoredPrototype) -> Prototype:
     return Prototype(own, background, ratios, densities, stored.count)
 
 
-def _cloud(numbers: CloudNumbers) -> Cloud:
-    return Cloud(*map(torch.from_numpy, numbers))
+def _cloud(numbers: MixtureNumbers) -> GaussianMixture:
+    return GaussianMixture(*map(torch.from_numpy, numbers))
 
 
 def routing_of(prototype: Prototype, glance: Prototype | None = None) -> Routing:
     """Return what a manifest keeps of prototypes."""
-    return Routing(**_kept(prototype), glance=None if glance is None else Glance(**_kept(glance)))
+    return Routing(
+        **_kept(prototype), glance=None if glance is None else TokenPrototype(**_kept(glance))
+    )
 
 
 def _kept(prototype: Prototype) -> dict[str, Any]:

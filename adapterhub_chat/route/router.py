@@ -16,13 +16,17 @@ from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.inputs import listed, text
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
-from adapterhub_chat.pool.names import NAME
-from adapterhub_chat.pool.provenance import trained_task
+from adapterhub_chat.pool.names import ADAPTER_NAME
+from adapterhub_chat.pool.provenance import load_trained_task
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.route.arrow import alignment, arrows
-from adapterhub_chat.route.choice import Cascade, Judges, Route, abstention
-from adapterhub_chat.route.learn import judges_of, learn_routing, usable_routing
-from adapterhub_chat.route.message_features import glances, looks, read
+from adapterhub_chat.route.choice import AdapterScorers, Cascade, Route, abstention
+from adapterhub_chat.route.learn import learn_routing, scorers_of, usable_routing
+from adapterhub_chat.route.message_features import (
+    early_layer_features,
+    token_features,
+    tokenize_messages,
+)
 from adapterhub_chat.types import AUTO, AdapterChoice, Mix
 
 MEMORY = 8
@@ -47,8 +51,8 @@ class Router:
         self._registry = registry
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
-        self._judges: dict[str, tuple[Manifest | None, Judges | None]] = {}
-        self._cascades: dict[tuple[tuple[str, Judges], ...], Cascade] = {}
+        self._judges: dict[str, tuple[Manifest | None, AdapterScorers | None]] = {}
+        self._cascades: dict[tuple[tuple[str, AdapterScorers], ...], Cascade] = {}
         self._arrows: dict[str, tuple[tuple[int, ...], Tensor]] = {}
 
     def route(
@@ -68,10 +72,13 @@ class Router:
         if not judges:
             return [self._by_arrows(given, names) for given in texts]
         told = [i for i, given in enumerate(texts) if given.strip()]
-        model, own = self._registry.model, read(self._registry.model, [texts[i] for i in told])
+        model, own = (
+            self._registry.model,
+            tokenize_messages(self._registry.model, [texts[i] for i in told]),
+        )
         found = self._seated(judges).routes(
-            glances(model, own),
-            lambda places: looks(model, [own[place] for place in places]),
+            token_features(model, own),
+            lambda places: early_layer_features(model, [own[place] for place in places]),
             top=top,
             previous=previous,
         )
@@ -121,15 +128,15 @@ class Router:
 
     def _loaded(self) -> list[str]:
         """Return what is loaded, without what is only on trial."""
-        return [name for name in self._registry.model.names if NAME.fullmatch(name)]
+        return [name for name in self._registry.model.names if ADAPTER_NAME.fullmatch(name)]
 
-    def _ready(self, names: Iterable[str]) -> dict[str, Judges]:
+    def _ready(self, names: Iterable[str]) -> dict[str, AdapterScorers]:
         """Return the judges of those adapters that say what their messages look like, on this backbone."""
         with self._lock:
             found = {name: self._judge(name) for name in names}
         return {name: judge for name, judge in found.items() if judge is not None}
 
-    def _seated(self, judges: Mapping[str, Judges]) -> Cascade:
+    def _seated(self, judges: Mapping[str, AdapterScorers]) -> Cascade:
         """Return the judges' cascade: one of the last few where they are the same."""
         key = tuple(judges.items())
         found = self._cascades.get(key) or Cascade(judges)
@@ -137,12 +144,12 @@ class Router:
         self._cascades = dict(list(kept.items())[:CASCADES])
         return found
 
-    def _judge(self, name: str) -> Judges | None:
+    def _judge(self, name: str) -> AdapterScorers | None:
         """Return an adapter's judges, made anew only where its manifest is another."""
         manifest = self._manifest(name)
         if name not in self._judges or self._judges[name][0] is not manifest:
             routing = usable_routing(self._registry, manifest)
-            self._judges[name] = manifest, None if routing is None else judges_of(routing)
+            self._judges[name] = manifest, None if routing is None else scorers_of(routing)
         return self._judges[name][1]
 
     def _manifest(self, name: str) -> Manifest | None:
@@ -210,7 +217,7 @@ def describe_routes(
         manifest = registry.pool.manifest(name)
         trained = manifest.training.tasks if manifest else ()
         try:
-            own = tasks or [trained_task(task, name) for task in trained]
+            own = tasks or [load_trained_task(task, name) for task in trained]
         except UsageError as error:
             misfits.append(str(error))
             continue

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from adapterhub_chat.data.encoding import Encoded
 from adapterhub_chat.data.packing import Batch
-from adapterhub_chat.model.features import pooled
-from adapterhub_chat.training.family import Part
-from adapterhub_chat.training.job import Seen
+from adapterhub_chat.model.features import mean_pooled
+from adapterhub_chat.training.family import StepRows
+from adapterhub_chat.training.job import HiddenStates
 
 
 def auxiliary_losses(
-    parts: Sequence[Part],
+    parts: Sequence[StepRows],
     rows: Sequence[Sequence[Sequence[Encoded]]],
     batch: Batch,
     logits: Tensor,
@@ -33,7 +33,7 @@ def auxiliary_losses(
         examples = [example for row in own for example in row]
         mine = slice(first, first := first + len(examples))
         if (auxiliary := part.learner.job.auxiliary) and examples:
-            hidden = pooled(heard[auxiliary.layer], batch)[mine]
-            seen = Seen(examples, hidden, logits[begins[mine]])
+            hidden = mean_pooled(heard[auxiliary.layer], batch)[mine]
+            seen = HiddenStates(examples, hidden, logits[begins[mine]])
             losses.append(part.weight * auxiliary.loss(seen))
     return losses

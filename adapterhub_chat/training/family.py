@@ -23,7 +23,7 @@ Sum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class StepRows:
     """A learner's rows in one step."""
 
     learner: Learner
@@ -32,7 +32,7 @@ class Part:
     """Share of its loss in the family's."""
 
     @property
-    def mass(self) -> float:
+    def mean_weight(self) -> float:
         """Mean weight of its answers' tokens, those of no weight apart; the loss is a mean by weight."""
         counts = [
             (example.weight, sum(map(len, example.continuations)))
@@ -96,11 +96,11 @@ class Family:
         limit = self.config.max_minutes * 60
         return min(1.0, max(self.now.step / self.total, elapsed / limit if limit else 0.0))
 
-    def draw(self) -> list[Part]:
+    def draw(self) -> list[StepRows]:
         """Return the rows of the next step: a fixed number, shared out between the members."""
         if self.shared is None:
             (member,) = self.members
-            return [Part(member, member.rows(member.job.config.rows_per_step), 1.0)]
+            return [StepRows(member, member.rows(member.job.config.rows_per_step), 1.0)]
         budget = sum(m.job.config.rows_per_step for m in self.members)
         sizes = torch.tensor([float(len(m.job.train)) for m in self.members])
         seed = (self.config.seed * 1_000_003 + self.now.step) % 2**63
@@ -111,12 +111,12 @@ class Family:
         for member, count in zip(self.members, chosen.bincount(minlength=len(sizes)), strict=True):
             rows = [row for _ in range(int(count)) for row in member.rows(1)]
             if rows:
-                parts.append(Part(member, rows, len(rows) / budget))
+                parts.append(StepRows(member, rows, len(rows) / budget))
         return parts
 
     def learn(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[StepRows],
         losses: Sequence[float],
         total: Sum,
         elapsed: float,
@@ -140,7 +140,9 @@ class Family:
         for part, loss in zip(parts, losses, strict=True):
             learner = part.learner
             gradient = total(learner.gradient(learner.slots[0], scratch))
-            told[learner.job.name] = self._step(learner, gradient, before, one, loss, part.mass)
+            told[learner.job.name] = self._step(
+                learner, gradient, before, one, loss, part.mean_weight
+            )
             learner.tokens += sum(e.num_inputs for row in part.rows for e in row)
         if self.shared is not None:
             self.shared.tokens = sum(m.tokens for m in self.members)
@@ -228,14 +230,14 @@ class Family:
         before: float,
         one: float,
         loss: float,
-        mass: float = 1.0,
+        mean_weight: float = 1.0,
     ) -> dict[str, float]:
         rate = schedule(before, one, learner.job.config)
-        norm = learner.step(gradient, rate, mass)
+        norm = learner.step(gradient, rate, mean_weight)
         peak = learner.job.config.learning_rate
         return {"loss": loss, "gradient_norm": norm, "learning_rate": peak * rate}
 
-    def _shared_gradient(self, parts: Sequence[Part], total: Sum, scratch: Tensor) -> Tensor:
+    def _shared_gradient(self, parts: Sequence[StepRows], total: Sum, scratch: Tensor) -> Tensor:
         """Return the sum of the tasks' gradients on the shared adapter; now and then, compare them."""
         assert self.shared is not None
         whole = torch.zeros_like(scratch)

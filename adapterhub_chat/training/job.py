@@ -17,7 +17,7 @@ from adapterhub_chat.lora.weights import AdapterWeights
 
 
 @dataclass(frozen=True)
-class Seen:
+class HiddenStates:
     """What a forward made of some of a job's examples."""
 
     examples: Sequence[Encoded]
@@ -38,7 +38,7 @@ class Auxiliary(Protocol):
     def stopped(self) -> str:
         """Why the job has to end, empty while it may go on."""
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, seen: HiddenStates) -> Tensor:
         """Return what is added to the job's loss, a scalar."""
 
 

@@ -93,10 +93,10 @@ class Learner:
         self.draws += 1
         return next(self._streams[each])
 
-    def step(self, gradient: Tensor, rate: float, mass: float = 1.0) -> float:
+    def step(self, gradient: Tensor, rate: float, mean_weight: float = 1.0) -> float:
         """Clip the gradient (P,), move along it; return its norm before clipping.
 
-        `mass` is how heavy the step's examples are: it counts after clipping, which would undo it.
+        `mean_weight` is how heavy the step's examples are: it counts after clipping, which would undo it.
         """
         config = self.job.config
         if config.orthogonal and self.job.under is not None:
@@ -106,8 +106,8 @@ class Learner:
         norm = float(torch.linalg.vector_norm(gradient))
         if norm > config.clip:
             gradient.mul_(config.clip / norm)
-        if mass != 1.0:
-            gradient.mul_(mass)
+        if mean_weight != 1.0:
+            gradient.mul_(mean_weight)
         self.vector.grad = gradient
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rate

@@ -28,10 +28,10 @@ from adapterhub_chat.lora.plan import Plan, activate
 from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.lora.weights import initial_weights
 from adapterhub_chat.model.adapter_model import AdapterModel
-from adapterhub_chat.model.features import listening
+from adapterhub_chat.model.features import capture_blocks
 from adapterhub_chat.training.auxiliary import auxiliary_losses
 from adapterhub_chat.training.distributed import join, processes
-from adapterhub_chat.training.family import Family, Part
+from adapterhub_chat.training.family import Family, StepRows
 from adapterhub_chat.training.job import Job
 from adapterhub_chat.training.learner import Learner, Trained
 
@@ -74,7 +74,7 @@ def train(
     early: what was best until then is returned, marked `interrupted`. Raises UsageError when the jobs
     cannot share a batch or the state is another run's, DataError when a job has nothing to learn from.
     """
-    run = Run(model, jobs, on_event)
+    run = TrainingRun(model, jobs, on_event)
     if resume is not None:
         run.restore(resume)
     try:
@@ -105,7 +105,7 @@ def _check(jobs: Sequence[Job]) -> None:
             raise DataError(f"adapter {job.name!r} has no training examples")
 
 
-class Run:
+class TrainingRun:
     """All families, the bank that they train in, and the shared forward and backward."""
 
     def __init__(
@@ -146,7 +146,7 @@ class Run:
                     values = {"loss": family.now.best_loss}
                     self._tell(family, learner.job.name, "stop", values, family.now.stopped)
 
-    def _backward(self, parts: Sequence[Part]) -> list[float]:
+    def _backward(self, parts: Sequence[StepRows]) -> list[float]:
         """Leave every part's gradient in the bank; return each one's mean loss over its answer tokens.
 
         With several processes, each sees a share of every part's rows; the losses are everybody's.
@@ -167,7 +167,7 @@ class Run:
         batch = pack([row for own in rows for row in own], self.length)
         mixes = torch.stack([self._mix(part.learner) for part in parts])[owner]
         layers = [own.layer for part in parts if (own := part.learner.job.auxiliary)]
-        with activate(Plan(self.bank.places, mixes)), listening(self.model, layers) as heard:
+        with activate(Plan(self.bank.places, mixes)), capture_blocks(self.model, layers) as heard:
             logits = self.model.answer_logits(batch)
         means = self._means(batch, logits, owner, torch.tensor(wanted)) * counts
         weights = torch.tensor([part.weight for part in parts])

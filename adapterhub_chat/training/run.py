@@ -28,13 +28,13 @@ from adapterhub_chat.training.distributed import first_process, join
 from adapterhub_chat.training.job import Job, make_job
 from adapterhub_chat.training.learner import Trained
 from adapterhub_chat.training.run_log import RunLog
-from adapterhub_chat.training.spec import FINISHED, STATE, Order, _check
-from adapterhub_chat.training.strategies import Course, Made, Memory
+from adapterhub_chat.training.spec import FINISHED, RUN_FILE, STATE, TrainSpec, check_spec
+from adapterhub_chat.training.strategies import CheckpointHooks, FinishedAdapter, StrategyContext
 from adapterhub_chat.types import Mix, as_mix
 
 
 def make_adapters(
-    registry: Registry, order: Order, listeners: Listeners = SILENT
+    registry: Registry, spec: TrainSpec, listeners: Listeners = SILENT
 ) -> dict[str, Manifest]:
     """Train, save and measure what is ordered; return the manifests of what was saved.
 
@@ -43,27 +43,29 @@ def make_adapters(
     nothing is not saved; when that is all there is, KeyboardInterrupt goes on its way. Of several
     processes only the first one writes, measures and has manifests to return.
     """
-    _check(registry, order)
+    check_spec(registry, spec)
     tokenizer = registry.model.backbone.tokenizer
-    jobs = {n: make_job(tokenizer, n, t, order.configs[n]) for n, t in order.tasks.items()}
+    jobs = {n: make_job(tokenizer, n, t, spec.configs[n]) for n, t in spec.tasks.items()}
     with contextlib.ExitStack() as stack:
         heard = listeners if first_process() else SILENT
-        if order.run_dir is not None and first_process():
-            heard = _logged(stack.enter_context(RunLog(order.run_dir)), order.run_dir, heard)
-        run = _Run(registry, order, heard)
-        course = Course(
+        if spec.run_dir is not None and first_process():
+            heard = _logged(stack.enter_context(RunLog(spec.run_dir)), spec.run_dir, heard)
+        if spec.run_dir is not None and spec.run_config is not None and first_process():
+            write_json(spec.run_dir / RUN_FILE, spec.run_config.model_dump(mode="json"))
+        run = _Run(registry, spec, heard)
+        context = StrategyContext(
             registry.model,
             jobs,
-            order.options,
-            order.sweeps,
+            spec.options,
+            spec.sweeps,
             on_event=heard.on_event,
             on_sweep=heard.on_sweep,
             memory=run.memory,
         )
-        if order.options.shard:
+        if spec.options.shard:
             join(registry.model.backbone.device)
             registry.model.shard()
-        for made in course.run():
+        for made in context.run():
             run.take(made)
         return run.finish()
 
@@ -71,26 +73,30 @@ def make_adapters(
 class _Run:
     """What a run has made so far."""
 
-    def __init__(self, registry: Registry, order: Order, listeners: Listeners) -> None:
-        self.registry, self.order, self.listeners = registry, order, listeners
+    def __init__(self, registry: Registry, spec: TrainSpec, listeners: Listeners) -> None:
+        self.registry, self.spec, self.listeners = registry, spec, listeners
         self.manifests: dict[str, Manifest] = {}
-        self.made: dict[str, Made] = {}
+        self.made: dict[str, FinishedAdapter] = {}
         self.interrupted = False
         self._matrix: list[tuple[float | None, ...]] = []
         self._start: dict[str, float] = {}
 
-    def memory(self, stage: str) -> Memory:
+    def memory(self, stage: str) -> CheckpointHooks:
         """Return where a stage of the run keeps its state, and the state to go on from."""
-        order, options = self.order, self.order.options
-        if order.run_dir is None:
-            return Memory()
+        spec, options = self.spec, self.spec.options
+        if spec.run_dir is None:
+            return CheckpointHooks()
         states = Checkpoints(
-            order.run_dir / STATE / stage, steps=options.save_steps, minutes=options.save_minutes
+            spec.run_dir / STATE / stage, steps=options.save_steps, minutes=options.save_minutes
         )
-        found = states.latest() if order.resume else None
-        return Memory(states, states.keep, found) if first_process() else Memory(resume=found)
+        found = states.latest() if spec.resume else None
+        return (
+            CheckpointHooks(states, states.keep, found)
+            if first_process()
+            else CheckpointHooks(resume=found)
+        )
 
-    def take(self, made: Made) -> None:
+    def take(self, made: FinishedAdapter) -> None:
         """Keep a finished adapter; after a stage of a sequence, look at all tasks so far."""
         name, trained = made.job.name, made.trained
         self.interrupted |= trained.stopped == "interrupted"
@@ -100,12 +106,12 @@ class _Run:
             self._keep(made)
         else:
             _warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
-        if self.order.options.how == "sequence" and not self.interrupted:
-            self._look_back(made)
+        if self.spec.options.how == "sequence" and not self.interrupted:
+            self._record_ledger(made)
 
-    def _keep(self, made: Made) -> None:
+    def _keep(self, made: FinishedAdapter) -> None:
         """Save a finished adapter; where that fails, warn, so that the others are not lost."""
-        options, tasks = self.order.options, [self.order.tasks[task] for task in made.tasks]
+        options, tasks = self.spec.options, [self.spec.tasks[task] for task in made.tasks]
         draft = manifest_of(
             tasks,
             self.registry.model.backbone,
@@ -118,9 +124,9 @@ class _Run:
         common = options.how == "shared" and made.job.name == options.shared_name
         if not (common or options.shard):  # a common one acts beside others, never by itself
             draft = draft.model_copy(update={"routing": learn_routing(self.registry, tasks)})
-        weights = made.weights.to(self.order.save_dtype)
+        weights = made.weights.to(self.spec.save_dtype)
         try:
-            kept = self.registry.keep(weights, draft, probing=not options.shard)
+            kept = self.registry.save_new(weights, draft, probing=not options.shard)
         except AdapterError as error:
             _warn(f"adapter {draft.name!r} is not saved: {error}")
             return
@@ -135,24 +141,24 @@ class _Run:
             names = ", ".join(self.manifests)
             _warn(f"interrupted: the best so far of {names} is saved, not measured")
             return self.manifests
-        if self.order.options.shard:
+        if self.spec.options.shard:
             if self.manifests:
                 _warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
-        elif self.order.options.test_examples and first_process():
+        elif self.spec.options.test_examples and first_process():
             self._measure()
-        if self.order.run_dir is not None and first_process():
-            shutil.rmtree(self.order.run_dir / STATE, ignore_errors=True)
-            write_json(self.order.run_dir / FINISHED, {"adapters": list(self.manifests)})
+        if self.spec.run_dir is not None and first_process():
+            shutil.rmtree(self.spec.run_dir / STATE, ignore_errors=True)
+            write_json(self.spec.run_dir / FINISHED, {"adapters": list(self.manifests)})
         return self.manifests
 
     def _measure(self) -> None:
         """Score the saved adapters on their tasks' test splits; write the scores into manifests."""
-        limit = self.order.options.test_examples
+        limit = self.spec.options.test_examples
         plain = _unquantized(self.registry.model)
         try:
             for name, manifest in self.manifests.items():
                 scores = []
-                for task in (self.order.tasks[t] for t in self.made[name].tasks):
+                for task in (self.spec.tasks[t] for t in self.made[name].tasks):
                     pair = [(name, as_mix(name))]
                     scores += judge_task(self.registry.model, task, pair, limit, self.listeners)
                     if plain is not None:
@@ -164,9 +170,9 @@ class _Run:
             _warn(f"interrupted: {', '.join(self.manifests)} are saved, but not all are measured")
             raise
 
-    def _look_back(self, made: Made) -> None:
+    def _record_ledger(self, made: FinishedAdapter) -> None:
         """Add a row to the ledger: each task's score now, by the adapter that answers for it."""
-        options, tasks = self.order.options, self.order.tasks
+        options, tasks = self.spec.options, self.spec.tasks
         if not options.test_examples or options.shard:
             return
         row: list[float | None] = []

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from adapterhub_chat.config import RunConfig, _is_list, _is_table, _setting_misfits, sweep_misfits
-from adapterhub_chat.data.task import Task, load_task, mixture
 from adapterhub_chat.errors import ConfigError, UsageError
+from adapterhub_chat.training.spec import RUN_FILE
 from adapterhub_chat.validation import explain, read_settings
 
 
@@ -120,9 +120,6 @@ def _stem(task: str) -> str:
     return Path(task).stem if task.endswith((".py", ".toml")) else task
 
 
-FILE = "run.json"
-
-
 def resumed(folder: Path | None, given: Sequence[str] = ()) -> RunConfig:
     """Return the run that was ordered in `folder`; raise UsageError when there is none.
 
@@ -133,19 +130,15 @@ def resumed(folder: Path | None, given: Sequence[str] = ()) -> RunConfig:
         raise UsageError(f"--resume goes on with the run as it was ordered; leave out {listed}")
     if folder is None:
         raise UsageError("--resume needs --run-dir, the folder of the run to go on with")
-    path = folder / FILE
+    path = folder / RUN_FILE
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"{folder} holds no run to resume: there is no {FILE} in it") from error
+        raise UsageError(
+            f"{folder} holds no run to resume: there is no {RUN_FILE} in it"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["does not hold a run"])
     return read_settings(RunConfig, values, str(path))
-
-
-def _task(name: str, entry: Mapping[str, Any]) -> Task:
-    if "tasks" not in entry:
-        return load_task(entry["task"])
-    return mixture(name, [load_task(task) for task in entry["tasks"]])

@@ -1,4 +1,4 @@
-"""What a caller of `hub.train` says, as the Order of a run; raises for what does not go together."""
+"""TrainSpec: what a training run is asked for, by a call or a run file, with all that is wrong in it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from adapterhub_chat.config import RunOptions, TrainConfig, sweep_misfits
+from adapterhub_chat.config import RunConfig, RunOptions, TrainConfig, sweep_misfits
 from adapterhub_chat.data.inputs import listed
-from adapterhub_chat.data.task import Task, as_task
+from adapterhub_chat.data.task import Task, as_task, load_task, mixture
 from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.pool.names import check_name
@@ -21,16 +21,20 @@ from adapterhub_chat.validation import read_settings
 
 STATE, FINISHED = "state", "finished.json"
 """In a run's folder: the saved states while it runs, and the sign that it has ended."""
+RUN_FILE = "run.json"
+"""In a run's folder: the RunConfig that it was started with."""
 FAMILY_SETTINGS = (
     "epochs", "max_steps", "max_minutes", "eval_every", "patience", "temperature", "schedule", "warmup",
 )  # fmt: skip
 """Settings that adapters with a shared one have in common: they advance together."""
+ADAPTER_KEYS = ("task", "tasks", "sweep")
+"""Keys of an adapter's table in a run file that are no settings."""
 DATA_SETTINGS = ("row_length", "train_examples", "eval_examples", "rows_per_step")
 """Settings that all candidates of a sweep share: they see the same rows."""
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainSpec:
     """What a run is asked for."""
 
     tasks: Mapping[str, Task]
@@ -43,23 +47,72 @@ class Order:
     run_dir: Path | None = None
     """Folder of the log and of the saved states; without it neither is kept."""
     resume: bool = False
+    run_config: RunConfig | None = None
+    """The run as a file describes it: kept in `run_dir`, so that the run can be resumed from there."""
+
+    @classmethod
+    def of_call(
+        cls,
+        tasks: Sequence[str | Path | Task],
+        shared: Mapping[str, Any],
+        names: Sequence[str] | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        **fields: Any,
+    ) -> TrainSpec:
+        """Return the spec of one adapter per task; `shared` are fields of RunOptions and TrainConfig.
+
+        `settings[name]` are fields of one adapter's TrainConfig; `fields` are those of the spec itself.
+        Raises UsageError for names that do not go with the tasks, ConfigError for wrong settings.
+        """
+        loaded = [as_task(task) for task in listed(tasks, "tasks")]
+        titles = [task.name for task in loaded] if names is None else list(names)
+        if len(titles) != len(loaded):
+            raise UsageError(f"{len(loaded)} tasks but {len(titles)} names: give one name per task")
+        if len(set(titles)) < len(titles):
+            raise UsageError(f"adapter names must differ: {', '.join(titles)}")
+        run = {key: value for key, value in shared.items() if key in RunOptions.model_fields}
+        common = {key: value for key, value in shared.items() if key not in run}
+        return cls(
+            tasks=dict(zip(titles, loaded, strict=True)),
+            configs=_configs_of(titles, common, settings or {}),
+            options=read_settings(RunOptions, run, "the run"),
+            **fields,
+        )
+
+    @classmethod
+    def of_run(cls, run: RunConfig, run_dir: Path, *, resume: bool = False) -> TrainSpec:
+        """Return the spec of a run that a file and the command line describe."""
+        sweeps = {name: entry["sweep"] for name, entry in run.adapters.items() if "sweep" in entry}
+        settings = {
+            name: {key: value for key, value in entry.items() if key not in ADAPTER_KEYS}
+            for name, entry in run.adapters.items()
+        }
+        return cls(
+            tasks={name: _task_of(name, entry) for name, entry in run.adapters.items()},
+            configs=_configs_of(list(run.adapters), run.settings, settings),
+            options=RunOptions(**{key: getattr(run, key) for key in RunOptions.model_fields}),
+            sweeps={name: sweep for name, sweep in sweeps.items() if sweep},
+            run_dir=run_dir,
+            resume=resume,
+            run_config=run,
+        )
 
 
-def _check(registry: Registry, order: Order) -> None:
+def check_spec(registry: Registry, spec: TrainSpec) -> None:
     """Look at all that can be wrong before the first step; raise one ConfigError that names it all."""
-    options, names = order.options, list(order.tasks)
+    options, names = spec.options, list(spec.tasks)
     common = {"shared": options.shared_name, "sequence": options.grown_name}.get(options.how)
     for name in (*names, *filter(None, [common])):
         check_name(name)
     encodes = registry.model.backbone.encodes
     found = [
-        *_mode_misfits(order, encodes=encodes),
-        *_sweep_misfits(order),
-        *_folder_misfits(order),
+        *_mode_misfits(spec, encodes=encodes),
+        *_sweep_misfits(spec),
+        *_folder_misfits(spec),
     ]
     if common in names:
         found.append(f"{common!r} is the name of a task's adapter and of the common one")
-    for name, config in order.configs.items():
+    for name, config in spec.configs.items():
         most = registry.model.backbone.max_length
         if most is not None and config.row_length > most:
             found.append(
@@ -69,7 +122,7 @@ def _check(registry: Registry, order: Order) -> None:
             targeted(registry.model.shapes, config.targets, config.layers)
         except UsageError as error:
             found.append(f"{name}: {error}")
-        if options.test_examples and not options.shard and not order.tasks[name].split("test"):
+        if options.test_examples and not options.shard and not spec.tasks[name].split("test"):
             found.append(f"{name}: its task has no test examples; set test_examples to 0")
     if found:
         raise ConfigError("the run", found)
@@ -77,9 +130,9 @@ def _check(registry: Registry, order: Order) -> None:
         registry.pool.check_writable()
 
 
-def _mode_misfits(order: Order, *, encodes: bool) -> Iterator[str]:
+def _mode_misfits(spec: TrainSpec, *, encodes: bool) -> Iterator[str]:
     """Yield what is asked for and would have no effect, or cannot be."""
-    options, configs = order.options, list(order.configs.values())
+    options, configs = spec.options, list(spec.configs.values())
     grows = options.how == "sequence" and options.grow
     if encodes and grows:
         yield "grow needs a language model: an encoder's heads of several tasks do not add up"
@@ -100,54 +153,39 @@ def _mode_misfits(order: Order, *, encodes: bool) -> Iterator[str]:
         yield "shard spreads the backbone over processes; start several with torchrun"
 
 
-def _sweep_misfits(order: Order) -> Iterator[str]:
-    if order.sweeps and order.options.how != "joint":
-        yield f"a sweep trains jointly; how={order.options.how!r} cannot have one"
-    for name, sweep in order.sweeps.items():
-        if name not in order.tasks:
-            yield f"sweep of {name!r}, but this run trains {', '.join(order.tasks)}"
+def _sweep_misfits(spec: TrainSpec) -> Iterator[str]:
+    if spec.sweeps and spec.options.how != "joint":
+        yield f"a sweep trains jointly; how={spec.options.how!r} cannot have one"
+    for name, sweep in spec.sweeps.items():
+        if name not in spec.tasks:
+            yield f"sweep of {name!r}, but this run trains {', '.join(spec.tasks)}"
             continue
         yield from sweep_misfits(f"sweep of {name!r}", sweep)
         for key in set(sweep) & set(DATA_SETTINGS):
             yield f"sweep of {name!r}: {key} must be the same for all candidates"
-        if not order.configs[name].eval_examples:
+        if not spec.configs[name].eval_examples:
             yield f"sweep of {name!r}: eval_examples=0 leaves nothing to choose by"
 
 
-def _folder_misfits(order: Order) -> Iterator[str]:
+def _folder_misfits(spec: TrainSpec) -> Iterator[str]:
     """Yield why the run cannot begin, or go on, in its folder."""
-    folder = order.run_dir
+    folder = spec.run_dir
     if folder is None:
-        if order.resume:
+        if spec.resume:
             yield "resume needs the run's folder (run_dir)"
         return
     saved = any((folder / STATE).rglob("state-*"))
-    if order.resume and not saved and (folder / FINISHED).exists():
+    if spec.resume and not saved and (folder / FINISHED).exists():
         yield f"the run in {folder} has finished; there is nothing to resume"
-    if not order.resume and saved:
+    if not spec.resume and saved:
         yield f"{folder} holds the state of a run that has not finished: resume it, or name another folder"
 
 
-def order_of(
-    tasks: Sequence[str | Path | Task],
-    shared: Mapping[str, Any],
-    names: Sequence[str] | None,
-    settings: Mapping[str, Mapping[str, Any]],
-) -> Order:
-    """Return the order to train one adapter per task; `shared` are fields of RunOptions and TrainConfig."""
-    loaded = [as_task(task) for task in listed(tasks, "tasks")]
-    titles = [task.name for task in loaded] if names is None else list(names)
-    if len(titles) != len(loaded):
-        raise UsageError(f"{len(loaded)} tasks but {len(titles)} names: give one name per task")
-    if len(set(titles)) < len(titles):
-        raise UsageError(f"adapter names must differ: {', '.join(titles)}")
-    run = {key: value for key, value in shared.items() if key in RunOptions.model_fields}
-    common = {key: value for key, value in shared.items() if key not in run}
-    return Order(
-        tasks=dict(zip(titles, loaded, strict=True)),
-        configs=_configs_of(titles, common, settings),
-        options=read_settings(RunOptions, run, "the run"),
-    )
+def _task_of(name: str, entry: Mapping[str, Any]) -> Task:
+    """Return the task, or the mixture of tasks, that an adapter's table names."""
+    if "tasks" not in entry:
+        return load_task(entry["task"])
+    return mixture(name, [load_task(task) for task in entry["tasks"]])
 
 
 def _configs_of(

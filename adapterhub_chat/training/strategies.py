@@ -25,7 +25,7 @@ from adapterhub_chat.training.loop import OnState, RunState, train
 
 
 @dataclass(frozen=True)
-class Memory:
+class CheckpointHooks:
     """How a stage's state is kept and found again."""
 
     on_state: OnState = lambda _: None
@@ -40,7 +40,7 @@ def train_sequence(
     grow: bool = False,
     replay: float = 0.0,
     on_event: Callable[[Event], None] = lambda _: None,
-    memory: Callable[[str], Memory] = lambda _: Memory(),
+    memory: Callable[[str], CheckpointHooks] = lambda _: CheckpointHooks(),
 ) -> Iterator[tuple[str, Trained]]:
     """Yield each stage when it is finished; stop after one that was interrupted.
 
@@ -93,7 +93,7 @@ ALL = "run"
 
 
 @dataclass(frozen=True)
-class Made:
+class FinishedAdapter:
     """An adapter that a course has finished."""
 
     job: Job
@@ -110,7 +110,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Course:
+class StrategyContext:
     """What every course is given."""
 
     model: AdapterModel
@@ -119,11 +119,11 @@ class Course:
     sweeps: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
     on_event: Callable[[Event], None] = lambda _: None
     on_sweep: Callable[[Sequence[Candidate]], None] = lambda _: None
-    memory: Callable[[str], Memory] = lambda _: Memory()
+    memory: Callable[[str], CheckpointHooks] = lambda _: CheckpointHooks()
 
-    def run(self) -> Iterator[Made]:
+    def run(self) -> Iterator[FinishedAdapter]:
         """Yield the adapters as they are finished."""
-        return COURSES[self.options.how](self)
+        return STRATEGIES[self.options.how](self)
 
     def train(self, jobs: Sequence[Job]) -> dict[str, Trained]:
         """Train jobs in one run of the loop."""
@@ -143,7 +143,7 @@ class Course:
         return tuple(other for other in self.jobs if other != name)
 
 
-def joint(course: Course) -> Iterator[Made]:
+def joint(course: StrategyContext) -> Iterator[FinishedAdapter]:
     """Train all jobs, and all settings of a sweep, in one run."""
     variants = {
         name: _variants(job, course.sweeps.get(name, {})) for name, job in course.jobs.items()
@@ -158,12 +158,12 @@ def joint(course: Course) -> Iterator[Made]:
             table.append(Candidate(name, v.settings, *found))
         job = replace(best.job, name=name)
         note = f"best of {len(group)} settings on validation" if len(group) > 1 else ""
-        yield Made(job, results[best.job.name], (name,), course.others(name), note)
+        yield FinishedAdapter(job, results[best.job.name], (name,), course.others(name), note)
     if table:
         course.on_sweep(table)
 
 
-def shared(course: Course) -> Iterator[Made]:
+def shared(course: StrategyContext) -> Iterator[FinishedAdapter]:
     """Train an adapter for each task and one more that acts on all rows; finish each as a plain adapter.
 
     A task's adapter is the sum of the shared one and its own, ranks side by side, so that it works alone
@@ -175,15 +175,15 @@ def shared(course: Course) -> Iterator[Made]:
     jobs = [replace(job, shared=name) for job in course.jobs.values()]
     results = course.train([*jobs, common])
     base = results[name]
-    yield Made(common, base, tuple(course.jobs))
+    yield FinishedAdapter(common, base, tuple(course.jobs))
     for job in course.jobs.values():
         done = results[job.name]
         whole = replace(done, weights=concatenate([base.weights, done.weights]))
         note = f"the shared adapter {name!r} and its own, ranks side by side"
-        yield Made(job, whole, (job.name,), (*course.others(job.name), name), note)
+        yield FinishedAdapter(job, whole, (job.name,), (*course.others(job.name), name), note)
 
 
-def sequence(course: Course) -> Iterator[Made]:
+def sequence(course: StrategyContext) -> Iterator[FinishedAdapter]:
     """Train the jobs one after another: a new adapter for each, or one that grows."""
     options, names = course.options, list(course.jobs)
     with course.model.checkpointing(options.checkpointing):
@@ -200,12 +200,14 @@ def sequence(course: Course) -> Iterator[Made]:
             if options.grow:
                 learnt = tuple(names[: names.index(name) + 1])
                 note = f"grown by a block of rank {job.config.rank} for each task"
-                yield Made(replace(job, name=options.grown_name), trained, learnt, (), note)
+                yield FinishedAdapter(
+                    replace(job, name=options.grown_name), trained, learnt, (), note
+                )
             else:
-                yield Made(job, trained, (name,))
+                yield FinishedAdapter(job, trained, (name,))
 
 
-COURSES: Mapping[str, Callable[[Course], Iterator[Made]]] = {
+STRATEGIES: Mapping[str, Callable[[StrategyContext], Iterator[FinishedAdapter]]] = {
     "joint": joint,
     "shared": shared,
     "sequence": sequence,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapterhub_chat.training.job import Seen
+from adapterhub_chat.training.job import HiddenStates
 
 SOURCE, TARGET = 0, 1
 WIDTH, MEMORY, TURNS = 64, 256, 4
@@ -31,7 +31,7 @@ ONE_CLASS = 0.1
 """Entropy of the labels that the target gets, as a share of the largest, under which it is one label."""
 
 
-class Game:
+class DomainDiscriminator:
     """The discriminator, what it remembers, and what it has seen: an auxiliary loss of one job."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Game:
         recent = self.accuracy[-self.window :]
         return sum(recent) / len(recent) if recent else 0.5
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, seen: HiddenStates) -> Tensor:
         """Return the discriminator's loss on these examples, its gradient reversed for whoever made them."""
         domains = torch.tensor([example.domain for example in seen.examples])
         self.discriminator.to(seen.pooled.device)
@@ -81,7 +81,7 @@ class Game:
         return domain_loss(guess, domains.to(guess.device))
 
     @torch.no_grad()
-    def _watch(self, seen: Seen, domains: Tensor) -> None:
+    def _watch(self, seen: HiddenStates, domains: Tensor) -> None:
         """Note how well the domains are told apart and which labels the target gets; raise the alarm."""
         right = (self.discriminator(seen.pooled) > 0).cpu() == (domains == TARGET)
         each = [right[domains == domain].float().mean() for domain in domains.unique()]

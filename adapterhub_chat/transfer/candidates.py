@@ -17,8 +17,8 @@ from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.training.job import Job
 from adapterhub_chat.training.learner import Trained
 from adapterhub_chat.training.loop import train
-from adapterhub_chat.transfer.adversarial import Game
-from adapterhub_chat.transfer.gate import Verdict, best, verdict
+from adapterhub_chat.transfer.adversarial import DomainDiscriminator
+from adapterhub_chat.transfer.gate import TransferVerdict, best, verdict
 from adapterhub_chat.transfer.language import LANGUAGE
 from adapterhub_chat.transfer.maxent import Weighting
 from adapterhub_chat.transfer.methods import (
@@ -32,7 +32,7 @@ from adapterhub_chat.transfer.methods import (
     language_stack,
     maxent_job,
 )
-from adapterhub_chat.transfer.setting import Setting, stood_in
+from adapterhub_chat.transfer.setting import TransferProblem, proxy_validation
 from adapterhub_chat.types import BACKBONE, Mix, as_mix
 
 SHARE = 0.3
@@ -46,7 +46,7 @@ class Candidate:
 
     method: str
     value: float
-    verdict: Verdict
+    verdict: TransferVerdict
     weights: AdapterWeights | None = None
     """None: the bare backbone."""
     steps: int = 0
@@ -67,7 +67,7 @@ class Outcome:
     seconds: float
     metric: str
     weighting: Weighting | None = None
-    game: Game | None = None
+    game: DomainDiscriminator | None = None
     proxy: str = ""
     """What the verdicts rest on where the target has no labels."""
     rows: dict[str, Rows] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Outcome:
 
 def transfer(
     model: AdapterModel,
-    setting: Setting,
+    setting: TransferProblem,
     method: str = "auto",
     *,
     on_event: Callable[[Event], None] = lambda _: None,
@@ -89,7 +89,7 @@ def transfer(
     check_method(setting, method)
     started = time.monotonic()
     if setting.stand_ins:
-        setting = stood_in(model, setting)
+        setting = proxy_validation(model, setting)
     wanted = _wanted(setting) if method == "auto" else (BASELINE, method)
     jobs = _short_jobs(model, setting, wanted)
     if method == LANGUAGE and not any(job.name == LANGUAGE for job in jobs):
@@ -145,7 +145,7 @@ def _sound(made: Mapping[str, Trained], method: str) -> dict[str, Trained]:
     return {name: done for name, done in made.items() if name not in lost}
 
 
-def check_method(setting: Setting, method: str) -> None:
+def check_method(setting: TransferProblem, method: str) -> None:
     """Raise UsageError for a method that there is not, or that the setting lacks something for."""
     if method not in (*METHODS, "auto"):
         raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
@@ -157,12 +157,12 @@ def check_method(setting: Setting, method: str) -> None:
         )
 
 
-def _wanted(setting: Setting) -> Sequence[str]:
+def _wanted(setting: TransferProblem) -> Sequence[str]:
     """Return the methods that `auto` tries: a language is learnt where it is another one."""
     return [name for name in METHODS if name != LANGUAGE or setting.foreign]
 
 
-def _short_jobs(model: AdapterModel, setting: Setting, wanted: Sequence[str]) -> list[Job]:
+def _short_jobs(model: AdapterModel, setting: TransferProblem, wanted: Sequence[str]) -> list[Job]:
     """Return the jobs that learn from the target alone: from its shots, and from its text."""
     tokenizer = model.backbone.tokenizer
     jobs = few_shot_jobs(tokenizer, setting, wanted)
@@ -173,8 +173,8 @@ def _short_jobs(model: AdapterModel, setting: Setting, wanted: Sequence[str]) ->
 
 
 def _long_jobs(
-    model: AdapterModel, setting: Setting, wanted: Sequence[str], teacher: Mix
-) -> tuple[Weighting | None, Game | None, list[Job]]:
+    model: AdapterModel, setting: TransferProblem, wanted: Sequence[str], teacher: Mix
+) -> tuple[Weighting | None, DomainDiscriminator | None, list[Job]]:
     """Return the jobs that learn from the source's examples, too, with what they are watched by."""
     weighting, game, jobs = None, None, []
     if "maxent" in wanted:
@@ -189,7 +189,7 @@ def _long_jobs(
 def _candidate(
     name: str,
     value: float,
-    judged: Verdict,
+    judged: TransferVerdict,
     weights: AdapterWeights | None,
     made: Mapping[str, Trained],
 ) -> Candidate:
@@ -201,7 +201,7 @@ def _candidate(
     return Candidate(name, value, judged, weights, done.steps, done.best_step, own, note)
 
 
-def _rows(model: AdapterModel, setting: Setting, weights: AdapterWeights | None) -> Rows:
+def _rows(model: AdapterModel, setting: TransferProblem, weights: AdapterWeights | None) -> Rows:
     with _on_trial(model, weights) as mix:
         return judge(model, setting.target, setting.validation, mix, details=False).rows
 

@@ -9,22 +9,22 @@ from typing import Literal
 from adapterhub_chat.data.metrics import METRICS, Rows, paired_difference
 from adapterhub_chat.errors import DataError
 
-FEWEST = 5
+MIN_ITEMS = 5
 """Items below which nothing is proven: a bootstrap of one or two has hardly any width."""
-Word = Literal["helps", "neutral", "hurts"]
+VerdictWord = Literal["helps", "neutral", "hurts"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TransferVerdict:
     """A candidate beside the baseline on the same items; a gain is better whatever the metric."""
 
-    word: Word
+    word: VerdictWord
     gain: float
     low: float
     high: float
 
 
-def verdict(metric: str, candidate: Rows, baseline: Rows) -> Verdict:
+def verdict(metric: str, candidate: Rows, baseline: Rows) -> TransferVerdict:
     """Return whether a candidate's rows are better, with the paired 95 % bootstrap interval of the gain.
 
     helps: the whole interval is above zero. hurts: it is below. With less than FEWEST items it is neutral
@@ -35,12 +35,12 @@ def verdict(metric: str, candidate: Rows, baseline: Rows) -> Verdict:
     kind = METRICS[metric]
     first, second = (candidate, baseline) if kind.higher_is_better else (baseline, candidate)
     gain, low, high = paired_difference(first, second, kind.statistic)
-    word: Word = "helps" if low > 0 else "hurts" if high < 0 else "neutral"
-    word = word if len(candidate) >= FEWEST else "neutral"
-    return Verdict(word, gain, low, high)
+    word: VerdictWord = "helps" if low > 0 else "hurts" if high < 0 else "neutral"
+    word = word if len(candidate) >= MIN_ITEMS else "neutral"
+    return TransferVerdict(word, gain, low, high)
 
 
-def best(verdicts: Mapping[str, Verdict], baseline: str) -> str:
+def best(verdicts: Mapping[str, TransferVerdict], baseline: str) -> str:
     """Return the candidate with the best lower bound among those that help, else the baseline."""
     helping = {name: v for name, v in verdicts.items() if v.word == "helps" and name != baseline}
     return max(helping, key=lambda name: helping[name].low) if helping else baseline

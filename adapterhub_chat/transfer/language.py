@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.data.encoding import Encoded, encode_prompts, fit, messages_of
+from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of, truncate
 from adapterhub_chat.data.packing import in_order, pack
 from adapterhub_chat.model.adapter_model import AdapterModel
-from adapterhub_chat.model.features import ROWS, listening, pooled
-from adapterhub_chat.training.job import Job, Seen
+from adapterhub_chat.model.features import ROWS, capture_blocks, mean_pooled
+from adapterhub_chat.training.job import HiddenStates, Job
 from adapterhub_chat.types import NO_ADAPTER, Example, PromptContract
 
 LANGUAGE = "language"
@@ -42,7 +42,7 @@ class Restoring:
         every = torch.stack(list(whole.values()))
         self._spread = float((every - every.mean(0)).square().sum(1).mean().clamp_min(1e-9))
 
-    def loss(self, seen: Seen) -> Tensor:
+    def loss(self, seen: HiddenStates) -> Tensor:
         """Return the mean squared distance; 1 is what the mean of all texts would be worth."""
         wanted = torch.stack([self._whole[example] for example in seen.examples])
         apart = seen.pooled - wanted.to(seen.pooled.device)
@@ -60,7 +60,7 @@ def text_job(
     tokenizer: Any = model.backbone.tokenizer
     if model.backbone.encodes:
         prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in plain])
-        whole = [fit(prompt, ((0,),), config.row_length) for prompt in prompts]
+        whole = [truncate(prompt, ((0,),), config.row_length) for prompt in prompts]
         covered = _covered(tokenizer, whole, config.seed)
         wanted = _features(model, list(dict.fromkeys(covered.values())), config.row_length)
         restored = (
@@ -71,7 +71,7 @@ def text_job(
     first = tokenizer.bos_token_id
     before = (int(tokenizer.eos_token_id if first is None else first),)
     rows = tokenizer(["\n".join(e.fields.values()) for e in plain], add_special_tokens=False)
-    learnt = [fit(before, (tuple(ids),), config.row_length) for ids in rows.input_ids if ids]
+    learnt = [truncate(before, (tuple(ids),), config.row_length) for ids in rows.input_ids if ids]
     return Job(LANGUAGE, learnt, (), config)
 
 
@@ -99,8 +99,8 @@ def _features(model: AdapterModel, texts: Sequence[Encoded], length: int) -> dic
     for rows, indices in in_order(texts, num_rows=ROWS, length=length):
         batch = pack(rows, length)
         mixes = [NO_ADAPTER] * batch.num_rows
-        with torch.inference_mode(), model.mixing(mixes), listening(model, [LAST]) as heard:
+        with torch.inference_mode(), model.mixing(mixes), capture_blocks(model, [LAST]) as heard:
             model.answer_logits(batch)
-            vectors = pooled(heard[LAST], batch).cpu()
+            vectors = mean_pooled(heard[LAST], batch).cpu()
         found |= {texts[i]: vector.clone() for i, vector in zip(indices, vectors, strict=True)}
     return found

@@ -20,13 +20,13 @@ from adapterhub_chat.data.splits import sample
 from adapterhub_chat.inference.likelihood import label_scores, sequence_losses
 from adapterhub_chat.lora.weights import AdapterWeights, concatenate
 from adapterhub_chat.model.adapter_model import AdapterModel
-from adapterhub_chat.model.features import questions
+from adapterhub_chat.model.features import encode_inputs
 from adapterhub_chat.training.job import Job
 from adapterhub_chat.training.learner import Trained, total_steps
-from adapterhub_chat.transfer.adversarial import TARGET, Game
+from adapterhub_chat.transfer.adversarial import TARGET, DomainDiscriminator
 from adapterhub_chat.transfer.language import LANGUAGE, text_job
 from adapterhub_chat.transfer.maxent import Weighting, at_level, balanced, reweighted
-from adapterhub_chat.transfer.setting import Setting, _features
+from adapterhub_chat.transfer.setting import TransferProblem, _features
 from adapterhub_chat.types import Example, Mix
 
 BASELINE = "target"
@@ -39,7 +39,7 @@ TEXT_SHARE = 0.3
 remembers, and they take the place of examples that teach."""
 
 
-def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -> list[Job]:
+def few_shot_jobs(tokenizer: object, setting: TransferProblem, methods: Sequence[str]) -> list[Job]:
     """Return the jobs that learn from the shots alone: of `target`, `finetune` and `stack`."""
     if not setting.shots:
         return []
@@ -55,18 +55,18 @@ def few_shot_jobs(tokenizer: object, setting: Setting, methods: Sequence[str]) -
     return [job for name, job in jobs.items() if name in methods or name == BASELINE]
 
 
-def language_job(model: AdapterModel, setting: Setting) -> Job:
+def language_job(model: AdapterModel, setting: TransferProblem) -> Job:
     """Return the job of a T that learns the target's text, with half of the steps where there are shots."""
     return text_job(model, setting.target.contract, setting.unlabelled, _share(setting))
 
 
-def language_stack(tokenizer: object, setting: Setting, learnt: AdapterWeights) -> Job:
+def language_stack(tokenizer: object, setting: TransferProblem, learnt: AdapterWeights) -> Job:
     """Return the job of the T that has learnt the language: the shots, under the frozen source."""
     (stack,) = (j for j in few_shot_jobs(tokenizer, setting, ["stack"]) if j.name == "stack")
     return replace(stack, name=LANGUAGE, start=learnt, config=_share(setting))
 
 
-def _share(setting: Setting) -> TrainConfig:
+def _share(setting: TransferProblem) -> TrainConfig:
     """Return the budget of one of `language`'s two turns; without shots there is but one."""
     steps = setting.config.max_steps
     return _of_t(setting).model_copy(
@@ -74,14 +74,14 @@ def _share(setting: Setting) -> TrainConfig:
     )
 
 
-def _of_t(setting: Setting) -> TrainConfig:
+def _of_t(setting: TransferProblem) -> TrainConfig:
     """Return the settings of a T, which may act on the input side of the network alone."""
     layers = setting.stack_layers or setting.config.layers
     return setting.config.model_copy(update={"layers": layers})
 
 
 def maxent_job(
-    model: AdapterModel, setting: Setting, teacher: Mix, share: float
+    model: AdapterModel, setting: TransferProblem, teacher: Mix, share: float
 ) -> tuple[Job, Weighting]:
     """Return the job on the reweighted source and the shots; `teacher` is who says p_T (y | x).
 
@@ -108,7 +108,9 @@ def maxent_job(
     return replace(job, validation=_checked(tokenizer, setting)), weighting
 
 
-def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
+def adversarial_job(
+    model: AdapterModel, setting: TransferProblem
+) -> tuple[Job, DomainDiscriminator]:
     """Return the job on source, shots and unlabelled text, from the source's weights, and its game."""
     tokenizer, contract = model.backbone.tokenizer, setting.target.contract
     labels = [ids[0] for ids in encode_labels(tokenizer, contract)] if contract.labels else []
@@ -117,13 +119,13 @@ def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
     texts = sample(setting.unlabelled, number, setting.config.seed)
     plain = [replace(example, contract=None) for example in texts]
     length = setting.config.row_length
-    asked = questions(tokenizer, contract, plain, token=token, max_length=length)
+    asked = encode_inputs(tokenizer, contract, plain, token=token, max_length=length)
     known = [replace(example, domain=TARGET) for example in _shots(tokenizer, setting)]
     own = [replace(example, weight=0.0, domain=TARGET) for example in asked]
     source = _encoded(tokenizer, setting, setting.source_examples)
     job = replace(_from_source(setting, "adversarial"), train=[*source, *known, *own])
     job = replace(job, validation=_checked(tokenizer, setting))
-    game = Game(
+    game = DomainDiscriminator(
         model.backbone.model.config.hidden_size,
         total_steps([job], job.config),
         layer=setting.layer,
@@ -133,7 +135,7 @@ def adversarial_job(model: AdapterModel, setting: Setting) -> tuple[Job, Game]:
     return replace(job, auxiliary=game), game
 
 
-def _from_source(setting: Setting, name: str) -> Job:
+def _from_source(setting: TransferProblem, name: str) -> Job:
     """Return a job without examples that starts from the source's weights."""
     source = setting.source
     scaled = {"rank": source.max_rank, "alpha": float(source.max_rank), "rslora": False}
@@ -141,7 +143,7 @@ def _from_source(setting: Setting, name: str) -> Job:
     return Job(name, (), (), config, start=source, labels=labels)
 
 
-def likelihoods(model: AdapterModel, setting: Setting, teacher: Mix) -> Tensor:
+def likelihoods(model: AdapterModel, setting: TransferProblem, teacher: Mix) -> Tensor:
     """Return log p_T(y_i | x_i) of the source's labels under the target's contract, (n,).
 
     Of a free answer it is the mean over its tokens: a long one is not unlikely for being long.
@@ -157,12 +159,12 @@ def likelihoods(model: AdapterModel, setting: Setting, teacher: Mix) -> Tensor:
     return -sequence_losses(model, encoded, teacher).squeeze(1) / lengths
 
 
-def finished(setting: Setting, name: str, trained: Trained) -> AdapterWeights:
+def finished(setting: TransferProblem, name: str, trained: Trained) -> AdapterWeights:
     """Return what a method made as a plain adapter: a stack is flattened, ranks side by side."""
     return concatenate([setting.source, trained.weights]) if name in STACKS else trained.weights
 
 
-def _shots(tokenizer: object, setting: Setting) -> list[Encoded]:
+def _shots(tokenizer: object, setting: TransferProblem) -> list[Encoded]:
     """Return the target's shots, repeated so that they are SHOT_SHARE of the labelled examples."""
     shots = _encoded(tokenizer, setting, setting.shots)
     if not shots:
@@ -171,14 +173,16 @@ def _shots(tokenizer: object, setting: Setting) -> list[Encoded]:
     return shots * max(1, round(wanted / len(shots)))
 
 
-def _checked(tokenizer: object, setting: Setting) -> list[Encoded]:
+def _checked(tokenizer: object, setting: TransferProblem) -> list[Encoded]:
     """Return what training is validated on: nothing, where that would only be after the last step."""
     config = setting.config
     at_the_end = 0 < config.max_steps <= config.eval_every
     return [] if at_the_end else _encoded(tokenizer, setting, setting.validation)
 
 
-def _encoded(tokenizer: object, setting: Setting, examples: Sequence[Example]) -> list[Encoded]:
+def _encoded(
+    tokenizer: object, setting: TransferProblem, examples: Sequence[Example]
+) -> list[Encoded]:
     plain = [replace(example, contract=None) for example in examples]
     length = setting.config.row_length
     return encode_examples(tokenizer, setting.target.contract, plain, max_length=length)

@@ -167,7 +167,7 @@ def rank_sources(
     registry: Registry, target: Task, names: Sequence[str] | None, limit: int
 ) -> list[Ranked]:
     """Return adapters of the pool by how promising they are; see AdapterHub.rank_sources."""
-    mixes = _mixes(registry) if names is None else registry.ready(list(names))
+    mixes = _mixes(registry) if names is None else registry.resolve(list(names))
     if not mixes:
         raise UsageError(f"there are no adapters in {registry.pool.root} to rank as sources")
     sources, examples = {str(mix): mix for mix in mixes}, sample(target.split("train"), limit)
@@ -180,8 +180,8 @@ def _mixes(registry: Registry) -> list[Mix]:
     found: list[Mix] = []
     for name in registry.pool.names():
         try:
-            (mix,) = registry.ready([name])
-            registry.whole(mix)
+            (mix,) = registry.resolve([name])
+            registry.with_stack_bases(mix)
         except AdapterError as error:
             warnings.warn(f"{name} is left out: {error}", stacklevel=4)
         else:

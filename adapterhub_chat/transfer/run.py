@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from adapterhub_chat.artifact.manifest import Manifest, Training, TransferReport, Under, hurt
+from adapterhub_chat.artifact.manifest import Manifest, StackBase, Training, TransferReport, hurt
 from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.scoring import judge_task
@@ -14,13 +14,13 @@ from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.provenance import draft_of
 from adapterhub_chat.pool.registry import Registry
-from adapterhub_chat.pool.stacks import flat
+from adapterhub_chat.pool.stacks import flattened
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.route.learn import learn_routing
 from adapterhub_chat.transfer.candidates import Outcome, check_method, transfer
 from adapterhub_chat.transfer.methods import STACKS
-from adapterhub_chat.transfer.setting import make_setting, warn_of_language
-from adapterhub_chat.transfer.spec import TransferOrder, _target
+from adapterhub_chat.transfer.setting import make_problem, warn_of_language
+from adapterhub_chat.transfer.spec import TransferSpec, _target
 from adapterhub_chat.types import as_mix
 
 BY_SOURCE = ("maxent", "adversarial")
@@ -38,7 +38,7 @@ class Transferred:
     """What each number of shots that was asked for comes to, in ascending order."""
 
 
-def make_transfer(registry: Registry, order: TransferOrder, listeners: Listeners) -> Transferred:
+def make_transfer(registry: Registry, order: TransferSpec, listeners: Listeners) -> Transferred:
     """Train, judge, choose, keep and measure; see AdapterHub.transfer."""
     stored = registry.find(order.source)
     task = order.source_task or _task_of(stored)
@@ -56,10 +56,10 @@ def make_transfer(registry: Registry, order: TransferOrder, listeners: Listeners
     _check_layers(registry, order)
     registry.pool.check_writable()
     labels = [*stored.manifest.contract.labels] if stored.manifest else None
-    source = flat(registry.pool, stored)
+    source = flattened(registry.pool, stored)
     settings = {
         shots: replace(
-            make_setting(
+            make_problem(
                 source, task, target, shots, order.config, unlabelled=texts, labels=labels
             ),
             level=order.level,
@@ -83,7 +83,7 @@ def make_transfer(registry: Registry, order: TransferOrder, listeners: Listeners
     draft = _manifest(registry, order, name, taught, stored, outcome)
     under = _under(registry, order, stored) if chosen.own is not None else ()
     weights = chosen.own if chosen.own is not None and under else chosen.weights
-    manifest = registry.keep(weights, draft.model_copy(update={"stack": under}))
+    manifest = registry.save_new(weights, draft.model_copy(update={"stack": under}))
     if target.split("test"):
         scores = judge_task(registry.model, target, [(name, as_mix(name))], 0, listeners)
         registry.describe(name, manifest := manifest.with_scores(scores))
@@ -103,17 +103,17 @@ def flatten(registry: Registry, name: str, flat_name: str | None) -> Manifest:
     )
     scores = tuple(replace(score, adapter=named) for score in manifest.scores)
     changes = {"name": named, "stack": (), "training": training, "scores": scores, "published": ""}
-    return registry.keep(flat(registry.pool, stored), manifest.model_copy(update=changes))
+    return registry.save_new(flattened(registry.pool, stored), manifest.model_copy(update=changes))
 
 
-def _under(registry: Registry, order: TransferOrder, stored: Stored) -> tuple[Under, ...]:
+def _under(registry: Registry, order: TransferSpec, stored: Stored) -> tuple[StackBase, ...]:
     """Return what a stack stands on, empty where the source is no pool member: it is flattened then."""
     if order.source not in registry.pool or stored.manifest is None:
         return ()
-    return (*stored.manifest.stack, Under(name=order.source, sha256=stored.manifest.sha256))
+    return (*stored.manifest.stack, StackBase(name=order.source, sha256=stored.manifest.sha256))
 
 
-def _check_layers(registry: Registry, order: TransferOrder) -> None:
+def _check_layers(registry: Registry, order: TransferSpec) -> None:
     """Raise UsageError for blocks that the backbone does not have."""
     targeted(registry.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
     count = len(registry.model.backbone.blocks)
@@ -137,7 +137,7 @@ def _task_of(stored: Stored) -> Task:
 
 def _manifest(
     registry: Registry,
-    order: TransferOrder,
+    order: TransferSpec,
     name: str,
     taught: Sequence[Task],
     stored: Stored,

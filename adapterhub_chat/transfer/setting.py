@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.data.encoding import unwritable
+from adapterhub_chat.data.encoding import unknown_token_share
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import DataError, join_misfits
 from adapterhub_chat.lora.weights import AdapterWeights, Head, concatenate
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import features
-from adapterhub_chat.transfer.gate import FEWEST, stratified
+from adapterhub_chat.transfer.gate import MIN_ITEMS, stratified
 from adapterhub_chat.transfer.maxent import balanced, drawn, principal
 from adapterhub_chat.types import SPLITS, Example, Mix
 
@@ -30,7 +30,7 @@ many examples are looked at."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class TransferProblem:
     """Who teaches whom: a source adapter with its examples, and a target with few of its own."""
 
     source: AdapterWeights
@@ -58,7 +58,7 @@ class Setting:
     """Mean log-likelihood that the reweighted source shall reach; None: as the effective size allows."""
 
 
-def make_setting(
+def make_problem(
     source: AdapterWeights,
     source_task: Task,
     target: Task,
@@ -67,7 +67,7 @@ def make_setting(
     *,
     unlabelled: Sequence[Example] | None = None,
     labels: Sequence[str] | None = None,
-) -> Setting:
+) -> TransferProblem:
     """Draw the examples; raise DataError for everything in which source and target do not fit.
 
     `unlabelled` None: the target's training examples other than the shots, without their answers. `labels`
@@ -111,7 +111,9 @@ def make_setting(
     texts = sample(unlabelled, len(examples), config.seed)
     _warn_of_few(target, held_out)
     source = _aligned(source, order, list(target.contract.labels))
-    setting = Setting(concatenate([source]), examples, target, chosen, held_out, config, texts)
+    setting = TransferProblem(
+        concatenate([source]), examples, target, chosen, held_out, config, texts
+    )
     stand_ins = sample(source_task.split("validation"), config.eval_examples) if bare else []
     foreign = source_task.language != target.language
     return replace(setting, foreign=foreign, stand_ins=stand_ins)
@@ -119,10 +121,10 @@ def make_setting(
 
 def _warn_of_few(target: Task, held_out: Sequence[Example]) -> None:
     """Warn where validation examples cannot tell good from bad."""
-    if 0 < len(held_out) < FEWEST:
+    if 0 < len(held_out) < MIN_ITEMS:
         warnings.warn(
             f"{target.name} has {len(held_out)} validation examples, which prove nothing: every verdict is "
-            f"neutral with fewer than {FEWEST}",
+            f"neutral with fewer than {MIN_ITEMS}",
             stacklevel=3,
         )
     elif held_out and target.contract.labels and len({e.answer for e in held_out}) < 2:
@@ -133,7 +135,7 @@ def _warn_of_few(target: Task, held_out: Sequence[Example]) -> None:
         )
 
 
-def stood_in(model: AdapterModel, setting: Setting) -> Setting:
+def proxy_validation(model: AdapterModel, setting: TransferProblem) -> TransferProblem:
     """Return the setting of a target without labels judged by proxy: as importance weighting would.
 
     The source's held-out examples are drawn by entropy-balancing weights, as many as these are worth, so
@@ -152,11 +154,11 @@ def stood_in(model: AdapterModel, setting: Setting) -> Setting:
     return replace(setting, validation=own, proxy=proxy)
 
 
-def warn_of_language(tokenizer: Any, setting: Setting) -> None:
+def warn_of_language(tokenizer: Any, setting: TransferProblem) -> None:
     """Warn where much of the target's text is bytes or unknown tokens to the backbone's tokenizer."""
     seen = (setting.validation or setting.unlabelled)[:LOOKED_AT]
     texts = [" ".join(e.fields.values()) for e in seen]
-    if (share := unwritable(tokenizer, texts)) >= FOREIGN:
+    if (share := unknown_token_share(tokenizer, texts)) >= FOREIGN:
         warnings.warn(
             f"{share:.0%} of the tokens of {setting.target.name} ({setting.target.language}) are bytes or "
             "unknown to this backbone, which has hardly read the language: expect little, or choose a "
@@ -174,7 +176,7 @@ def shots_of(target: Task, count: int, seed: int) -> list[Example]:
 
 
 def _features(
-    model: AdapterModel, setting: Setting, own: Sequence[Example]
+    model: AdapterModel, setting: TransferProblem, own: Sequence[Example]
 ) -> tuple[Tensor, Tensor]:
     """Return the bare backbone's features of the source's `own` and the target's, along few directions."""
     source, target = (

@@ -30,7 +30,7 @@ def transfer_config(settings: Mapping[str, Any]) -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class TransferOrder:
+class TransferSpec:
     """What is asked for."""
 
     source: str
@@ -62,13 +62,13 @@ def target_of(target: str | Path | Task) -> Task | Path:
     return Path(target)
 
 
-def transfer_order(
+def transfer_spec(
     source: str,
     target: str | Path | Task,
     shots: int | Sequence[int],
     settings: Mapping[str, Any],
     **options: Any,
-) -> TransferOrder:
+) -> TransferSpec:
     """Return the order that a caller's words mean; `options` are further fields of it.
 
     Of several numbers of `shots` the first makes the adapter; the others are tried, too.
@@ -78,7 +78,7 @@ def transfer_order(
     counts = [shots] if isinstance(shots, int) else list(shots)
     if not counts or min(counts) < 0:
         raise UsageError(f"shots={shots}: one number that is at least 0, or several")
-    return TransferOrder(source, goal, shots=counts[0], also=counts[1:], config=config, **options)
+    return TransferSpec(source, goal, shots=counts[0], also=counts[1:], config=config, **options)
 
 
 def ranked_task(target: str | Path | Task) -> Task:
@@ -91,7 +91,7 @@ def ranked_task(target: str | Path | Task) -> Task:
     return goal
 
 
-def _target(order: TransferOrder, source: Task) -> tuple[Task, list[Example] | None]:
+def _target(order: TransferSpec, source: Task) -> tuple[Task, list[Example] | None]:
     """Return the target, and its texts without labels where there are some beside its own inputs."""
     texts: list[Example] = []
     target = order.target

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adapterhub_chat.artifact.folder import Scratch, config_of, read_folder, write_weights
+from adapterhub_chat.artifact.folder import BufferPool, config_of, read_folder, write_weights
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError
@@ -650,7 +650,7 @@ def test_a_pattern_that_only_peft_would_understand_is_not_handed_on(tmp_path, mo
 
 
 def test_memory_is_lent_to_one_reader_at_a_time():
-    scratch = Scratch()
+    scratch = BufferPool()
     with scratch.lent() as mine, scratch.lent() as its:
         one, other = mine(100), its(100)
         assert one.data_ptr() != other.data_ptr()

@@ -28,7 +28,7 @@ from adapterhub_chat.artifact.guard import MAX_GAIN, MAX_VALUE, check
 from adapterhub_chat.artifact.manifest import FILE as MANIFEST
 from adapterhub_chat.artifact.peft_config import (
     CONFIG,
-    SETTINGS,
+    PEFT_SETTINGS,
     absent_misfits,
     by_module,
     plain_config,
@@ -1181,7 +1181,7 @@ TYPICAL = (
     | st.lists(MODULES | st.integers(0, 3), max_size=3)
     | st.dictionaries(MODULES, st.integers(1, 4) | st.floats(0.5, 9), max_size=3)
 )
-FIELDS = sorted({*SETTINGS, "rank_pattern", "alpha_pattern", "peft_type"})
+FIELDS = sorted({*PEFT_SETTINGS, "rank_pattern", "alpha_pattern", "peft_type"})
 PLAIN = plain_config(base_model="", rank=1, alpha=1, rslora=False, targets=[]).keys()
 NARROWING = {"exclude_modules", "layers_to_transform", "layers_pattern"}
 

@@ -248,7 +248,7 @@ def test_another_environments_interpreter_is_not_led_astray(tmp_path, monkeypatc
 
 def peer_of(kind, folder, **changed):
     settings = {"kind": kind, "peers": "peers", "tokens": 3, "rows": 4, "rank": 4, **changed}
-    return peers_bench.KINDS[kind](folder, settings)
+    return peers_bench.PEERS[kind](folder, settings)
 
 
 class Together(peers_bench.VLLM):
@@ -334,7 +334,7 @@ def settings_of(pico_folder, folder):
 def test_servers_run_only_while_they_are_measured_and_end_with_the_worker(
     folder, pico_folder, tmp_path
 ):
-    worker = Worker(mixed_bench.PEERS, "vllm", settings_of(pico_folder, folder))
+    worker = Worker(mixed_bench.PEER_WORKERS, "vllm", settings_of(pico_folder, folder))
     try:
         assert worker.ready == {"version": "1.2"}
         pids = processes(tmp_path)
@@ -353,7 +353,7 @@ def test_servers_run_only_while_they_are_measured_and_end_with_the_worker(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
 def test_servers_end_with_a_worker_that_is_told_to(folder, pico_folder, tmp_path, number):
-    command = [sys.executable, "-m", mixed_bench.PEERS, "vllm"]
+    command = [sys.executable, "-m", mixed_bench.PEER_WORKERS, "vllm"]
     worker = subprocess.Popen(
         [*command, json.dumps(settings_of(pico_folder, folder))],
         stdin=subprocess.PIPE,
@@ -447,7 +447,7 @@ def test_the_engine_is_measured(kind):
     if kind not in REAL:
         pytest.skip(f"{kind} is not installed in ${peers.FOLDER}")
     settings = {"backbone": "smollm2-135m", "rank": 8, "tokens": 4, "adapters": 2, "rows": 4}
-    worker = Worker(mixed_bench.PEERS, kind, {**settings, "peers": None})
+    worker = Worker(mixed_bench.PEER_WORKERS, kind, {**settings, "peers": None})
     try:
         for case in ([1, 0], [4, 0], [4, 2]):
             assert worker.measure(json.dumps(case))["seconds"] > 0

@@ -77,13 +77,13 @@ def test_the_bytes_are_those_of_the_dtype(pico_folder, monkeypatch):
 
 def test_both_ways_load_what_they_are_told(settings):
     swap_bench.save(settings)
-    for make in swap_bench.KINDS.values():
+    for make in swap_bench.SWAP_WORKERS.values():
         assert make(settings)("a1")["seconds"] > 0
 
 
 def test_a_switch_is_timed_so_many_times(settings):
     swap_bench.save(settings)
-    told = swap_bench.here(settings)
+    told = swap_bench.ours_swap(settings)
     told("a0")
     assert len(told("switch")["seconds"]) == 7
 

@@ -30,13 +30,15 @@ def settings(pico_folder, tmp_path):
 
 def test_every_way_learns_from_the_same_examples(settings):
     done = {}
-    for kind, make in train_bench.KINDS.items():
+    for kind, make in train_bench.TRAIN_WORKERS.items():
         work, end = make(load_backbone(settings["backbone"]), settings)
         done[kind] = [work() for _ in range(4)]
         if kind in ("here", "peft"):
             done[kind, "end"] = end()
     for call in range(4):
-        tokens = {kind: done[kind][call]["tokens"] for kind in train_bench.KINDS if kind != "one"}
+        tokens = {
+            kind: done[kind][call]["tokens"] for kind in train_bench.TRAIN_WORKERS if kind != "one"
+        }
         examples = {kind: done[kind][call]["examples"] for kind in ("here", "floor", "peft")}
         assert len(set(tokens.values())) == len(set(examples.values())) == 1
     here, peft = (done[kind, "end"]["validation"] for kind in ("here", "peft"))
@@ -55,7 +57,7 @@ def test_the_table_has_every_ratio(settings, monkeypatch):
     )
     assert found["bench"] == "train"
     assert {row["kind"] for row in found["rows"]} == {
-        *train_bench.KINDS,
+        *train_bench.TRAIN_WORKERS,
         "1 adapters",
         "2 adapters",
     }

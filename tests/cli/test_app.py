@@ -17,7 +17,7 @@ from pico import TOYS, snapshot, toy_task, write_task
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.cli.app import app
-from adapterhub_chat.cli.json_lines import sink
+from adapterhub_chat.cli.json_lines import open_output
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.data.task import load_task
 from adapterhub_chat.errors import PoolError
@@ -513,7 +513,7 @@ def test_predict_on_a_full_disk_and_to_a_device(run):
 
 def test_an_output_that_is_not_finished_leaves_nothing(tmp_path):
     def fail(error):
-        with sink(str(tmp_path / "out")) as file:
+        with open_output(str(tmp_path / "out")) as file:
             file.write("half")
             raise error
 

@@ -8,8 +8,8 @@ from adapterhub_chat.data.encoding import (
     encode_choices,
     encode_examples,
     encode_prompts,
-    fit,
     messages_of,
+    truncate,
 )
 from adapterhub_chat.types import Example, Message, PromptContract
 
@@ -79,13 +79,13 @@ def test_without_a_chat_template_the_turns_are_lines(backbone):
 
 
 def test_long_prompts_lose_their_middle_and_answers_their_end():
-    cut = fit(tuple(range(100)), ((1,) * 50,), 32)
+    cut = truncate(tuple(range(100)), ((1,) * 50,), 32)
     assert cut.num_inputs == 32
     assert cut.prompt[0] == 0
     assert cut.prompt[-1] == 99
     assert len(cut.continuations[0]) == 16
     short = Encoded((1, 2), ((3,),))
-    assert fit(short.prompt, short.continuations, 32) == short
+    assert truncate(short.prompt, short.continuations, 32) == short
 
 
 def test_no_answers_no_ids(backbone):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from adapterhub_chat.errors import UnknownNameError, UsageError
-from adapterhub_chat.inference.detokenizer import Writing, certain
+from adapterhub_chat.inference.detokenizer import Detokenizer, certain
 from adapterhub_chat.inference.generate import generate
 from adapterhub_chat.inference.likelihood import next_token_logits
 from adapterhub_chat.inference.requests import Request
@@ -227,7 +227,7 @@ def say(model, text, **rules):
     """Let the real decoding rules run over a given text's bytes, a token each; return pieces."""
     tokenizer, letters = model.backbone.tokenizer, bytes_to_unicode()
     ids = [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in text.encode()]
-    row = Writing(tokenizer, Sampling(max_new_tokens=len(ids) + 1, **rules))
+    row = Detokenizer(tokenizer, Sampling(max_new_tokens=len(ids) + 1, **rules))
     pieces = []
     for token in [*ids, tokenizer.eos_token_id]:
         if not row.ended:

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inference.engine import Engine
-from adapterhub_chat.inference.graph_decoder import RecordedDecoder
+from adapterhub_chat.inference.graph_decoder import GraphDecoder
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.model.adapter_model import AdapterModel
@@ -38,9 +38,7 @@ def engine(loaded, request):
     reset()
     counters.clear()
     made = Engine(loaded, rows=8, prefix_bytes=0)
-    made.decoder = made._batch.decoder = RecordedDecoder(
-        loaded, made.decoder, backend=request.param
-    )
+    made.decoder = made._batch.decoder = GraphDecoder(loaded, made.decoder, backend=request.param)
     return made
 
 
@@ -112,9 +110,7 @@ def test_a_spare_row_leaves_a_new_ones_prompt_alone(loaded):
     """A request whose prompt is still being read lies where the padding of the others is."""
     reset()
     engine = Engine(loaded, rows=8, chunk=16, prefix_bytes=0)
-    engine.decoder = engine._batch.decoder = RecordedDecoder(
-        loaded, engine.decoder, backend="eager"
-    )
+    engine.decoder = engine._batch.decoder = GraphDecoder(loaded, engine.decoder, backend="eager")
     plain = Engine(loaded, rows=8, chunk=16, prefix_bytes=0)
     long = tuple(range(3, 90))
     asked = [Request((40, n), as_mix("a1"), RULES) for n in range(3, 6)]
@@ -133,7 +129,7 @@ def test_a_step_that_fails_to_be_recorded_is_done_without(loaded):
     def broken(_graph, _inputs):
         raise MemoryError("no memory for a record")
 
-    engine.decoder = engine._batch.decoder = RecordedDecoder(loaded, engine.decoder, backend=broken)
+    engine.decoder = engine._batch.decoder = GraphDecoder(loaded, engine.decoder, backend=broken)
     with pytest.warns(UserWarning, match="is not recorded"):
         texts = ask(engine, "a0", "a1")
     assert texts == ask(plain, "a0", "a1")
@@ -145,7 +141,7 @@ def test_what_cannot_be_recorded_is_said(pico_folder, tmp_path, loaded):
     with pytest.raises(UsageError, match="Leave graphs out"):
         Engine(AdapterModel(four), graphs=True)
     own = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", graphs=True)
-    assert isinstance(own.engine.decoder, RecordedDecoder)
+    assert isinstance(own.engine.decoder, GraphDecoder)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterhub_chat.lora.kernels import Batched, Dense, Ragged, choose, terms
+from adapterhub_chat.lora.kernels import Batched, Dense, Ragged, choose_form, terms
 
 WIDTH, OUT, RANK, TOKENS = 5, 7, 3, 2
 
@@ -56,7 +56,7 @@ def one_hot(groups, weights=None):
 def test_one_hot_rows(groups, kind):
     for weights in (None, [0.5 - n for n in range(len(groups))]):
         mix = one_hot(groups, weights)
-        form = choose(mix)
+        form = choose_form(mix)
         assert type(form) is kind
         check(form, mix)
 
@@ -64,7 +64,7 @@ def test_one_hot_rows(groups, kind):
 def test_ragged_rows_in_fp32_go_through_grouped_mm():
     """Widths of whole 16 bytes, so that torch's own grouped product runs; float64 takes the loop."""
     mix = one_hot([1, 0, 0, 0, 0, 0, 0, 2]).float()
-    form = choose(mix)
+    form = choose_form(mix)
     generator = torch.Generator().manual_seed(0)
     x, a, b = (torch.randn(*s, generator=generator) for s in ((8, 2, 8), (3, 8, 8), (3, 8, 16)))
     group = mix.argmax(1)
@@ -74,14 +74,14 @@ def test_ragged_rows_in_fp32_go_through_grouped_mm():
 
 
 def test_sorted_equal_groups_need_no_index():
-    form = choose(one_hot([0, 0, 1, 1]))
+    form = choose_form(one_hot([0, 0, 1, 1]))
     assert form.gather is None
     assert form.scatter is None
 
 
 def test_rows_that_mix_slots():
     mix = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [1.0, -2.0, 3.0]], dtype=torch.float64)
-    form = choose(mix)
+    form = choose_form(mix)
     assert type(form) is Dense
     check(form, mix)
 
@@ -101,7 +101,7 @@ def test_any_mix(data):
     )
     mix = mix[(mix != 0).any(1)][:, (mix != 0).any(0)]
     if mix.numel():
-        check(choose(mix), mix)
+        check(choose_form(mix), mix)
 
 
 def test_numbers_that_are_not_finite_stay_in_their_own_group():
@@ -109,7 +109,7 @@ def test_numbers_that_are_not_finite_stay_in_their_own_group():
     x, a, b, _ = problem(mix)
     with torch.no_grad():
         x[0] = torch.nan
-    form = choose(mix)
+    form = choose_form(mix)
     y = form.add(torch.zeros(3, TOKENS, OUT, dtype=x.dtype), form.shrink(x, a), b)
     _, grad_a, grad_b = torch.autograd.grad(y[1:].sum() + y[0].sum(), (x, a, b))
     assert grad_a[1].isfinite().all()
@@ -119,7 +119,7 @@ def test_numbers_that_are_not_finite_stay_in_their_own_group():
 
 def test_what_is_added_to_lies_in_place_and_keeps_its_own_gradient():
     mix = one_hot([0, 0, 1, 1])
-    form = choose(mix)
+    form = choose_form(mix)
     x, a, b, wanted = problem(mix)
     base = torch.randn(4, TOKENS, OUT, dtype=x.dtype, requires_grad=True)
     y = base * 1

@@ -75,7 +75,7 @@ def moments_of(sources):
 
 def merge(sources, *args, method="svd", **options):
     """Merge, with moments for a method that looks at them."""
-    looks = method in METHODS and METHODS[method].looks
+    looks = method in METHODS and METHODS[method].needs_moments
     given = {"moments": moments_of(sources)} if looks else {}
     return merge_table(sources, *args, method=method, **{**given, **options})
 

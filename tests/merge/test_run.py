@@ -321,7 +321,7 @@ def test_what_is_not_measured_is_said(hub):
 @pytest.mark.parametrize("keeps", [True, False])
 def test_learnt_weights_are_held_to_the_floor_too(hub, keeps, monkeypatch):
     """The method was chosen with even weights; those are taken where the learnt ones fall below."""
-    monkeypatch.setattr(merging_module, "learn", lambda *_: (1.0, 1e-6))
+    monkeypatch.setattr(merging_module, "learn_weights", lambda *_: (1.0, 1e-6))
     tried = merged_by(hub, "films", "talk", method="auto", floor=0.0).merge.tried
     lowest = {one.method: one.lowest for one in tried}
     floor = 0.0 if keeps else max(v for name, v in lowest.items() if name != "mix") - 0.01

@@ -22,8 +22,8 @@ from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, ConfigError, DataError, UsageError
 from adapterhub_chat.export.gguf_adapter import write_gguf
 from adapterhub_chat.lora.weights import Head, concatenate, initial_weights
-from adapterhub_chat.model.features import listening, pooled
-from adapterhub_chat.training.job import Seen, make_job
+from adapterhub_chat.model.features import capture_blocks, mean_pooled
+from adapterhub_chat.training.job import HiddenStates, make_job
 from adapterhub_chat.training.loop import train
 from adapterhub_chat.transfer.language import text_job
 from adapterhub_chat.types import Example, PromptContract, as_mix
@@ -50,9 +50,9 @@ def topics(name="topics", size=60):
 def pooled_of(model, example, name):
     """The features (1, H) of one text under an adapter."""
     batch = pack([[example]], 64)
-    with listening(model, [-1]) as heard, model.mixing([as_mix(name)]):
+    with capture_blocks(model, [-1]) as heard, model.mixing([as_mix(name)]):
         model.answer_logits(batch)
-        return pooled(heard[-1], batch)
+        return mean_pooled(heard[-1], batch)
 
 
 def random_weights(model, labels=2, seed=1):
@@ -373,7 +373,7 @@ def test_an_encoder_learns_a_language_by_restoring_covered_texts(encoder_hub):
     for name in (None, "learnt"):
         with torch.inference_mode():
             vectors = torch.cat([pooled_of(model, example, name) for example in job.train])
-        losses.append(float(job.auxiliary.loss(Seen(job.train, vectors, vectors))))
+        losses.append(float(job.auxiliary.loss(HiddenStates(job.train, vectors, vectors))))
     assert losses[1] < 0.8 * losses[0]
     empty = [Example({"text": ""}, "good")]
     assert not text_job(model, PromptContract(), empty, config).train

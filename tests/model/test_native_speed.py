@@ -8,7 +8,7 @@ import torch
 
 from adapterhub_chat.model.devices import explain_dtype, pick_dtype
 from adapterhub_chat.model.native_speed import (
-    KINDS,
+    DTYPE_KINDS,
     choose_dtype,
     kept_timings,
     machine,
@@ -55,7 +55,7 @@ def test_both_judgements_are_told():
 
 def test_products_are_measured_in_both_dtypes():
     found = measure_products()
-    assert found.keys() == KINDS.keys()
+    assert found.keys() == DTYPE_KINDS.keys()
     for times in found.values():
         assert times.keys() == {512, 1, 16}
         assert all(0 < seconds < math.inf for seconds in times.values())

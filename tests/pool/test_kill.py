@@ -19,7 +19,7 @@ from adapterhub_chat.files import file_sha256
 from adapterhub_chat.pool.lockfile import FILE as LOCK
 from adapterhub_chat.pool.lockfile import NEXT, read_lock
 from adapterhub_chat.pool.pool import Pool
-from adapterhub_chat.remote.client import Hub
+from adapterhub_chat.remote.client import HubClient
 
 REPO = "alice/toy"
 MOMENTS = 25
@@ -64,7 +64,7 @@ def killed_at_random_moments(action, folder, root, access, moments):
         if not turn:
             assert status == 0
             seconds = 1.1 * (time.monotonic() - started)
-        hub = Hub(**access)
+        hub = HubClient(**access)
         commit = hub.snapshot(REPO)
         files = {name: (f.size, f.sha256, f.blob) for name, f in commit.files.items()}
         found.append((state(root), files, hub.tags(REPO)))
@@ -113,7 +113,7 @@ def test_kill_9_in_a_push_leaves_the_old_repository_or_the_new_one(
     published, pico_folder, make_weights
 ):
     hub, access = published
-    before = Hub(**access).snapshot(REPO)
+    before = HubClient(**access).snapshot(REPO)
     keep_adapter(hub, make_weights(seed=3))
     root = hub.pool.root
     found = in_child(killed_at_random_moments, "push", str(pico_folder), str(root), access, MOMENTS)
@@ -126,4 +126,4 @@ def test_kill_9_in_a_push_leaves_the_old_repository_or_the_new_one(
     }
     fresh = AdapterHub(str(pico_folder), root, dtype="fp32", device="cpu")
     done = fresh.push("toy", REPO, **access)
-    assert Hub(**access).tags(REPO)[done.version] == done.commit
+    assert HubClient(**access).tags(REPO)[done.version] == done.commit

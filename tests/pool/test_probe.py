@@ -46,7 +46,7 @@ def registry(model, tmp_path):
 @pytest.fixture
 def kept(registry, make_weights):
     """The folder of an adapter `a` that the pool of `hub` holds too."""
-    registry.keep(make_weights(), draft(registry.model.backbone))
+    registry.save_new(make_weights(), draft(registry.model.backbone))
     return registry.pool.root / "a"
 
 
@@ -314,7 +314,7 @@ def test_another_alpha_is_refused_in_another_precision_too(alpha, hub, kept, pic
 
 
 def test_an_adapter_that_has_learnt_nothing_yet_may_do_nothing(hub, registry, make_weights):
-    registry.keep(make_weights(size=0.0), draft(hub.backbone))
+    registry.save_new(make_weights(size=0.0), draft(hub.backbone))
     assert hub.pool.manifest("a").probe.shift == 0
     assert hub.verify("a").status == "exact"
 
@@ -403,7 +403,7 @@ def two_versions(registry, make_weights):
     """Keep `a` twice; return each version's manifest and answers."""
     found = []
     for seed in (1, 2):
-        manifest = registry.keep(
+        manifest = registry.save_new(
             make_weights(seed=seed), draft(registry.model.backbone, about=f"v{seed}")
         )
         found.append((manifest, answers(registry.model)))
@@ -576,7 +576,7 @@ def test_verifying_what_is_not_there(hub, kept, tmp_path):
 
 def test_what_is_kept_is_loaded_saved_and_loads_again(registry, hub, make_weights):
     weights = make_weights()
-    manifest = registry.keep(weights, draft(registry.model.backbone))
+    manifest = registry.save_new(weights, draft(registry.model.backbone))
     assert registry.model.names == ("a",)
     assert registry.known("a").manifest == manifest == registry.pool.manifest("a")
     hub.load("a")
@@ -589,18 +589,18 @@ def test_what_is_kept_is_loaded_saved_and_loads_again(registry, hub, make_weight
 
 def test_peft_is_told_the_hub_id_of_a_packaged_backbone(registry, make_weights):
     packaged = draft(registry.model.backbone).model_copy(update={"backbone": "smollm2-135m"})
-    registry.keep(make_weights(), packaged)
+    registry.save_new(make_weights(), packaged)
     config = json.loads((registry.pool.root / "a" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_what_cannot_be_saved_is_not_loaded_either(registry, make_weights):
     old = make_weights(seed=1)
-    manifest = registry.keep(old, draft(registry.model.backbone, about="old"))
+    manifest = registry.save_new(old, draft(registry.model.backbone, about="old"))
     shutil.rmtree(registry.pool.root)
     registry.pool.root.write_text("a file in the way")
     with pytest.raises(PoolError):
-        registry.keep(make_weights(seed=2), draft(registry.model.backbone, about="new"))
+        registry.save_new(make_weights(seed=2), draft(registry.model.backbone, about="new"))
     assert registry.model.names == ("a",)
     for module, (a, b) in registry.model.weights("a").factors.items():
         torch.testing.assert_close((a, b), old.factors[module])
@@ -612,13 +612,13 @@ def test_numbers_that_are_not_finite_are_not_kept(bad, registry, make_weights):
     good = make_weights()
     broken = good.with_factors({m: (a, b * bad) for m, (a, b) in good.factors.items()})
     with pytest.raises(AdapterError, match="not finite"):
-        registry.keep(broken, draft(registry.model.backbone))
+        registry.save_new(broken, draft(registry.model.backbone))
     assert registry.model.names == ()
     assert registry.pool.names() == []
 
 
 def test_a_pool_member_comes_before_a_folder_of_its_name(registry, kept, make_weights, monkeypatch):
-    registry.keep(make_weights(seed=9), draft(registry.model.backbone, name="b"))
+    registry.save_new(make_weights(seed=9), draft(registry.model.backbone, name="b"))
     monkeypatch.chdir(kept.parent.parent)
     shutil.copytree(kept.parent / "b", "a")
     shutil.copytree(kept.parent / "b", "c")
@@ -639,7 +639,7 @@ def test_one_adapter_under_two_names(hub, kept):
 
 def test_the_heaviest_adapter_of_a_mix_gives_the_contract(registry, make_weights):
     for seed, name in enumerate("ab"):
-        registry.keep(make_weights(seed=seed), draft(registry.model.backbone, name=name))
+        registry.save_new(make_weights(seed=seed), draft(registry.model.backbone, name=name))
     assert registry.contract(as_mix({"a": 0.3, "b": 0.7})).template == "b: {text}"
     assert registry.contract(as_mix({"a": -0.8, "b": 0.7})).template == "a: {text}"
     assert registry.contract(as_mix(None)) is None
@@ -647,11 +647,11 @@ def test_the_heaviest_adapter_of_a_mix_gives_the_contract(registry, make_weights
 
 def test_what_a_mix_names_is_loaded_from_the_pool_once(hub, kept):
     fresh = Registry(hub.model, hub.pool)
-    mixes = fresh.ready(["a", None, {"a": 0.5}, "a"])
+    mixes = fresh.resolve(["a", None, {"a": 0.5}, "a"])
     assert [str(mix) for mix in mixes] == ["a", "backbone", "a=0.5", "a"]
     assert fresh.model.names == ("a",)
     with pytest.raises(UnknownNameError, match="known: a"):
-        fresh.ready(["a", "nobody"])
+        fresh.resolve(["a", "nobody"])
     fresh.unload("a")
     assert fresh.known("a") is None
 
@@ -666,7 +666,7 @@ def test_a_score_is_written_into_the_pool_and_known_here(registry, kept):
 def test_a_score_of_an_older_version_is_not_written(registry, kept, make_weights):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
     newer = Registry(registry.model, Pool(registry.pool.root))
-    newer.keep(make_weights(seed=5), draft(registry.model.backbone, about="newer"))
+    newer.save_new(make_weights(seed=5), draft(registry.model.backbone, about="newer"))
     with pytest.raises(AdapterError, match="load it again"):
         registry.describe("a", registry.known("a").manifest.with_scores([score]))
     assert registry.pool.load("a").manifest.about == "newer"

@@ -10,7 +10,7 @@ import torch
 from pico import keep_adapter
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.artifact.manifest import Under
+from adapterhub_chat.artifact.manifest import StackBase
 from adapterhub_chat.errors import AdapterError, NoRoomError, UsageError
 from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.requests import Request
@@ -73,7 +73,7 @@ def test_a_candidate_of_a_transfer_stays_while_other_adapters_come_and_go(bounde
 
 def test_a_stack_for_which_there_never_is_room_is_said(hub, bounded):
     manifest = hub.pool.manifest("b")
-    under = Under(name="a", sha256=hub.pool.manifest("a").sha256)
+    under = StackBase(name="a", sha256=hub.pool.manifest("a").sha256)
     hub.pool.describe("b", manifest.model_copy(update={"stack": (under,), "probe": None}))
     tight = bounded(1)
     tight.load("b")
@@ -105,7 +105,7 @@ def test_a_new_version_that_has_no_room_beside_the_old_one_is_the_next_ones(
     assert new != old
     tight = bounded(1)
     tight.load("a")
-    running = tight.model.acquire(as_mix("a"))
+    running = tight.model.source.acquire(as_mix("a"))
     before = tight.model.slots.names
     if change == "rollback":
         tight.rollback("a")
@@ -223,8 +223,8 @@ def test_the_hosts_memory_has_a_budget(hub, bounded):
 
 def test_what_is_brought_near_is_loaded_without_the_disk(hub, bounded, monkeypatch):
     tight = bounded(1, ram_bytes=10**6)
-    tight.model.prefetch(as_mix("a"))
-    tight.model.prefetch(as_mix("nobody"))  # whoever asks for it is told
+    tight.model.source.prefetch(as_mix("a"))
+    tight.model.source.prefetch(as_mix("nobody"))  # whoever asks for it is told
     assert tight.model.names == ()
     monkeypatch.setattr(tight.pool, "load", None)
     assert texts(tight, ["a"]) == texts(hub, ["a"])
@@ -234,7 +234,7 @@ def test_a_request_waits_where_all_memory_is_in_use(hub, bounded):
     """Also the very first one for an adapter: its contract is known before it has a slot."""
     tight = bounded(1)
     (hub.pool.root / ".probes").unlink()  # so that the probe, too, finds no slot
-    running = tight.engine.submit(Request(PROMPT, tight._registry.ready(["a"])[0], RULES))
+    running = tight.engine.submit(Request(PROMPT, tight._registry.resolve(["a"])[0], RULES))
     tight.engine.drive(lambda: tight.engine.running == 1)
     assert texts(tight, ["b"]) == texts(hub, ["b"])
     assert running.result().reason == "length"

@@ -20,7 +20,7 @@ from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterHubError, HubError, UsageError
 from adapterhub_chat.remote import client as door
-from adapterhub_chat.remote.client import Hub
+from adapterhub_chat.remote.client import HubClient
 
 REPO = "alice/toy"
 INFO = r"GET /api/models/alice/toy/revision"
@@ -289,7 +289,7 @@ def test_a_push_that_met_others_is_tried_again(made, hub_server, status):
     made.pool.describe("toy", made.pool.manifest("toy").model_copy(update={"about": "Anew."}))
     with pytest.raises(HubError, match="500"):
         made.push("toy", REPO, **access)
-    assert Hub(**access).tags(REPO).keys() == {"v1"}
+    assert HubClient(**access).tags(REPO).keys() == {"v1"}
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_a_pulled_adapter_is_checked_as_a_strangers(made, victim, hub_server, tm
         ({MANIFEST: b"[]"}, MANIFEST),
         ({MANIFEST: good[MANIFEST].replace(b'"weights": "', b'"weights": "0')}, "weights"),
     ):
-        Hub(**access).commit(REPO, {**good, **bad}, "bad")
+        HubClient(**access).commit(REPO, {**good, **bad}, "bad")
         before = everything(victim.pool.root) if victim.pool.root.exists() else {}
         with pytest.raises(AdapterHubError, match=reason):
             victim.pull(REPO, **access)

@@ -24,7 +24,7 @@ from adapterhub_chat.errors import AdapterError, HubError, PoolError, UsageError
 from adapterhub_chat.files import file_sha256
 from adapterhub_chat.pool.lockfile import read_lock
 from adapterhub_chat.remote import signing
-from adapterhub_chat.remote.client import Hub, RemoteFile, Snapshot
+from adapterhub_chat.remote.client import HubClient, RemoteFile, Snapshot
 
 REPO = "alice/toy"
 PROMPTS = ["good film", "a bad one"]
@@ -107,12 +107,12 @@ def test_nothing_but_the_files_of_an_adapter_is_published(made, speak, hub_serve
     (folder / "optimizer.pt").write_bytes(b"state")
     (folder / "link").symlink_to("/etc/hostname")
     made.push("toy", REPO, **speak)
-    names = set(Hub(**speak).snapshot(REPO).files) - {".gitattributes"}
+    names = set(HubClient(**speak).snapshot(REPO).files) - {".gitattributes"}
     assert names == {CONFIG, WEIGHTS, MANIFEST, "README.md"}
 
 
 def test_a_plain_peft_repository_is_pulled_as_unverified(made, other, speak):
-    hub, folder = Hub(**speak), made.pool.root / "toy"
+    hub, folder = HubClient(**speak), made.pool.root / "toy"
     config = json.loads((folder / CONFIG).read_text()) | {
         "lora_dropout": 0.1,
         "inference_mode": False,
@@ -144,7 +144,7 @@ def test_a_measured_winner_is_published_and_others_are_refused(hub, make_weights
     ):
         hub.push("loser", REPO, **speak)
     with pytest.raises(HubError, match="404"):
-        Hub(**speak).snapshot(REPO)  # not even the repository was made
+        HubClient(**speak).snapshot(REPO)  # not even the repository was made
     hub.push("loser", REPO, force=True, **speak)
     assert (
         "worse than the backbone without it on toy"
@@ -166,7 +166,7 @@ def test_versions_are_counted_and_never_move(made, speak, make_weights):
         made.push("toy", REPO, version="v1", **speak)
     named = made.push("toy", REPO, version="spring", **speak)
     assert (first.version, second.version, named.version) == ("v1", "v2", "spring")
-    tags = Hub(**speak).tags(REPO)
+    tags = HubClient(**speak).tags(REPO)
     assert tags == {"v1": first.commit, "v2": second.commit, "spring": named.commit}
 
 
@@ -188,7 +188,7 @@ def test_pushes_at_once_lose_nothing(pico_folder, speak, make_weights, tmp_path)
         keep(AdapterHub(str(pico_folder), tmp_path / f"p{n}", dtype="fp32", device="cpu"), w)
         for n, w in enumerate(weights)
     ]
-    Hub(**speak).create(REPO, private=False)
+    HubClient(**speak).create(REPO, private=False)
 
     def many(hub):
         return [
@@ -197,11 +197,11 @@ def test_pushes_at_once_lose_nothing(pico_folder, speak, make_weights, tmp_path)
 
     with ThreadPoolExecutor(2) as threads:
         done = [one for each in threads.map(many, hubs) for one in each]
-    tags = Hub(**speak).tags(REPO)
+    tags = HubClient(**speak).tags(REPO)
     assert tags == {one.version: one.commit for one in done}
     assert len(tags) == 40
     for one in done[::10]:
-        snapshot = Hub(**speak).snapshot(REPO, one.version)
+        snapshot = HubClient(**speak).snapshot(REPO, one.version)
         assert {CONFIG, WEIGHTS, MANIFEST, "README.md"} <= set(snapshot.files)
 
 
@@ -239,20 +239,22 @@ def test_a_signature_says_who_vouches(made, other, speak, tmp_path):
 def test_a_signature_covers_every_file(made, other, speak, tmp_path, what):
     key = signing.make_key(tmp_path / "a.pem")
     made.push("toy", REPO, sign=tmp_path / "a.pem", **speak)
-    hub = Hub(**speak)
+    hub = HubClient(**speak)
     snapshot = hub.snapshot(REPO)
-    for name in (CONFIG, WEIGHTS, MANIFEST, signing.FILE):
+    for name in (CONFIG, WEIGHTS, MANIFEST, signing.SIGNATURE_FILE):
         hub.download(snapshot, name, tmp_path / name, 2**20)
-    content = {n: (tmp_path / n).read_bytes() for n in (CONFIG, WEIGHTS, MANIFEST, signing.FILE)}
+    content = {
+        n: (tmp_path / n).read_bytes() for n in (CONFIG, WEIGHTS, MANIFEST, signing.SIGNATURE_FILE)
+    }
     if what in content:
         content[what] += b" "
     else:
-        signature = json.loads(content[signing.FILE])
+        signature = json.loads(content[signing.SIGNATURE_FILE])
         other_key = signing.make_key(tmp_path / "b.pem")
         signature |= {"key": other_key} if what == "key" else {"signature": "AAAA"}
-        content[signing.FILE] = json.dumps(signature).encode()
+        content[signing.SIGNATURE_FILE] = json.dumps(signature).encode()
     hub.commit(REPO, content, "tampered")
-    with pytest.raises(AdapterError, match=signing.FILE.replace(".", r"\.")):
+    with pytest.raises(AdapterError, match=signing.SIGNATURE_FILE.replace(".", r"\.")):
         other.pull(REPO, **speak)
     assert other.pool.names() == []
     assert key
@@ -305,7 +307,7 @@ def test_a_name_is_not_taken_over(made, other, speak, make_weights):
 
 
 def test_a_tag_that_moved_is_seen(made, other, speak, make_weights):
-    hub = Hub(**speak)
+    hub = HubClient(**speak)
     made.push("toy", REPO, **speak)
     other.pull(REPO, "v1", **speak)
     before = everything(other.pool.root)
@@ -322,7 +324,7 @@ def test_a_tag_that_moved_is_seen(made, other, speak, make_weights):
 def test_a_repository_that_was_made_anew_is_seen(made, other, speak, make_weights):
     made.push("toy", REPO, **speak)
     other.pull(REPO, **speak)
-    Hub(**speak)._api.delete_repo(REPO)
+    HubClient(**speak)._api.delete_repo(REPO)
     keep(made, make_weights(seed=2))
     made.push("toy", REPO, **speak)
     with pytest.raises(HubError, match="rewritten, or somebody else has the name"):
@@ -358,12 +360,12 @@ def test_a_token_goes_to_its_own_endpoint_alone(speak, monkeypatch, hub_server, 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
     with pytest.raises(HubError):
-        Hub(speak["endpoint"]).snapshot("alice/none")
+        HubClient(speak["endpoint"]).snapshot("alice/none")
     assert all("authorization" not in seen.headers for seen in hub_server.requests)
     monkeypatch.setenv("HF_ENDPOINT", speak["endpoint"])
     with pytest.raises(HubError) as caught:
-        Hub().snapshot("alice/none")
-    assert "hf_secret" not in repr(caught.value) + repr(Hub())
+        HubClient().snapshot("alice/none")
+    assert "hf_secret" not in repr(caught.value) + repr(HubClient())
     assert hub_server.requests[-1].headers["authorization"] == "Bearer hf_secret"
 
 
@@ -405,7 +407,7 @@ def test_a_client_that_is_made_anew_keeps_to_the_endpoint(made, speak, monkeypat
         return huggingface_hub.get_session().get("http://localhost:9/x")
 
     with pytest.raises(HubError, match="is another host"):
-        Hub(**speak)._ask("trying", ask)
+        HubClient(**speak)._ask("trying", ask)
 
 
 def test_a_commit_whose_files_have_changed_is_seen(made, other, speak, make_weights):
@@ -438,7 +440,7 @@ def test_a_pinned_name_whose_folder_is_gone_is_not_taken_over(made, other, speak
     ],
 )
 def test_numbers_beyond_all_bounds_are_refused(made, other, speak, change, words):
-    folder, hub = made.pool.root / "toy", Hub(**speak)
+    folder, hub = made.pool.root / "toy", HubClient(**speak)
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     files = {n: (folder / n).read_bytes() for n in (CONFIG, WEIGHTS)}
@@ -534,7 +536,7 @@ def test_a_lock_that_is_none_is_refused_at_once(other, text):
 def test_files_that_were_signed_for_another_repository_are_refused(made, other, speak, tmp_path):
     key = signing.make_key(tmp_path / "k.pem")
     made.push("toy", REPO, sign=tmp_path / "k.pem", **speak)
-    hub, names = Hub(**speak), (CONFIG, WEIGHTS, MANIFEST, signing.FILE)
+    hub, names = HubClient(**speak), (CONFIG, WEIGHTS, MANIFEST, signing.SIGNATURE_FILE)
     snapshot = hub.snapshot(REPO)
     for name in names:
         hub.download(snapshot, name, tmp_path / name, 2**20)
@@ -584,8 +586,8 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_pool_as_it_was(made, other, sp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adapterhub_chat.remote.client.Hub._pieces", full)
-    monkeypatch.setattr("adapterhub_chat.remote.client.Hub.snapshot", lambda *_: snapshot)
+    monkeypatch.setattr("adapterhub_chat.remote.client.HubClient._pieces", full)
+    monkeypatch.setattr("adapterhub_chat.remote.client.HubClient.snapshot", lambda *_: snapshot)
     snapshot = Snapshot(
         REPO, "a" * 40, {n: RemoteFile(n, 10, blob="0" * 40) for n in (CONFIG, WEIGHTS)}
     )

@@ -21,12 +21,26 @@ from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, ConfigError, UsageError
 from adapterhub_chat.lora.weights import initial_weights
 from adapterhub_chat.route.arrow import arrows
-from adapterhub_chat.route.choice import FAR, LEAST, PLAIN, TYPICAL, Cascade, Judges, Panel, choose
-from adapterhub_chat.route.fit import GLANCE_RANK, Fits, Judge, learn
+from adapterhub_chat.route.choice import (
+    FAR,
+    LEAST,
+    PLAIN,
+    TYPICAL,
+    AdapterScorers,
+    Cascade,
+    ScorerSet,
+    choose,
+)
+from adapterhub_chat.route.fit import GLANCE_RANK, Fits, PrototypeScorer, fit_prototype
 from adapterhub_chat.route.fit import _joint as joint
-from adapterhub_chat.route.gaussians import cloud_of
-from adapterhub_chat.route.learn import imagined, message_of, messages_in
-from adapterhub_chat.route.message_features import WIDEST, glances, looks, read
+from adapterhub_chat.route.gaussians import fit_mixture
+from adapterhub_chat.route.learn import message_of, messages_in, sample_background
+from adapterhub_chat.route.message_features import (
+    WIDEST,
+    early_layer_features,
+    token_features,
+    tokenize_messages,
+)
 from adapterhub_chat.route.message_features import _folded as folded
 from adapterhub_chat.route.prototype import prototype_of, routing_of
 from adapterhub_chat.route.text_features import LENGTH, NUM_LETTERS, NUM_WORDS, letters, words
@@ -428,22 +442,22 @@ def test_early_states_are_transformers_own_and_of_the_bare_backbone(model, make_
     assert not torch.equal(full[1], wanted)
 
 
-@pytest.mark.parametrize("vectors", [glances, looks])
+@pytest.mark.parametrize("vectors", [token_features, early_layer_features])
 def test_a_vector_depends_on_its_message_alone(model, vectors):
     texts = ["Hello film", "", "好看吗?", "x " * 5000, "Which song?"]
-    together = vectors(model, read(model, texts))
+    together = vectors(model, tokenize_messages(model, texts))
     assert together.shape[1] == 32 + NUM_LETTERS + NUM_WORDS
     assert together.isfinite().all()
     for text, row in zip(texts, together, strict=True):
         torch.testing.assert_close(
-            vectors(model, read(model, [text]))[0], row, rtol=1e-4, atol=1e-5
+            vectors(model, tokenize_messages(model, [text]))[0], row, rtol=1e-4, atol=1e-5
         )
     assert vectors(model, []).shape == (0, together.shape[1])
 
 
 def test_a_glance_is_the_mean_of_tokens_less_for_the_frequent(model):
-    (message,) = read(model, ["the film the cast"])
-    found = glances(model, [message])[0]
+    (message,) = tokenize_messages(model, ["the film the cast"])
+    found = token_features(model, [message])[0]
     table = model.backbone.model.get_input_embeddings().weight.detach().double()
     own = [table[i] / table[i].square().mean().sqrt() for i in message.ids[1:]]
     weights = [1 / (1 + 3000 / (i + 30)) for i in message.ids[1:]]
@@ -478,12 +492,16 @@ def test_words_choose_and_do_not_tell_the_fit(prototype):
     own, rest = normal(200), normal(100, seed=3)
     said = torch.zeros(200, 4).double()
     said[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(2)) / 10 + 1
-    wide = learn(torch.cat([own, said], 1), torch.cat([rest, said[:100]], 1), prototype.background)
-    other = learn(torch.cat([own, -said], 1), torch.cat([rest, said[:100]], 1), wide.background)
+    wide = fit_prototype(
+        torch.cat([own, said], 1), torch.cat([rest, said[:100]], 1), prototype.background
+    )
+    other = fit_prototype(
+        torch.cat([own, -said], 1), torch.cat([rest, said[:100]], 1), wide.background
+    )
     points = torch.cat([normal(9, seed=4), said[:9]], 1)
     turned = torch.cat([points[:, :12], -points[:, 12:]], 1)
-    assert torch.equal(Judge(wide)(points), Judge(wide)(turned))
-    panel = Panel({"a": Judge(wide), "b": Judge(other)})
+    assert torch.equal(PrototypeScorer(wide)(points), PrototypeScorer(wide)(turned))
+    panel = ScorerSet({"a": PrototypeScorer(wide), "b": PrototypeScorer(other)})
     assert {r.adapter for r in panel.routes(points)} == {"a"}
     assert {r.adapter for r in panel.routes(turned)} == {"b"}
     assert prototype_of(routing_of(wide)).background.width == 12
@@ -499,8 +517,8 @@ def test_wide_states_are_folded_and_keep_their_distances():
 
 
 def test_a_backbone_makes_up_the_same_texts_again(model):
-    texts = imagined(model, 12)
-    assert texts == imagined(model, 12)
+    texts = sample_background(model, 12)
+    assert texts == sample_background(model, 12)
     assert len(set(texts)) > 6
 
 
@@ -525,14 +543,14 @@ def normal(rows, shift=0.0, seed=0, width=12):
 
 @pytest.fixture(scope="module")
 def prototype():
-    background = cloud_of(4 * normal(300, seed=9), 1, 8)
-    return learn(normal(400, seed=1), normal(400, seed=2), background)
+    background = fit_mixture(4 * normal(300, seed=9), 1, 8)
+    return fit_prototype(normal(400, seed=1), normal(400, seed=2), background)
 
 
 def test_a_share_of_its_own_messages_has_a_fit_below_the_threshold_and_of_others_nearly_all(
     prototype,
 ):
-    judge = Judge(prototype)
+    judge = PrototypeScorer(prototype)
     own = judge(normal(2000, seed=3))
     for level in (0.1, 0.3, 0.5):  # two p-values that are not independent, made one
         assert 0.5 * level < float((own <= level).double().mean()) < 2.5 * level
@@ -574,7 +592,7 @@ def test_two_p_values_make_one_as_fisher_has_it():
 
 def test_which_adapter_is_fishers_discriminant(prototype):
     """Under one covariance: the mean of both clouds', each a little widened by the background."""
-    other = learn(normal(90, 0.8, 7), normal(90, 0.8, 8), prototype.background)
+    other = fit_prototype(normal(90, 0.8, 7), normal(90, 0.8, 8), prototype.background)
 
     def covariance(cloud):
         return cloud.factors.T @ cloud.factors + cloud.rest.diag()
@@ -591,7 +609,7 @@ def test_which_adapter_is_fishers_discriminant(prototype):
         for cloud in clouds
     ]
     shares = (torch.stack(logs, 1) / 4).softmax(1)
-    found = Panel({"a": Judge(prototype), "b": Judge(other)}).routes(points)
+    found = ScorerSet({"a": PrototypeScorer(prototype), "b": PrototypeScorer(other)}).routes(points)
     for route, row in zip(found, shares.tolist(), strict=True):
         if min(s["fit"] for s in route.scores.values()) >= FAR:
             assert [s["share"] for s in route.scores.values()] == pytest.approx(row, abs=1e-6)
@@ -599,29 +617,29 @@ def test_which_adapter_is_fishers_discriminant(prototype):
 
 
 def test_one_adapter_more_changes_nothing_in_the_others(prototype):
-    other = learn(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background)
+    other = fit_prototype(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background)
     points = normal(20, seed=6)
-    alone = Panel({"a": Judge(prototype)}).routes(points)
-    both = Panel({"a": Judge(prototype), "b": Judge(other)}).routes(points)
+    alone = ScorerSet({"a": PrototypeScorer(prototype)}).routes(points)
+    both = ScorerSet({"a": PrototypeScorer(prototype), "b": PrototypeScorer(other)}).routes(points)
     wanted = [r.scores["a"]["fit"] for r in alone]
     assert [r.scores["a"]["fit"] for r in both] == pytest.approx(wanted, abs=1e-9)
     assert {r.adapter for r in both} == {"a"}
 
 
 def test_prototypes_of_other_shapes_are_judged_side_by_side_and_keep_their_places(prototype):
-    slim = learn(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background, 3)
+    slim = fit_prototype(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background, 3)
     one_centre = replace(
         prototype,
-        own=cloud_of(normal(90, -3.0, 3), 1, 64),
+        own=fit_mixture(normal(90, -3.0, 3), 1, 64),
         ratios=prototype.ratios[::2],
         densities=prototype.densities[::2],
     )
     judges = {
-        name: Judge(own)
+        name: PrototypeScorer(own)
         for name, own in {"a": prototype, "b": slim, "c": one_centre, "d": prototype}.items()
     }
     points = torch.cat([normal(8, shift, seed=6) for shift in (-3.0, 0.0, 3.0)])
-    routes = Panel(judges).routes(points)
+    routes = ScorerSet(judges).routes(points)
     for name, judge in judges.items():
         fits = [route.scores[name]["fit"] for route in routes]
         assert fits == pytest.approx(judge(points).tolist(), abs=1e-9)
@@ -635,13 +653,14 @@ def test_prototypes_of_other_shapes_are_judged_side_by_side_and_keep_their_place
 
 def seated(*shifts, glance=True):
     """Judges of adapters whose messages lie at shifts, `glance` and look alike."""
-    background = cloud_of(normal(200, seed=11, width=12) * 2, 1, 8)
+    background = fit_mixture(normal(200, seed=11, width=12) * 2, 1, 8)
     made = {}
     for i, shift in enumerate(shifts):
         own, held = normal(90, shift, 20 + i), normal(90, shift, 40 + i)
-        look = Judge(learn(own, held, background))
-        made[f"a{i}"] = Judges(
-            look, Judge(learn(own, held, background, GLANCE_RANK)) if glance else None
+        look = PrototypeScorer(fit_prototype(own, held, background))
+        made[f"a{i}"] = AdapterScorers(
+            look,
+            PrototypeScorer(fit_prototype(own, held, background, GLANCE_RANK)) if glance else None,
         )
     return made
 
@@ -712,7 +731,7 @@ def test_one_adapter_alone_is_never_chosen_at_a_glance():
 def test_a_glance_of_another_size_is_left_out(copied):
     manifest = copied.pool.manifest("questions")
     wide = normal(60, width=30)
-    other = learn(wide[:30], wide[30:], cloud_of(wide + 1, 1, 4), 4)
+    other = fit_prototype(wide[:30], wide[30:], fit_mixture(wide + 1, 1, 4), 4)
     glance = routing_of(other, other).glance
     routing = manifest.routing.model_copy(update={"glance": glance})
     copied.pool.describe("questions", manifest.model_copy(update={"routing": routing}))
@@ -753,7 +772,9 @@ def test_a_prototype_without_a_glance_is_still_used(copied):
 
 
 def test_what_is_stored_is_what_was_learnt(prototype):
-    glance = learn(normal(90, 1.0, 7), normal(90, 1.0, 8), prototype.background, GLANCE_RANK)
+    glance = fit_prototype(
+        normal(90, 1.0, 7), normal(90, 1.0, 8), prototype.background, GLANCE_RANK
+    )
     stored = routing_of(prototype, glance)
     assert torch.equal(prototype_of(stored.glance).own.factors, glance.own.factors)
     again = prototype_of(stored)
@@ -766,10 +787,10 @@ def test_what_is_stored_is_what_was_learnt(prototype):
 
 def test_the_widest_prototype_fits_into_a_manifest(trained, tmp_path):
     vectors = normal(300, width=WIDEST + NUM_LETTERS + NUM_WORDS)
-    background = cloud_of(vectors[:, :-NUM_WORDS] + 1, 1, 64)
-    widest = learn(vectors[:200], vectors[200:], background)
-    narrow = cloud_of(vectors[:, :-NUM_WORDS] + 1, 1, GLANCE_RANK)
-    glance = learn(vectors[:200], vectors[200:], narrow, GLANCE_RANK)
+    background = fit_mixture(vectors[:, :-NUM_WORDS] + 1, 1, 64)
+    widest = fit_prototype(vectors[:200], vectors[200:], background)
+    narrow = fit_mixture(vectors[:, :-NUM_WORDS] + 1, 1, GLANCE_RANK)
+    glance = fit_prototype(vectors[:200], vectors[200:], narrow, GLANCE_RANK)
     routing = routing_of(widest, glance)
     own = trained.pool.manifest("questions").model_copy(update={"routing": routing})
     text = dump_manifest(own)

@@ -13,7 +13,7 @@ from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.lora.weights import concatenate
 from adapterhub_chat.training.job import Job
 from adapterhub_chat.training.learner import overlap, overlap_gradient
-from adapterhub_chat.training.loop import Run, train
+from adapterhub_chat.training.loop import TrainingRun, train
 
 
 class Stop(Exception):
@@ -46,7 +46,7 @@ def test_a_shared_adapter_learns_from_every_task(model):
 
 def test_a_family_s_gradient_is_that_of_its_equation(model):
     """Shared and own adapter in one row: against autograd over the concatenated adapter of each task."""
-    run = Run(model, shared_jobs(model, max_steps=10, clip=1e9, learning_rate=1e-2))
+    run = TrainingRun(model, shared_jobs(model, max_steps=10, clip=1e9, learning_rate=1e-2))
     for _ in range(3):
         run.step()
     (family,) = run.families
@@ -82,7 +82,7 @@ def test_every_row_of_the_budget_is_drawn_and_temperature_evens_it_out(model):
     def share(temperature):
         jobs = shared_jobs(model, max_steps=10, temperature=temperature)
         jobs[0] = Job("toy", jobs[0].train * 20, (), jobs[0].config, shared="common")
-        (family,) = Run(model, jobs).families
+        (family,) = TrainingRun(model, jobs).families
         counts = {"toy": 0, "answers": 0}
         for step in range(60):
             family.now.step = step
@@ -159,7 +159,7 @@ def test_re_computed_blocks_pick_their_factors_anew_when_slots_in_use_do_not_adj
 def test_the_penalty_looks_at_the_present_numbers_not_at_the_best(model, make_weights):
     settings = {"rank": 2, "orthogonal": 1.0, "eval_every": 1, "learning_rate": 0.1, "clip": 1e9}
     made = replace(job(model, toy_answers(), **settings), under=make_weights(rank=2))
-    run = Run(model, [made])
+    run = TrainingRun(model, [made])
     for _ in range(4):
         run.step()
     (learner,) = run.families[0].learners
@@ -179,7 +179,7 @@ def test_checkpointing_keeps_fewer_activations(model):
             seen += tensor.numel()
             return tensor
 
-        run = Run(model, [job(model, toy_task())])
+        run = TrainingRun(model, [job(model, toy_task())])
         with model.checkpointing(on), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
             run._backward(run.families[0].draw())
         return seen

@@ -10,7 +10,7 @@ from adapterhub_chat.events import Ledger, Listeners
 from adapterhub_chat.report.plots import draw_ledger
 from adapterhub_chat.training.learner import overlap
 from adapterhub_chat.training.loop import train
-from adapterhub_chat.training.strategies import Memory, train_sequence
+from adapterhub_chat.training.strategies import CheckpointHooks, train_sequence
 
 LEARN = {"rank": 3, "max_steps": 20, "learning_rate": 1e-2, "eval_examples": 0}
 
@@ -54,7 +54,7 @@ def test_replay_takes_its_share_from_earlier_tasks(model):
 
     def remember(name):
         seen.append(name)
-        return Memory()
+        return CheckpointHooks()
 
     done = stages(model, *jobs, grow=True, replay=0.5, memory=remember)
     plain = stages(model, *jobs, grow=True)

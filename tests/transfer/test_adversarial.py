@@ -13,12 +13,12 @@ from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.evaluation.scoring import judge
 from adapterhub_chat.model.features import features
-from adapterhub_chat.training.job import Seen, make_job
+from adapterhub_chat.training.job import HiddenStates, make_job
 from adapterhub_chat.training.loop import train
 from adapterhub_chat.transfer.adversarial import (
     SOURCE,
     TARGET,
-    Game,
+    DomainDiscriminator,
     domain_loss,
     entropy_share,
     reversal_weight,
@@ -26,7 +26,7 @@ from adapterhub_chat.transfer.adversarial import (
 )
 from adapterhub_chat.transfer.candidates import transfer
 from adapterhub_chat.transfer.methods import TEXT_SHARE, adversarial_job
-from adapterhub_chat.transfer.setting import make_setting
+from adapterhub_chat.transfer.setting import make_problem
 from adapterhub_chat.types import Example, Mix, as_mix
 
 QUICK = TrainConfig(max_steps=12, rows_per_step=1, learning_rate=0.02, eval_examples=12, patience=0)
@@ -80,7 +80,7 @@ def seen(apart, labels=(0, 1), count=8, seed=0):
     for row in range(count):
         logits[row, labels[row // 2 % len(labels)]] = 5.0
     examples = [Encoded((1,), ((2,),), domain=d) for d in domains]
-    return Seen(examples, states.requires_grad_(), logits)
+    return HiddenStates(examples, states.requires_grad_(), logits)
 
 
 def played(game, steps, **how):
@@ -93,27 +93,27 @@ def played(game, steps, **how):
 
 
 def test_a_discriminator_that_never_errs_raises_the_alarm():
-    game = Game(16, 60, labels=(0, 1))
+    game = DomainDiscriminator(16, 60, labels=(0, 1))
     assert played(game, 60, apart=8.0) < 60
     assert "without an error" in game.stopped
     assert game.recent == 1
 
 
 def test_one_label_for_the_whole_target_raises_the_alarm():
-    game = Game(16, 60, labels=(0, 1))
+    game = DomainDiscriminator(16, 60, labels=(0, 1))
     assert played(game, 60, apart=0.0, labels=(0,)) < 60
     assert "one label" in game.stopped
 
 
 def test_a_fair_game_raises_no_alarm():
-    game = Game(16, 60, labels=(0, 1))
+    game = DomainDiscriminator(16, 60, labels=(0, 1))
     assert played(game, 60, apart=0.0) == 60
     assert not game.stopped
     assert 0.3 < game.recent < 0.7
 
 
 def test_a_collapse_before_anybody_works_against_it_does_not_count():
-    game = Game(16, 60, labels=(0, 1))
+    game = DomainDiscriminator(16, 60, labels=(0, 1))
     assert played(game, 6, apart=8.0) == 6
     assert not game.stopped
 
@@ -154,7 +154,7 @@ def distance(model, setting, weights):
 def test_domains_become_harder_to_tell_apart_and_the_task_is_kept(model, source):
     changes = {"max_steps": 60, "epochs": 99, "rows_per_step": 2, "learning_rate": 5e-3}
     config = QUICK.model_copy(update=changes)
-    setting = make_setting(source, toy_task(), far_task(), 4, config)
+    setting = make_problem(source, toy_task(), far_task(), 4, config)
     job, game = adversarial_job(model, setting)
     assert {e.domain for e in job.train} == {SOURCE, TARGET}
     texts = [e for e in job.train if not e.weight]
@@ -174,7 +174,7 @@ def test_domains_become_harder_to_tell_apart_and_the_task_is_kept(model, source)
 
 def test_without_its_game_the_job_learns_otherwise(model, source):
     """What is beside the task's loss matters; a job beside it in the batch is not touched by it."""
-    setting = make_setting(source, toy_task(), far_task(), 4, QUICK)
+    setting = make_problem(source, toy_task(), far_task(), 4, QUICK)
     job, _ = adversarial_job(model, setting)
     other = make_job(model.backbone.tokenizer, "other", toy_task(), QUICK)
     beside = train(model, [job, other])
@@ -191,11 +191,11 @@ def test_without_its_game_the_job_learns_otherwise(model, source):
 
 
 def test_a_collapse_ends_the_run_and_is_told(model, source):
-    class Stuck(Game):
+    class Stuck(DomainDiscriminator):
         def _collapse(self):
             return "collapsed: on purpose"
 
-    setting = make_setting(source, toy_task(), far_task(), 4, QUICK)
+    setting = make_problem(source, toy_task(), far_task(), 4, QUICK)
     job, game = adversarial_job(model, setting)
     game.__class__ = Stuck
     done = train(model, [job])["adversarial"]
@@ -204,7 +204,7 @@ def test_a_collapse_ends_the_run_and_is_told(model, source):
 
 
 def test_it_needs_text_of_the_target(model, source):
-    setting = make_setting(source, toy_task(), far_task(), 4, QUICK, unlabelled=())
+    setting = make_problem(source, toy_task(), far_task(), 4, QUICK, unlabelled=())
     with pytest.raises(UsageError, match="texts of the target without labels"):
         transfer(model, setting, "adversarial")
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapterhub_chat.errors import DataError
-from adapterhub_chat.transfer.gate import FEWEST, best, stratified, verdict
+from adapterhub_chat.transfer.gate import MIN_ITEMS, best, stratified, verdict
 from adapterhub_chat.transfer.maxent import (
     balanced,
     drawn,
@@ -188,9 +188,9 @@ def test_the_gate_has_three_words():
 
 def test_few_items_prove_nothing():
     """The bootstrap interval of a single item has no width at all."""
-    for count in (1, 2, FEWEST - 1, FEWEST):
+    for count in (1, 2, MIN_ITEMS - 1, MIN_ITEMS):
         good, bad = (rows(*[right] * count) for right in (1, 0))
-        assert verdict("accuracy", good, bad).word == ("neutral" if count < FEWEST else "helps")
+        assert verdict("accuracy", good, bad).word == ("neutral" if count < MIN_ITEMS else "helps")
 
 
 def test_a_gain_is_better_whatever_the_metric():

@@ -11,7 +11,7 @@ from pico import toy_answers, toy_task
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.data.encoding import Encoded, unwritable
+from adapterhub_chat.data.encoding import Encoded, unknown_token_share
 from adapterhub_chat.data.splits import Splits
 from adapterhub_chat.data.task import Task, table_task
 from adapterhub_chat.errors import AdapterError, DataError, UsageError
@@ -21,13 +21,13 @@ from adapterhub_chat.lora.weights import concatenate
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
 from adapterhub_chat.report.transfer import write_report
-from adapterhub_chat.training.family import Part
+from adapterhub_chat.training.family import StepRows
 from adapterhub_chat.training.job import Job, make_job
 from adapterhub_chat.training.learner import Trained
-from adapterhub_chat.training.loop import Run, train
+from adapterhub_chat.training.loop import TrainingRun, train
 from adapterhub_chat.transfer.candidates import _sound as sound
 from adapterhub_chat.transfer.candidates import transfer
-from adapterhub_chat.transfer.gate import FEWEST
+from adapterhub_chat.transfer.gate import MIN_ITEMS
 from adapterhub_chat.transfer.methods import (
     METHODS,
     few_shot_jobs,
@@ -35,8 +35,13 @@ from adapterhub_chat.transfer.methods import (
     likelihoods,
     maxent_job,
 )
-from adapterhub_chat.transfer.setting import make_setting, shots_of, stood_in, warn_of_language
-from adapterhub_chat.transfer.spec import TransferOrder
+from adapterhub_chat.transfer.setting import (
+    make_problem,
+    proxy_validation,
+    shots_of,
+    warn_of_language,
+)
+from adapterhub_chat.transfer.spec import TransferSpec
 from adapterhub_chat.transfer.spec import _target as target_texts
 from adapterhub_chat.types import Example, as_mix
 
@@ -59,7 +64,7 @@ def source(pico_folder):
 
 @pytest.fixture
 def setting(source):
-    return make_setting(source, toy_task(), toy_task("target"), 4, QUICK)
+    return make_problem(source, toy_task(), toy_task("target"), 4, QUICK)
 
 
 def test_shots_have_every_label_and_depend_on_the_seed(setting):
@@ -140,9 +145,9 @@ def test_a_weight_counts_as_so_many_examples(model):
     one, other = Encoded(ids, ((20, 2),)), Encoded(ids[::-1], ((30, 2),))
     found = []
     for row in ([one, one, other], [replace(one, weight=2.0), other]):
-        run = Run(model, [Job("a", row, (), QUICK)])
+        run = TrainingRun(model, [Job("a", row, (), QUICK)])
         learner = run.families[0].learners[0]
-        loss = run._backward([Part(learner, [row], 1.0)])
+        loss = run._backward([StepRows(learner, [row], 1.0)])
         found.append((loss, learner.gradient(0, run.bank.scratch).clone()))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
@@ -155,11 +160,11 @@ def test_a_heavy_step_moves_more_than_a_light_one(model, clip):
     one, other = Encoded(ids, ((20, 2),)), Encoded(ids[::-1], ((30, 2),), weight=0.0)
     moved = []
     for weight in (1.0, 3.0):
-        run = Run(model, [Job("a", [one], (), QUICK.model_copy(update={"clip": clip}))])
+        run = TrainingRun(model, [Job("a", [one], (), QUICK.model_copy(update={"clip": clip}))])
         family = run.families[0]
         (learner,) = family.learners
         learner.optimizer.step = lambda own=learner: moved.append(own.vector.grad.clone())
-        part = Part(learner, [[replace(one, weight=weight), other]], 1.0)
+        part = StepRows(learner, [[replace(one, weight=weight), other]], 1.0)
         family.learn([part], run._backward([part]), run._total, 0.0, 0.0)
     assert float(moved[0].norm()) > 0
     torch.testing.assert_close(moved[1], 3 * moved[0])
@@ -168,7 +173,7 @@ def test_a_heavy_step_moves_more_than_a_light_one(model, clip):
 def test_a_language_is_learnt_from_text_alone(model, source):
     """No label is looked at; the texts get likelier; without shots the stack is source and T as they are."""
     config = QUICK.model_copy(update={"max_steps": 30})
-    setting = make_setting(source, toy_task(), toy_task("target"), 0, config)
+    setting = make_problem(source, toy_task(), toy_task("target"), 0, config)
     hidden = [replace(e, answer="never seen") for e in setting.unlabelled]
     setting = replace(setting, unlabelled=hidden)
     job = language_job(model, setting)
@@ -186,13 +191,13 @@ def test_a_language_is_learnt_from_text_alone(model, source):
 def test_auto_learns_a_language_where_it_is_another_one(model, source, shots):
     foreign = replace(toy_task("target"), language="zh")
     config = QUICK.model_copy(update={"epochs": 1000.0})
-    found = transfer(model, make_setting(source, toy_task(), foreign, shots, config))
+    found = transfer(model, make_problem(source, toy_task(), foreign, shots, config))
     assert found.candidates["language"].steps == -(-QUICK.max_steps // (2 if shots else 1))
 
 
 def test_auto_takes_what_helps(model, source):
     few = parts_of(toy_task("target"))
-    outcome = transfer(model, make_setting(source, toy_task(), few, 2, QUICK))
+    outcome = transfer(model, make_problem(source, toy_task(), few, 2, QUICK))
     assert set(outcome.candidates) == {
         "backbone",
         "source",
@@ -217,7 +222,7 @@ def test_a_hostile_source_is_called_so_and_not_taken(model):
     job = make_job(model.backbone.tokenizer, "source", flipped, config)
     weights = train(model, [job])["source"].weights
     outcome = transfer(
-        model, make_setting(weights, flipped, toy_task("target", size=300), 16, config)
+        model, make_problem(weights, flipped, toy_task("target", size=300), 16, config)
     )
     assert outcome.candidates["source"].verdict.word == "hurts"
     assert outcome.chosen != "source"
@@ -225,7 +230,7 @@ def test_a_hostile_source_is_called_so_and_not_taken(model):
 
 
 def test_without_shots_the_backbone_is_the_baseline(model, source):
-    outcome = transfer(model, make_setting(source, toy_task(), toy_task("target"), 0, QUICK))
+    outcome = transfer(model, make_problem(source, toy_task(), toy_task("target"), 0, QUICK))
     assert outcome.baseline == "backbone"
     assert set(outcome.candidates) == {"backbone", "source", "maxent", "adversarial"}
 
@@ -253,26 +258,26 @@ def shorter(task, split, keep):
 )
 def test_what_does_not_fit_is_said(source, target, shots, words):
     with pytest.raises(DataError, match=words):
-        make_setting(source, toy_task(), target(), shots, QUICK)
+        make_problem(source, toy_task(), target(), shots, QUICK)
 
 
 def test_a_source_with_numbers_that_are_none_is_refused(source):
     (module, (a, b)), *_ = source.factors.items()
     broken = source.with_factors({**source.factors, module: (a, b * torch.nan)})
     with pytest.raises(DataError, match="numbers that are not finite"):
-        make_setting(broken, toy_task(), toy_task("t"), 4, QUICK)
+        make_problem(broken, toy_task(), toy_task("t"), 4, QUICK)
 
 
 def test_validation_examples_of_one_label_are_worth_a_warning(source):
     target = shorter(toy_task(), "validation", lambda e: e.answer == "bad")
     with pytest.warns(UserWarning, match="all 6 validation examples of toy have the label 'bad'"):
-        make_setting(source, toy_task(), target, 4, QUICK)
+        make_problem(source, toy_task(), target, 4, QUICK)
 
 
 def test_validation_examples_that_are_few_are_worth_a_warning(source):
-    few = toy_task().split("validation")[: FEWEST - 1]
+    few = toy_task().split("validation")[: MIN_ITEMS - 1]
     with pytest.warns(UserWarning, match="4 validation examples, which prove nothing"):
-        make_setting(source, toy_task(), parts_of(toy_task(), validation=few), 4, QUICK)
+        make_problem(source, toy_task(), parts_of(toy_task(), validation=few), 4, QUICK)
 
 
 def test_a_language_that_the_tokenizer_cannot_write_is_worth_a_warning(model, setting, recwarn):
@@ -284,12 +289,12 @@ def test_a_language_that_the_tokenizer_cannot_write_is_worth_a_warning(model, se
         UserWarning, match=r"100% of the tokens of target \(en\) are bytes or unknown"
     ):
         warn_of_language(tokenizer, replace(setting, validation=chinese))
-    assert unwritable(tokenizer, ["good film"]) == 0
-    assert 0.3 < unwritable(tokenizer, ["good film 好"]) < 1
+    assert unknown_token_share(tokenizer, ["good film"]) == 0
+    assert 0.3 < unknown_token_share(tokenizer, ["good film 好"]) < 1
 
 
 def test_without_labels_the_features_are_balanced(model, source):
-    setting = make_setting(source, toy_task(), toy_task("t"), 0, QUICK)
+    setting = make_problem(source, toy_task(), toy_task("t"), 0, QUICK)
     job, weighting = maxent_job(model, setting, as_mix(None), 0.3)
     assert len(job.train) == len(setting.source_examples)
     assert weighting.effective >= 0.3
@@ -301,7 +306,7 @@ def test_without_labels_the_features_are_balanced(model, source):
 def test_all_misfits_come_at_once(source):
     empty = parts_of(toy_answers(), train=(), validation=())
     with pytest.raises(DataError) as refused:
-        make_setting(source, toy_task(), empty, 4, QUICK)
+        make_problem(source, toy_task(), empty, 4, QUICK)
     for words in ("labels are", "0 training examples", "no validation examples"):
         assert words in str(refused.value)
 
@@ -315,7 +320,7 @@ def test_all_misfits_come_at_once(source):
     ],
 )
 def test_a_method_that_cannot_be_is_refused(model, source, method, shots, words):
-    setting = make_setting(source, toy_task(), toy_task("t"), shots, QUICK)
+    setting = make_problem(source, toy_task(), toy_task("t"), shots, QUICK)
     with pytest.raises(UsageError, match=words):
         transfer(model, replace(setting, unlabelled=[Example({"text": ""}, "")]), method)
     if method == "language":
@@ -325,7 +330,7 @@ def test_a_method_that_cannot_be_is_refused(model, source, method, shots, words)
 
 def test_examples_with_contracts_of_their_own_are_asked_as_the_targets(source):
     odd = Example({"text": "x"}, "good", contract=toy_answers().contract)
-    kept = make_setting(source, parts_of(toy_task(), train=(odd,)), toy_task("t"), 0, QUICK)
+    kept = make_problem(source, parts_of(toy_task(), train=(odd,)), toy_task("t"), 0, QUICK)
     assert kept.source_examples == [odd]
 
 
@@ -518,7 +523,7 @@ def test_a_tables_cells_are_what_they_are(tmp_path):
 
 def test_rows_without_a_label_are_beside_the_others_texts(tmp_path):
     table = write_table(tmp_path / "tweets.csv", bare=1)
-    order = TransferOrder("source", table)
+    order = TransferSpec("source", table)
     _, texts = target_texts(order, toy_task())
     assert len(texts) > 20
     given = replace(order, unlabelled=["only this"])
@@ -581,8 +586,8 @@ def test_the_proxy_is_of_source_examples_that_look_like_the_target(model, source
     kind = [e for e in toy_task().split("train") if e.answer == "good"]
     bare = parts_of(toy_task("target"), train=(), validation=(), test=())
     config = QUICK.model_copy(update={"eval_examples": 40})
-    setting = make_setting(source, toy_task(), bare, 0, config, unlabelled=kind)
-    seen = stood_in(model, setting)
+    setting = make_problem(source, toy_task(), bare, 0, config, unlabelled=kind)
+    seen = proxy_validation(model, setting)
 
     def good(examples):
         return sum(e.answer == "good" for e in examples) / len(examples)
@@ -590,7 +595,7 @@ def test_the_proxy_is_of_source_examples_that_look_like_the_target(model, source
     assert good(seen.validation) > good(setting.stand_ins) + 0.1
     assert set(map(str, seen.validation)) <= set(map(str, setting.stand_ins))
     assert str(len(seen.validation)) in seen.proxy
-    labelled = make_setting(source, toy_task(), toy_task("target"), 0, config)
+    labelled = make_problem(source, toy_task(), toy_task("target"), 0, config)
     assert not labelled.stand_ins
 
 
