@@ -13,7 +13,10 @@ AdapterHubError
 └── QueueFullError                      more requests wait than the engine was told to keep
 """
 
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 
 
 class AdapterHubError(Exception):
@@ -95,3 +98,15 @@ def shortened(misfits: Iterable[str], most: int = 100) -> list[str]:
     listed = list(misfits)
     more = [f"and {len(listed) - most} more"] if len(listed) > most else []
     return listed[:most] + more
+
+
+def warn(text: str) -> None:
+    """Issue a UserWarning that names the line which called the package, however deep the cause lies."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_of_package(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def _is_of_package(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]

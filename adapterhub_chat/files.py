@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from adapterhub_chat.errors import warn
 
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
@@ -89,4 +90,4 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         scratch.replace(path)
     except OSError as error:
-        warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
+        warn(f"{path} cannot be written: {error}")

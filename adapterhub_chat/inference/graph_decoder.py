@@ -10,7 +10,6 @@ rows that mix several adapters, go through the fused decoder. Legend: N rows, pa
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch._dynamo import config as dynamo
 from torch.nn import functional
 
-from adapterhub_chat.errors import UsageError
+from adapterhub_chat.errors import UsageError, warn
 from adapterhub_chat.inference.decoder import StepInput, mask_of
 from adapterhub_chat.inference.fused_decoder import FusedDecoder, rotated
 from adapterhub_chat.inference.kv_cache import KeyValues
@@ -105,9 +104,7 @@ class GraphDecoder:
                     self._played[key] = self._record(partial(self._step, stage, cache, size))
                 return self._played[key]()[:rows]
             except Exception as error:  # no memory for it, or something that cannot be recorded
-                warnings.warn(
-                    f"a step of {size} rows is not recorded: {error!s:.200}", stacklevel=2
-                )
+                warn(f"a step of {size} rows is not recorded: {error!s:.200}")
                 self._played.pop(key, None)
                 self._refused.add(key)
         return self.inner.forward(cache, feed, plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from adapterhub_chat.artifact.manifest import Manifest, MergeReport, Training, T
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.metrics import METRICS
 from adapterhub_chat.data.task import Task
-from adapterhub_chat.errors import AdapterError, UsageError
+from adapterhub_chat.errors import AdapterError, UsageError, warn
 from adapterhub_chat.evaluation.retention import drift, mean_and_lowest, retention, source_results
 from adapterhub_chat.evaluation.scoring import judge, score
 from adapterhub_chat.events import Listeners
@@ -68,7 +67,7 @@ def merge_adapters(
     done = registry.save_new(merged.weights, draft)
     _check_saved(registry, done.name, merged)
     if done.merge and done.merge.verdict:
-        warnings.warn(f"{done.name}: {done.merge.verdict}", stacklevel=3)
+        warn(f"{done.name}: {done.merge.verdict}")
     return done
 
 
@@ -227,7 +226,7 @@ def _tell_unmeasured(own: Mapping[str, Sequence[Task]], found: Sequence[Retentio
     left = [t.name for name, tasks in own.items() for t in tasks if (name, t.name) not in measured]
     if left:
         text = f"{', '.join(left)} has no test items: what the merge keeps of it is not measured"
-        warnings.warn(text, stacklevel=5)
+        warn(text)
 
 
 def _drift(registry: Registry, source: str, merged: str) -> float:

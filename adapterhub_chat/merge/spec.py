@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from adapterhub_chat.config import MergeOptions
 from adapterhub_chat.data.inputs import listed
 from adapterhub_chat.data.task import Task
-from adapterhub_chat.errors import ConfigError, UsageError
+from adapterhub_chat.errors import ConfigError, UsageError, warn
 from adapterhub_chat.merge.combine import Merged, default_weights, merge, setting_misfits
 from adapterhub_chat.merge.methods import METHODS, Moments
 from adapterhub_chat.pool.names import check_name
@@ -148,7 +147,7 @@ def tasks_of(
         text = (
             f"no task is known for {', '.join(without)}: what the merge keeps of it is not measured"
         )
-        warnings.warn(text, stacklevel=5)
+        warn(text)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from adapterhub_chat.artifact.folder import DEFAULT_TARGET, BufferPool, ReadTarget, config_of, fresh
 from adapterhub_chat.artifact.manifest import Manifest, read_manifest
-from adapterhub_chat.errors import AdapterError, AdapterHubError, NoRoomError, UsageError
+from adapterhub_chat.errors import AdapterError, AdapterHubError, NoRoomError, UsageError, warn
 from adapterhub_chat.files import version_of
 from adapterhub_chat.lora.slots import Lease, StagedSlot
 from adapterhub_chat.lora.weights import AdapterWeights
@@ -89,7 +88,7 @@ class Registry:
             stored = self._read(source, name, ReadTarget(memory, ahead.fill))
             try:
                 if note := self._admission.accepted(stored, ahead):
-                    warnings.warn(note, stacklevel=3)
+                    warn(note)
                 self._hold(stored, ahead)
             except NoRoomError:
                 if not waiting:
@@ -134,7 +133,7 @@ class Registry:
                 self._admission.accepted(restored)  # another process may have saved in between
                 self._replace(restored)
         if note:
-            warnings.warn(note, stacklevel=3)
+            warn(note)
         return restored.manifest
 
     def unload(self, name: str) -> None:

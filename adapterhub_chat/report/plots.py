@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adapterhub_chat.errors import warn
 from adapterhub_chat.events import Ledger, Listeners
 from adapterhub_chat.transfer.adversarial import DomainDiscriminator
 from adapterhub_chat.transfer.candidates import Outcome
@@ -155,7 +155,7 @@ def _saved(figure: Any, path: Path) -> bool:
         figure.savefig(scratch, format="png", dpi=120)
         scratch.replace(path)
     except OSError as error:
-        warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
+        warn(f"{path} cannot be written: {error}")
         return False
     return True
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterhub_chat.errors import PoolError
+from adapterhub_chat.errors import PoolError, warn
 from adapterhub_chat.training.loop import RunState
 
 KEPT = 2
@@ -46,7 +45,7 @@ class Checkpoints:
         try:
             self.save(state)
         except PoolError as error:
-            warnings.warn(f"the run goes on, but {error}", stacklevel=2)
+            warn(f"the run goes on, but {error}")
 
     def save(self, state: RunState) -> None:
         """Save a state; raise PoolError, with the older ones untouched, when that is not possible."""
@@ -77,7 +76,7 @@ class Checkpoints:
                 return _read(file)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 text = f"{file} is damaged and passed over: {error}"
-                warnings.warn(text, stacklevel=2)
+                warn(text)
         return None
 
     def __bool__(self) -> bool:

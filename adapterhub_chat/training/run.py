@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from adapterhub_chat.artifact.manifest import How, Manifest, Training
 from adapterhub_chat.data.metrics import METRICS
 from adapterhub_chat.data.task import Task
-from adapterhub_chat.errors import AdapterError
+from adapterhub_chat.errors import AdapterError, warn
 from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import SILENT, Candidate, Event, Ledger, Listeners
 from adapterhub_chat.files import write_json
@@ -105,7 +104,7 @@ class _Run:
         if trained.best_step:
             self._keep(made)
         else:
-            _warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
+            warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
         if self.spec.options.how == "sequence" and not self.interrupted:
             self._record_ledger(made)
 
@@ -128,7 +127,7 @@ class _Run:
         try:
             kept = self.registry.save_new(weights, draft, probing=not options.shard)
         except AdapterError as error:
-            _warn(f"adapter {draft.name!r} is not saved: {error}")
+            warn(f"adapter {draft.name!r} is not saved: {error}")
             return
         self.manifests[kept.name] = kept
         self.made[kept.name] = made
@@ -139,11 +138,11 @@ class _Run:
             raise KeyboardInterrupt
         if self.interrupted:
             names = ", ".join(self.manifests)
-            _warn(f"interrupted: the best so far of {names} is saved, not measured")
+            warn(f"interrupted: the best so far of {names} is saved, not measured")
             return self.manifests
         if self.spec.options.shard:
             if self.manifests:
-                _warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
+                warn(f"{', '.join(self.manifests)}: saved, not measured (the backbone is sharded)")
         elif self.spec.options.test_examples and first_process():
             self._measure()
         if self.spec.run_dir is not None and first_process():
@@ -167,7 +166,7 @@ class _Run:
                 self.manifests[name] = manifest.with_scores(scores)
                 self.registry.describe(name, self.manifests[name])
         except KeyboardInterrupt:
-            _warn(f"interrupted: {', '.join(self.manifests)} are saved, but not all are measured")
+            warn(f"interrupted: {', '.join(self.manifests)} are saved, but not all are measured")
             raise
 
     def _record_ledger(self, made: FinishedAdapter) -> None:
@@ -231,10 +230,6 @@ def _unquantized(model: AdapterModel) -> AdapterModel | None:
     if own.quantize is None:
         return None
     return AdapterModel(load_backbone(own.name, dtype=own.dtype, device=own.device))
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
 
 
 @dataclass

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from adapterhub_chat.errors import PoolError
+from adapterhub_chat.errors import PoolError, warn
 from adapterhub_chat.events import Event
 
 
@@ -34,7 +33,7 @@ class RunLog:
         try:
             self._write(event)
         except OSError as error:
-            warnings.warn(f"the run log misses events: {error}", stacklevel=2)
+            warn(f"the run log misses events: {error}")
 
     def _open(self) -> None:
         try:

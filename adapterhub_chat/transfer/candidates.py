@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from adapterhub_chat.data.metrics import METRICS, Rows
-from adapterhub_chat.errors import DataError, UsageError
+from adapterhub_chat.errors import DataError, UsageError, warn
 from adapterhub_chat.evaluation.scoring import judge
 from adapterhub_chat.events import Event
 from adapterhub_chat.lora.weights import AdapterWeights
@@ -141,7 +140,7 @@ def _sound(made: Mapping[str, Trained], method: str) -> dict[str, Trained]:
     if {BASELINE, method} & {*lost}:
         raise DataError(text)
     if lost:
-        warnings.warn(text, stacklevel=2)
+        warn(text)
     return {name: done for name, done in made.items() if name not in lost}
 
 

@@ -10,7 +10,6 @@ features tell messages of source and target apart. It looks at no label.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch.nn import functional
 
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.data.task import Task, load_task
-from adapterhub_chat.errors import AdapterError, AdapterHubError, DataError, UsageError
+from adapterhub_chat.errors import AdapterError, AdapterHubError, DataError, UsageError, warn
 from adapterhub_chat.inference.likelihood import label_scores
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import features
@@ -183,7 +182,7 @@ def _mixes(registry: Registry) -> list[Mix]:
             (mix,) = registry.resolve([name])
             registry.with_stack_bases(mix)
         except AdapterError as error:
-            warnings.warn(f"{name} is left out: {error}", stacklevel=4)
+            warn(f"{name} is left out: {error}")
         else:
             found.append(mix)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.data.encoding import unknown_token_share
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.data.task import Task
-from adapterhub_chat.errors import DataError, join_misfits
+from adapterhub_chat.errors import DataError, join_misfits, warn
 from adapterhub_chat.lora.weights import AdapterWeights, Head, concatenate
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import features
@@ -122,16 +121,14 @@ def make_problem(
 def _warn_of_few(target: Task, held_out: Sequence[Example]) -> None:
     """Warn where validation examples cannot tell good from bad."""
     if 0 < len(held_out) < MIN_ITEMS:
-        warnings.warn(
+        warn(
             f"{target.name} has {len(held_out)} validation examples, which prove nothing: every verdict is "
-            f"neutral with fewer than {MIN_ITEMS}",
-            stacklevel=3,
+            f"neutral with fewer than {MIN_ITEMS}"
         )
     elif held_out and target.contract.labels and len({e.answer for e in held_out}) < 2:
-        warnings.warn(
+        warn(
             f"all {len(held_out)} validation examples of {target.name} have the label "
-            f"{held_out[0].answer!r}: whoever always says so looks perfect",
-            stacklevel=3,
+            f"{held_out[0].answer!r}: whoever always says so looks perfect"
         )
 
 
@@ -159,11 +156,10 @@ def warn_of_language(tokenizer: Any, setting: TransferProblem) -> None:
     seen = (setting.validation or setting.unlabelled)[:LOOKED_AT]
     texts = [" ".join(e.fields.values()) for e in seen]
     if (share := unknown_token_share(tokenizer, texts)) >= FOREIGN:
-        warnings.warn(
+        warn(
             f"{share:.0%} of the tokens of {setting.target.name} ({setting.target.language}) are bytes or "
             "unknown to this backbone, which has hardly read the language: expect little, or choose a "
-            "backbone that speaks it",
-            stacklevel=3,
+            "backbone that speaks it"
         )
 
 
