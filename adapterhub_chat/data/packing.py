@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from adapterhub_chat.data.encoding import Encoded
 
+LENGTH_STEP = 16
 LOOKAHEAD = 32
 """How many examples may be passed over to fill a row; they come first in the next batch."""
 
@@ -67,15 +68,18 @@ class Batch:
 
         Unless `causal`, a token also sees those that come after it in its piece.
         """
-        seg, parent = self.segments, self.parents
-        same = seg[:, :, None] == seg[:, None, :]
-        above = parent[:, :, None] == seg[:, None, :]
-        seen = same | above
+        seen = self.visible()
         if causal:
-            seen &= torch.ones(seen.shape[1:], dtype=torch.bool, device=seg.device).tril()
-        mask = torch.zeros(same.shape, dtype=dtype, device=seg.device)
+            seen &= torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril()
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         mask.masked_fill_(~seen, torch.finfo(dtype).min)
         return mask[:, None]
+
+    def visible(self) -> Tensor:
+        """Return whether a token's piece or its prompt holds another token, (N, L, L) bool, in any order."""
+        seg, parent = self.segments, self.parents
+        same = seg[:, :, None] == seg[:, None, :]
+        return same | (parent[:, :, None] == seg[:, None, :])
 
     def pieces(self) -> Tensor:
         """Return the number of each token's piece (N, L), counted over the batch; padding has its own."""
@@ -129,6 +133,22 @@ def pack(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
     )
     counts = torch.tensor(weights)
     return Batch(ids, positions, segments, parents, places, wanted, whose, counts)
+
+
+def isolated(rows: Sequence[Sequence[Encoded]]) -> list[Sequence[Encoded]]:
+    """Return rows with each continuation in a row of its own, in the same order."""
+    return [
+        [replace(example, continuations=(continuation,))]
+        for row in rows
+        for example in row
+        for continuation in example.continuations
+    ]
+
+
+def longest(rows: Sequence[Sequence[Encoded]]) -> int:
+    """Return the tokens of the longest row, rounded up to a multiple of LENGTH_STEP."""
+    most = max((sum(e.num_inputs for e in row) for row in rows), default=1)
+    return -(-most // LENGTH_STEP) * LENGTH_STEP
 
 
 def fill_rows(

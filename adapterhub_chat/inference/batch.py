@@ -15,7 +15,7 @@ from torch import Tensor
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.inference.decoder import Decoder, StepInput
 from adapterhub_chat.inference.detokenizer import Detokenizer
-from adapterhub_chat.inference.kv_cache import KeyValues, PrefixCache, round_up
+from adapterhub_chat.inference.kv_cache import PrefixCache, round_up
 from adapterhub_chat.inference.requests import Completion, Request, Ticket
 from adapterhub_chat.inference.sampling import TokenLogprob, generator_of, logprob_of, pick
 from adapterhub_chat.lora.plan import Plan
@@ -114,11 +114,10 @@ class RunningBatch:
     ) -> None:
         """Start with none; see Engine for the limits."""
         self.model, self.decoder, self.prefixes = model, decoder, prefixes
-        self.chunk, self.cache_bytes = chunk, cache_bytes
-        backbone = model.backbone
-        self.cache = KeyValues(decoder.heads, backbone.dtype, backbone.device)
-        itemsize = torch.empty(0, dtype=backbone.dtype).element_size()
-        self._token_bytes = sum(2 * k * d for k, d in decoder.heads) * itemsize
+        self.chunk = chunk if decoder.takes_chunks else decoder.limit
+        self.cache_bytes = cache_bytes
+        self.cache = decoder.new_cache()
+        self._token_bytes = self.cache.token_bytes
         self.rows: list[RunningRow] = []
         self._decoding = 0
         self._plan: tuple[list[Lease], Plan | None] = ([], None)
@@ -155,7 +154,7 @@ class RunningBatch:
             self.cache.clear()  # after a long row there would be room for few short ones
         self._reserve(place + 1, length)
         found = self.prefixes.find(row.held.key, row.request.prompt)
-        if found is not None:
+        if found is not None and self.decoder.takes_chunks:
             prefix, shared = found
             row.num_computed = row.reused = min(shared, len(row.request.prompt) - 1)
             self.cache.put(place, prefix, row.num_computed)
@@ -288,7 +287,8 @@ class RunningBatch:
         self.rows = [row for row in places if row is not None]
 
     def _remember(self, row: RunningRow) -> None:
-        if self.prefixes.wants(row.num_computed * self._token_bytes, row.num_computed):
+        size = row.num_computed * self._token_bytes
+        if self.decoder.takes_chunks and self.prefixes.wants(size, row.num_computed):
             place = self.rows.index(row)
             self.prefixes.keep(row.held.key, self.cache.take(place, row.tokens[: row.num_computed]))
 

@@ -1,7 +1,8 @@
 """Decoders: new tokens of several rows through the backbone, over a static key-value cache.
 
-`ModuleDecoder` runs transformers' own modules, whatever the architecture; fused_decoder.py has one that is
-faster. Legend: N rows, T new tokens of a row, V vocabulary, H hidden width.
+`ModuleDecoder` runs transformers' own modules, whatever the attention's pattern and shapes; fused_decoder.py
+has one that is faster, and stateful_decoder.py one for architectures whose layers carry a state. Legend: N
+rows, T new tokens of a row, V vocabulary, H hidden width.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adapterhub_chat.inference.kv_cache import Heads, KeyValues, round_up
+from adapterhub_chat.inference.kv_cache import KeyValues, round_up
 from adapterhub_chat.lora.plan import Plan, activate
 from adapterhub_chat.model.adapter_model import AdapterModel, keeping
+from adapterhub_chat.model.cache_shape import AttentionCache, CacheShape
+from adapterhub_chat.model.masks import RowLayout, laid_out
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,14 @@ class StepInput:
 class Decoder(Protocol):
     """What an engine asks of a backbone."""
 
-    heads: Heads
     limit: int
     """The longest row, in tokens."""
+    takes_chunks: bool
+    """Whether a prompt may be fed in parts."""
+
+    def new_cache(self) -> KeyValues:
+        """Return an empty cache of the rows' keys and values."""
+        ...
 
     def forward(self, cache: KeyValues, feed: StepInput, plan: Plan | None) -> Tensor:
         """Return the logits (N, V) after each row's last new token."""
@@ -62,18 +70,15 @@ class Decoder(Protocol):
 
 
 def head_shape(config: Any) -> tuple[int, int, int]:
-    """Return heads, key-value heads, head width."""
+    """Return heads, key-value heads and head width of a Llama-like configuration."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def limit_of(config: Any) -> int:
-    """Return the longest row: what the positions allow, and a sliding window, beyond which all differs."""
-    limits = [getattr(config, "max_position_embeddings", None)]
-    if getattr(config, "use_sliding_window", True):
-        limits.append(getattr(config, "sliding_window", None))
-    return min((limit for limit in limits if limit), default=2**31)
+    """Return the longest row that the positions allow."""
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def mask_of(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -84,7 +89,7 @@ def mask_of(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)
 
 
-class View:
+class View(AttentionCache):
     """The cache as transformers' modules see it during one forward."""
 
     def __init__(self, cache: KeyValues, feed: StepInput) -> None:
@@ -92,6 +97,7 @@ class View:
         rows, width = feed.ids.shape
         self.cache, self.positions = cache, feed.positions
         self.seen = min(round_up(max(feed.starts) + width), cache.length)
+        super().__init__(self.seen)
         self.rows = slice(feed.first, feed.first + rows)
         self.index = torch.arange(rows, device=feed.ids.device)[:, None]
 
@@ -108,31 +114,33 @@ class View:
             tensor[self.index, :, self.positions] = new.transpose(1, 2)
         return own[0][:, :, : self.seen], own[1][:, :, : self.seen]
 
-    def get_seq_length(self, *_: Any) -> int:
-        """Return the length of the longest row; every row has its own positions."""
-        return self.seen
-
 
 class ModuleDecoder:
     """See Decoder: transformers' own modules."""
 
-    def __init__(self, model: AdapterModel) -> None:
-        """Prepare for the model's backbone."""
-        self.backbone = model.backbone
+    takes_chunks = True
+
+    def __init__(self, model: AdapterModel, shape: CacheShape) -> None:
+        """Prepare for the model's backbone, whose layers keep keys and values of `shape`."""
+        self.backbone, self.shape = model.backbone, shape
         self.early_states = model.early_states
-        config = self.backbone.model.config
-        self.limit = limit_of(config)
-        _, kv_heads, width = head_shape(config)
-        self.heads: Heads = [(kv_heads, width)] * config.num_hidden_layers
+        self.limit = limit_of(self.backbone.text_config)
+
+    def new_cache(self) -> KeyValues:
+        """See Decoder."""
+        return KeyValues(self.shape, self.backbone.dtype, self.backbone.device)
 
     @torch.inference_mode()
     def forward(self, cache: KeyValues, feed: StepInput, plan: Plan | None) -> Tensor:
         """See Decoder."""
         view = View(cache, feed)
-        with activate(plan), keeping(feed.last):
+        keys = torch.arange(view.seen, device=feed.ids.device)[None]
+        layout = RowLayout(view.positions, keys)
+        own_mask = None if self.backbone.asks_for_masks else view.mask(self.backbone.dtype)
+        with activate(plan), keeping(feed.last), laid_out(layout):
             out = self.backbone.model(
                 input_ids=feed.ids,
-                attention_mask=view.mask(self.backbone.dtype),
+                attention_mask=own_mask,
                 position_ids=view.positions.clamp(max=self.limit - 1),
                 use_cache=True,
                 **{self.backbone.cache_name: view},

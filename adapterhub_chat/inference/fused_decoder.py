@@ -23,11 +23,13 @@ from adapterhub_chat.inference.decoder import (
     head_shape,
     limit_of,
 )
-from adapterhub_chat.inference.kv_cache import Heads, KeyValues
+from adapterhub_chat.inference.kv_cache import KeyValues
+from adapterhub_chat.inference.stateful_decoder import StatefulDecoder
 from adapterhub_chat.lora import native
 from adapterhub_chat.lora.plan import Plan, activate
 from adapterhub_chat.lora.sites import Site
 from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.cache_shape import CacheShape
 
 FUSED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 COPY_LIMIT = 2 * 2**30
@@ -42,7 +44,10 @@ _Attend = Callable[["_Block", Tensor], Tensor]
 
 def make_decoder(model: AdapterModel, folder: Path) -> Decoder:
     """Return the fastest decoder for the model's backbone; `folder` keeps compiled products."""
-    return FusedDecoder(model, folder) if _is_fusible(model) else ModuleDecoder(model)
+    if _is_fusible(model):
+        return FusedDecoder(model, folder)
+    shape = model.backbone.cache_shape
+    return StatefulDecoder(model) if shape is None else ModuleDecoder(model, shape)
 
 
 def _is_fusible(model: AdapterModel) -> bool:
@@ -140,6 +145,8 @@ class _Block:
 class FusedDecoder:
     """See Decoder: the Llama family's forward, over fused sites."""
 
+    takes_chunks = True
+
     def __init__(self, model: AdapterModel, folder: Path) -> None:
         """Copy the backbone's weights where it is small enough; `folder` keeps compiled products."""
         self.backbone = model.backbone
@@ -147,7 +154,10 @@ class FusedDecoder:
         config = whole.config
         self.limit = limit_of(config)
         self.shape = head_shape(config)
-        self.heads: Heads = [self.shape[1:]] * config.num_hidden_layers
+        _, kv_heads, head_width = self.shape
+        self.cache_shape: CacheShape = [
+            (kv_heads, head_width, head_width)
+        ] * config.num_hidden_layers
         self.scale = self.shape[2] ** -0.5
         packing = self.backbone.quantize is None and self.backbone.nbytes <= COPY_LIMIT
         self.blocks = [_Block(model, block, packing) for block in whole.model.layers]
@@ -160,6 +170,10 @@ class FusedDecoder:
             self._head, self._head_product = _packed(self._head)
         self._folder = folder
         self._step: tuple[tuple[int, int], native.NativeStep] | None = None
+
+    def new_cache(self) -> KeyValues:
+        """See Decoder."""
+        return KeyValues(self.cache_shape, self.backbone.dtype, self.backbone.device)
 
     @cached_property
     def _products(self) -> native.Products | None:

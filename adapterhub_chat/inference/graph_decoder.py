@@ -73,7 +73,8 @@ class GraphDecoder:
                 "backbone of the Llama, Mistral and Qwen2 families. Leave graphs out"
             )
         self.inner, self.backbone = inner, model.backbone
-        self.heads, self.limit, self.early_states = inner.heads, inner.limit, inner.early_states
+        self.limit, self.takes_chunks = inner.limit, inner.takes_chunks
+        self.new_cache, self.early_states = inner.new_cache, inner.early_states
         self.records = 0
         self._sites = model.sites
         self._rank = 0

@@ -1,7 +1,8 @@
 """KeyValues: static memory for the keys and values of the rows that are being decoded.
 
 Shapes change only when more rows or longer ones are needed than ever before: a row joins and leaves by
-copies of its own numbers. Legend: N rows, C capacity in tokens, K key-value heads, D head width.
+copies of its own numbers. Legend: N rows, C capacity in tokens, K key-value heads, D width of a key, E width
+of a value.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapterhub_chat.model.cache_shape import CacheShape
+
 LENGTH_STEP = 64
 """Capacities, and what attention looks at, are whole multiples of this: few shapes."""
-
-Heads = Sequence[tuple[int, int]]
-"""(K, D) of every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Prefix:
     keys: Sequence[Tensor]
     """(K, length, D) of every layer."""
     values: Sequence[Tensor]
+    """(K, length, E) of every layer."""
 
     @property
     def nbytes(self) -> int:
@@ -36,13 +37,17 @@ class Prefix:
 
 
 class KeyValues:
-    """Keys and values, (N, K, C, D) for every layer."""
+    """Keys (N, K, C, D) and values (N, K, C, E) of every layer."""
 
-    def __init__(self, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         """Start with room for nothing."""
         self.rows, self.length = 0, 0
-        self.keys = [torch.empty(0, k, 0, d, dtype=dtype, device=device) for k, d in heads]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
+        empty = torch.empty(0, dtype=dtype, device=device)
+        self.keys = [empty.new_empty(0, heads, 0, width) for heads, width, _ in shape]
+        self.values = [empty.new_empty(0, heads, 0, width) for heads, _, width in shape]
+        numbers = sum(heads * (key + value) for heads, key, value in shape)
+        self.token_bytes = numbers * empty.element_size()
+        """Bytes of one token of one row."""
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapterhub_chat.data.encoding import Encoded, encode_choices, encode_labels
-from adapterhub_chat.data.packing import in_order, pack
+from adapterhub_chat.data.packing import in_order
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.model.adapter_model import AdapterModel
@@ -54,7 +54,7 @@ def sequence_losses(
     width = len(encoded[0].continuations) if encoded else 0
     losses = torch.zeros(len(encoded), width)
     for rows, indices in in_order(encoded, num_rows=ROWS, length=row_length):
-        batch = pack(rows, row_length)
+        batch = model.pack(rows, row_length)
         with torch.inference_mode(), model.mixing([mix] * batch.num_rows):
             logits = model.answer_logits(batch)
             each = token_losses(logits, batch.targets.to(logits.device)).cpu()
@@ -96,6 +96,6 @@ def next_token_logits(model: AdapterModel, requests: Sequence[Request]) -> Tenso
     order = sorted(range(len(requests)), key=lambda i: str(requests[i].mix))
     rows = [[Encoded(requests[i].prompt, ((0,),))] for i in order]  # adapters side by side
     with model.mixing([requests[i].mix for i in order]):
-        batch = pack(rows, max(len(row[0].prompt) for row in rows))
+        batch = model.pack(rows, max(len(row[0].prompt) for row in rows))
         logits = model.answer_logits(batch).float().cpu()
     return logits[torch.tensor(order).argsort()]

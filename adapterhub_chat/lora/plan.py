@@ -63,6 +63,7 @@ class Plan:
     def __init__(self, places: Sequence[MixPlace], mix: Tensor) -> None:
         """Analyse `mix` (N, S), a CPU tensor of weights; column s belongs to `places[s]`."""
         self.num_rows = len(mix)
+        self._places, self._mix = places, mix
         self._alike = [(own, mix[:, columns]) for own, columns in _by_layout(places, mix)]
         self._terms = [_term(part, own) for own, weights in self._alike for part in terms(weights)]
         self._shrunk: dict[str, tuple[Tensor, list[Tensor | None]]] = {}
@@ -86,6 +87,10 @@ class Plan:
     def num_places(self) -> int:
         """How many slots are in use."""
         return sum(len(places) for places, _ in self._alike)
+
+    def row(self, number: int) -> Plan:
+        """Return the plan of one row alone."""
+        return Plan(self._places, self._mix[number : number + 1])
 
     def apply(
         self, layers: Layers, member: int, x: Tensor, base: Callable[[Tensor], Tensor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub_chat.data.encoding import Encoded, encode_examples
-from adapterhub_chat.data.packing import in_order, pack
+from adapterhub_chat.data.packing import in_order
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import DataError
@@ -96,7 +96,7 @@ class InputMoments:
         sums = {name: torch.zeros(n, n, device=device) for name, n in wide.items()}
         tokens = 0
         for rows, _ in in_order(items, num_rows=ROWS, length=ROW_LENGTH):
-            batch = pack(rows, ROW_LENGTH)
+            batch = self._model.pack(rows, ROW_LENGTH)
             real = (batch.segments >= 0).flatten().nonzero().squeeze(1).to(device)
             tokens += len(real)
             mixes = [as_mix(adapter)] * batch.num_rows

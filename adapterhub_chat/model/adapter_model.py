@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from adapterhub_chat.assets.fetch import cache_dir
 from adapterhub_chat.config import EngineOptions
-from adapterhub_chat.data.packing import Batch
+from adapterhub_chat.data.encoding import Encoded
+from adapterhub_chat.data.packing import Batch, isolated, longest, pack
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.errors import join_misfits as joined
 from adapterhub_chat.lora import native
@@ -31,6 +32,7 @@ from adapterhub_chat.lora.slots import Slots, StagedSlot, plan_of
 from adapterhub_chat.lora.weights import AdapterWeights, misfits
 from adapterhub_chat.model.backbone import Backbone
 from adapterhub_chat.model.encoders import first_position, pooled
+from adapterhub_chat.model.masks import RowLayout, laid_out
 from adapterhub_chat.model.source import AdapterSource, LoadedOnly
 from adapterhub_chat.types import BACKBONE, NO_ADAPTER, Mix
 
@@ -174,6 +176,17 @@ class AdapterModel:
             with activate(plan_of([held[mix] for mix in mixes])):
                 yield
 
+    def arranged(self, rows: Sequence[Sequence[Encoded]]) -> list[Sequence[Encoded]]:
+        """Return packed rows as they are, or where layers carry a state, each continuation in its own."""
+        return list(rows) if self.backbone.packs else isolated(rows)
+
+    def pack(self, rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
+        """Return rows of at most `length` tokens as one Batch, arranged as the backbone needs them."""
+        if self.backbone.packs:
+            return pack(rows, length)
+        apart = isolated(rows)
+        return pack(apart, min(length, longest(apart)))
+
     def answer_logits(self, batch: Batch) -> Tensor:
         """Return logits (P, V) at the batch's predicting positions alone, under the active mix.
 
@@ -184,10 +197,10 @@ class AdapterModel:
         if self.backbone.encodes:
             return self._label_logits(batch)
         spare = -len(batch.keep) % KEEP_STEP  # few shapes: a new one costs a CPU set-up time
-        with keeping(functional.pad(batch.keep, (0, spare))):
+        with keeping(functional.pad(batch.keep, (0, spare))), self._laid_out(batch) as mask:
             out = self.backbone.model(
                 input_ids=batch.ids,
-                attention_mask=self._mask(batch),
+                attention_mask=mask,
                 position_ids=batch.positions,
                 use_cache=False,
             )
@@ -203,12 +216,13 @@ class AdapterModel:
         base = self.backbone.model.base_model
         start = first_position(self.backbone.model.config)
         options = {} if self.backbone.encodes else {"use_cache": False}
-        hidden = base(
-            input_ids=batch.ids,
-            attention_mask=self._mask(batch),
-            position_ids=batch.positions + start,
-            **options,
-        ).last_hidden_state
+        with self._laid_out(batch) as mask:
+            hidden = base(
+                input_ids=batch.ids,
+                attention_mask=mask,
+                position_ids=batch.positions + start,
+                **options,
+            ).last_hidden_state
         return pooled(base, hidden, batch, self.backbone.pooling or "mean")
 
     def _label_logits(self, batch: Batch) -> Tensor:
@@ -262,13 +276,24 @@ class AdapterModel:
         for block in self.backbone.blocks:
             fully_shard(block, mesh=mesh)
 
-    def _mask(self, batch: Batch) -> Tensor:
-        """Return the batch's mask; for the CPU's training attention, once for every head."""
-        mask = batch.mask(self.backbone.dtype, causal=not self.backbone.encodes)
-        if not torch.is_grad_enabled() or mask.device.type != "cpu":
-            return mask
-        heads = getattr(self.backbone.model.config, "num_attention_heads", 1)
-        return mask.expand(-1, heads, -1, -1).contiguous()
+    @contextmanager
+    def _laid_out(self, batch: Batch) -> Iterator[Tensor | None]:
+        """Let the backbone's layers see the batch's examples apart; give the mask that it is called with.
+
+        For the CPU's training attention there is one mask a head.
+        """
+        training = torch.is_grad_enabled() and batch.ids.device.type == "cpu"
+        heads = getattr(self.backbone.text_config, "num_attention_heads", 1) if training else 1
+        if not (self.backbone.asks_for_masks or self.backbone.encodes):
+            yield None  # one example a row, padded on the right: the model's own mask is right
+            return
+        if not self.backbone.asks_for_masks:
+            mask = batch.mask(self.backbone.dtype, causal=not self.backbone.encodes)
+            yield mask if heads == 1 else mask.expand(-1, heads, -1, -1).contiguous()
+            return
+        layout = RowLayout(batch.positions, batch.positions, batch.visible(), heads)
+        with laid_out(layout):
+            yield torch.ones_like(batch.ids)
 
     def new_bank(
         self,

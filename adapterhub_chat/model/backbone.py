@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +20,8 @@ from torch import nn
 
 from adapterhub_chat.data.encoding import ENCODER_TEMPLATE, classifies
 from adapterhub_chat.errors import UsageError
-from adapterhub_chat.model.attention import PACKED, _attention
+from adapterhub_chat.model import attention
+from adapterhub_chat.model.cache_shape import CacheShape, shape_of_cache
 from adapterhub_chat.model.devices import explain_dtype, pick_device
 from adapterhub_chat.model.encoders import Pooling, first_position, is_encoder, load_encoder
 from adapterhub_chat.model.quantization import keep_gradients
@@ -73,6 +75,26 @@ class Backbone:
         config = self.model.config
         most = config.max_position_embeddings - first_position(config) if self.encodes else None
         return most
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model, also where it is a part of a larger model."""
+        return self.model.config.get_text_config()
+
+    @property
+    def asks_for_masks(self) -> bool:
+        """Whether its layers' masks are made by model/masks.py, for whatever pattern each layer has."""
+        return bool(self.text_config._attn_implementation == attention.NAME)
+
+    @cached_property
+    def cache_shape(self) -> CacheShape | None:
+        """The shape of each layer's keys and values; None where layers keep something else as well."""
+        return shape_of_cache(self.model, self.cache_name) if self.asks_for_masks else None
+
+    @property
+    def packs(self) -> bool:
+        """Whether examples may lie beside each other in a row: no layer carries a state through it."""
+        return self.encodes or self.cache_shape is not None
 
     @property
     def precision(self) -> str:
@@ -140,17 +162,13 @@ def load_backbone(
         model.to(where)
     else:
         keep_gradients(model)
-    if where.type == "cpu" and getattr(model, "_supports_attention_backend", False):
-        model.set_attn_implementation(PACKED)
+    if getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     fingerprint = fingerprint_of(model, tokenizer, quantize, kind, pooling)
     return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint, pooling, choice.why)
-
-
-transformers.AttentionInterface.register(PACKED, _attention)
-transformers.AttentionMaskInterface.register(PACKED, transformers.AttentionMaskInterface()["sdpa"])
 
 
 def _bits_and_bytes(quantize: Quantize, dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of, truncate
-from adapterhub_chat.data.packing import Batch, in_order, pack
+from adapterhub_chat.data.packing import Batch, in_order
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Example, Mix, PromptContract
 
@@ -80,7 +80,7 @@ def features(
     parts: list[Tensor] = []
     order: list[int] = []
     for rows, indices in in_order(asked, num_rows=ROWS, length=ROW_LENGTH):
-        batch = pack(rows, ROW_LENGTH)
+        batch = model.pack(rows, ROW_LENGTH)
         with torch.inference_mode(), model.mixing([mix] * batch.num_rows):
             parts.append(_vectors(model, batch, layer, where).cpu())
         order += indices

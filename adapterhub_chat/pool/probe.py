@@ -13,7 +13,6 @@ from torch import Tensor
 
 from adapterhub_chat.artifact.manifest import Probe
 from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of
-from adapterhub_chat.data.packing import pack
 from adapterhub_chat.data.prompts import placeholders
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.inference.likelihood import next_token_logits
@@ -163,7 +162,7 @@ def _reference(model: AdapterModel, prompt: str, name: AdapterChoice) -> Answers
     if not has_reference(model):
         return None
     ids = tuple(model.backbone.tokenizer(prompt).input_ids)
-    batch = pack([[Encoded(ids, ((0,),))]] * 2, len(ids))
+    batch = model.pack([[Encoded(ids, ((0,),))]] * 2, len(ids))
     updates = [(model.weights(part), share) for part, share in as_mix(name).weights]
     first, second = reference_logits(model, batch, updates).cpu()
     return first, second

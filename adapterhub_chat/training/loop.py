@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub_chat.data.packing import Batch, in_order, pack
+from adapterhub_chat.data.packing import Batch, in_order
 from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.events import Event
 from adapterhub_chat.inference.likelihood import sum_by_owner, token_losses
@@ -152,7 +152,7 @@ class TrainingRun:
         With several processes, each sees a share of every part's rows; the losses are everybody's.
         """
         count, mine = self.accelerator.num_processes, self.accelerator.process_index
-        rows = [list(part.rows)[mine::count] for part in parts]
+        rows = [self.model.arranged(list(part.rows)[mine::count]) for part in parts]
         counts = 1.0
         if not any(rows):  # every process runs every forward: a sharded backbone needs all of them
             rows[0], counts = [parts[0].rows[0]], 0.0
@@ -164,7 +164,7 @@ class TrainingRun:
         owner = torch.repeat_interleave(
             torch.arange(len(parts)), torch.tensor([len(own) for own in rows])
         )
-        batch = pack([row for own in rows for row in own], self.length)
+        batch = self.model.pack([row for own in rows for row in own], self.length)
         mixes = torch.stack([self._mix(part.learner) for part in parts])[owner]
         layers = [own.layer for part in parts if (own := part.learner.job.auxiliary)]
         with activate(Plan(self.bank.places, mixes)), capture_blocks(self.model, layers) as heard:
@@ -180,7 +180,7 @@ class TrainingRun:
         """Return each part's weighted sum of losses over the weight of its answer tokens everywhere."""
         losses = token_losses(logits, batch.targets.to(logits.device))
         losses = losses * batch.weights.to(losses.device)
-        belongs = owner[batch.keep // self.length].to(losses.device)
+        belongs = owner[batch.keep // batch.ids.shape[1]].to(losses.device)
         sums = sum_by_owner(losses, belongs, len(wanted))
         return sums / wanted.clamp(min=SMALLEST).to(losses.device)
 
@@ -218,7 +218,7 @@ class TrainingRun:
         batches = [b for b, _ in in_order(examples, num_rows=VALIDATION_ROWS, length=self.length)]
         for turn in range(-(-len(batches) // count)):  # as many forwards in every process
             number = turn * count + mine
-            batch = pack(batches[number % len(batches)], self.length)
+            batch = self.model.pack(batches[number % len(batches)], self.length)
             mix = self._mix(learner).expand(batch.num_rows, -1)
             with activate(Plan(self.bank.places, mix)):
                 logits = self.model.answer_logits(batch)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapterhub_chat.config import TrainConfig
 from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of, truncate
-from adapterhub_chat.data.packing import in_order, pack
+from adapterhub_chat.data.packing import in_order
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import ROWS, capture_blocks, mean_pooled
 from adapterhub_chat.training.job import HiddenStates, Job
@@ -97,7 +97,7 @@ def _features(model: AdapterModel, texts: Sequence[Encoded], length: int) -> dic
     """Return the bare backbone's features (H,), float32 on the CPU, of each text."""
     found: dict[Encoded, Tensor] = {}
     for rows, indices in in_order(texts, num_rows=ROWS, length=length):
-        batch = pack(rows, length)
+        batch = model.pack(rows, length)
         mixes = [NO_ADAPTER] * batch.num_rows
         with torch.inference_mode(), model.mixing(mixes), capture_blocks(model, [LAST]) as heard:
             model.answer_logits(batch)
