@@ -41,6 +41,12 @@ class StepInput:
         return begin[:, None] + torch.arange(self.ids.shape[1], device=self.ids.device)
 
     @property
+    def own_positions(self) -> Tensor:
+        """The positions (N, T), those beyond a row's own tokens being that of its last one."""
+        ends = [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)]
+        return self.positions.minimum(torch.tensor(ends, device=self.ids.device)[:, None])
+
+    @property
     def last(self) -> Tensor:
         """The flat (row * T + column) place of every row's last own token, (N,)."""
         rows, width = self.ids.shape
@@ -118,11 +124,10 @@ class View(AttentionCache):
 class ModuleDecoder:
     """See Decoder: transformers' own modules."""
 
-    takes_chunks = True
-
     def __init__(self, model: AdapterModel, shape: CacheShape) -> None:
         """Prepare for the model's backbone, whose layers keep keys and values of `shape`."""
         self.backbone, self.shape = model.backbone, shape
+        self.takes_chunks = model.backbone.packs
         self.early_states = model.early_states
         self.limit = limit_of(self.backbone.text_config)
 
@@ -141,7 +146,7 @@ class ModuleDecoder:
             out = self.backbone.model(
                 input_ids=feed.ids,
                 attention_mask=own_mask,
-                position_ids=view.positions.clamp(max=self.limit - 1),
+                position_ids=feed.own_positions,
                 use_cache=True,
                 **{self.backbone.cache_name: view},
             )

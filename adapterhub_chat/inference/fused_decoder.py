@@ -60,6 +60,7 @@ def _is_fusible(model: AdapterModel) -> bool:
         type(backbone).__name__ in FUSED
         and config.hidden_act == "silu"
         and not windowed
+        and not model.backbone.length_matters
         and not any("forward" in block.__dict__ for block in backbone.model.layers)
     )
 

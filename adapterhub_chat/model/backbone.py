@@ -26,6 +26,7 @@ from adapterhub_chat.model.devices import explain_dtype, pick_device
 from adapterhub_chat.model.encoders import Pooling, first_position, is_encoder, load_encoder
 from adapterhub_chat.model.quantization import keep_gradients
 from adapterhub_chat.model.resolve import _explained, _resolve, quiet
+from adapterhub_chat.model.rope import make_rows_independent
 from adapterhub_chat.types import Fingerprint
 
 Quantize = Literal["nf4", "int8"]
@@ -56,6 +57,8 @@ class Backbone:
     fingerprint: Fingerprint
     pooling: Pooling | None = None
     """How an encoder makes features of a text; None: a causal language model."""
+    length_matters: bool = False
+    """Whether its rotary frequencies depend on the length of a row."""
     why: str = ""
     """Why it has this dtype, in a few words; empty where nothing was measured."""
 
@@ -93,8 +96,11 @@ class Backbone:
 
     @property
     def packs(self) -> bool:
-        """Whether examples may lie beside each other in a row: no layer carries a state through it."""
-        return self.encodes or self.cache_shape is not None
+        """Whether examples may lie beside each other in a row, and a prompt be fed in parts.
+
+        Not where a layer carries a state through a row, nor where frequencies depend on a row's length.
+        """
+        return self.encodes or not (self.length_matters or self.cache_shape is None)
 
     @property
     def precision(self) -> str:
@@ -167,8 +173,18 @@ def load_backbone(
     model.requires_grad_(False).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    fingerprint = fingerprint_of(model, tokenizer, quantize, kind, pooling)
-    return Backbone(name, model, tokenizer, kind, where, quantize, fingerprint, pooling, choice.why)
+    return Backbone(
+        name,
+        model,
+        tokenizer,
+        kind,
+        where,
+        quantize,
+        fingerprint_of(model, tokenizer, quantize, kind, pooling),
+        pooling,
+        make_rows_independent(model),
+        choice.why,
+    )
 
 
 def _bits_and_bytes(quantize: Quantize, dtype: torch.dtype) -> Any:
