@@ -1,7 +1,7 @@
 """Rotary embeddings whose frequencies depend on a sequence's length: dynamic NTK and LongRoPE, row by row.
 
-transformers chooses the frequencies once a batch, by its longest row and, for dynamic NTK, by what came before.
-Here each row gets those of its own length, so that no row changes another. Legend: N rows, T tokens.
+transformers chooses the frequencies once a batch, by its longest row and, for dynamic NTK, by what came
+before. Here each row gets those of its own length, so that no row changes another. Legend: N rows, T tokens.
 """
 
 from __future__ import annotations

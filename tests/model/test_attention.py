@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
+from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model import attention as backbone
-from adapterhub_chat.model.attention import packed_attention
+from adapterhub_chat.model.attention import explicit_attention, packed_attention
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
@@ -62,3 +64,41 @@ def test_training_uses_it_and_generation_does_not(model, monkeypatch):
     training = model.backbone.model(ids, attention_mask=mask).logits
     assert len(seen) == 2
     torch.testing.assert_close(training, inference)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sink", [None, 1.5])
+def test_soft_caps_and_sinks_are_the_formula(softcap, sink):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 5, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    mask = torch.zeros(2, 1, 5, 5).masked_fill(hidden, torch.finfo(torch.float32).min)
+    sinks = None if sink is None else torch.full((4,), sink)
+    got = explicit_attention(query, key, value, mask, 0.4, softcap, sinks)
+    for row, head, token in ((0, 0, 0), (1, 1, 3), (1, 3, 4)):
+        scores = 0.4 * key[row, head // 2, : token + 1] @ query[row, head, token]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        total = scores.exp().sum() + (0 if sink is None else torch.tensor(sink).exp())
+        wanted = (scores.exp() / total) @ value[row, head // 2, : token + 1]
+        torch.testing.assert_close(got[row, token, head], wanted, atol=1e-6, rtol=1e-5)
+    for form in (None, (~hidden).expand(2, 1, 5, 5)):
+        other = explicit_attention(query, key, value, form, 0.4, softcap, sinks)
+        torch.testing.assert_close(other, got)
+
+
+def test_values_may_be_narrower_than_keys():
+    query, key = torch.randn(1, 4, 6, 12), torch.randn(1, 4, 6, 12)
+    value = torch.randn(1, 4, 6, 8)
+    mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -1e30)
+    wanted = functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+    got = packed_attention(query, key, value, mask, 0.3)
+    torch.testing.assert_close(got, wanted.transpose(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_an_option_that_brings_unknown_numbers_is_refused():
+    tensor = torch.randn(1, 2, 3, 4)
+    with pytest.raises(UsageError, match="indices"):
+        backbone._attention(nn.Identity(), tensor, tensor, tensor, None, indices=torch.zeros(1))
