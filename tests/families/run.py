@@ -93,13 +93,16 @@ def markdown(rows: Sequence[Row]) -> str:
             for row in rows
         ),
     ]
-    notes = [
-        f"- **{row['family']}**, {column}: {cell}"
-        for row in rows
-        for column, cell in row["cells"].items()
-        if kind_of(cell) not in ("right", "-")
-    ]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    return "\n".join([*lines, "", *(note for row in rows for note in notes(row))]) + "\n"
+
+
+def notes(row: Row) -> list[str]:
+    """Return what is behind the cells that are not right, equal ones together."""
+    columns: dict[str, list[str]] = {}
+    for column, cell in row["cells"].items():
+        if kind_of(cell) not in ("right", "-"):
+            columns.setdefault(cell, []).append(column)
+    return [f"- **{row['family']}**, {', '.join(names)}: {cell}" for cell, names in columns.items()]
 
 
 def parse(arguments: Sequence[str] | None, families: Iterable[str], columns: Iterable[str]) -> Any:
