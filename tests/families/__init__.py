@@ -1,0 +1,1 @@
+"""The conformance matrix: every architecture of backbone against plain transformers and PEFT."""
