@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 from adapterhub_chat.errors import AdapterHubError, DataError, UsageError
+from adapterhub_chat.files import replaced_file
 
 
 def read_lines(source: str) -> list[dict[str, Any]]:
@@ -46,16 +47,13 @@ def open_output(output: str) -> Iterator[TextIO]:
         return
     target = Path(output)
     special = target.exists() and not target.is_file()  # a pipe, a device: nothing to rename over
-    partial = target if special else Path(f"{output}.part")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with (
+            nullcontext(target) if special else replaced_file(target) as path,
+            path.open("w", encoding="utf-8") as file,
+        ):
             yield file
-        partial.replace(target)
     except OSError as error:
         if isinstance(error, AdapterHubError):
             raise
         raise UsageError(f"--output {output}: {error.strerror or error}") from error
-    finally:
-        if not special:
-            with suppress(OSError):
-                partial.unlink()

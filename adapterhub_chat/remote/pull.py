@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.assets.fetch import cache_dir
 from adapterhub_chat.errors import AdapterError, HubError, UsageError
-from adapterhub_chat.files import file_sha256
+from adapterhub_chat.files import file_sha256, replaced_file
 from adapterhub_chat.pool.lockfile import Lock, Pinned, is_installed, read_lock
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Registry
@@ -267,8 +265,8 @@ def _keep_for_later(folder: Path, hashes: Mapping[str, str]) -> None:
             if is_installed(target.parent, {target.name: sha256}):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                os.replace(shutil.copyfile(folder / name, Path(scratch) / sha256), target)
+            with replaced_file(target) as scratch:
+                shutil.copyfile(folder / name, scratch)
 
 
 def _restore(pinned: Pinned, folder: Path, token: str | None) -> None:
