@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from huggingface_hub import get_session
 from huggingface_hub.utils import _http as http
 
 from adapterhub_chat.errors import HubError
@@ -74,13 +75,15 @@ def _too_slow(what: str) -> HubError:
 
 
 def _hook_in() -> None:
-    """Have every client of the library look at our requests: the one that is there, and those to come.
+    """Add the hooks to the library's current client and to the clients that it will make.
 
-    After a broken connection the library throws its client away and makes another one.
+    After a broken connection the library closes its client and makes another one. Its public
+    `set_client_factory` does not fit here: it closes the client that other threads may be using, and no
+    public function returns a factory that the user has set, which must go on making the clients.
     """
     if getattr(http._GLOBAL_CLIENT_FACTORY, "func", None) is not _hooked:
         http._GLOBAL_CLIENT_FACTORY = partial(_hooked, http._GLOBAL_CLIENT_FACTORY)
-    _with_hooks(http.get_session())
+    _with_hooks(get_session())
 
 
 def _hooked(factory: Any) -> Any:
