@@ -140,12 +140,12 @@ class EngineOptions(BaseModel):
         64 * 2**20, ge=0, description="Bytes of finished requests' keys and values kept for others."
     )
     adapter_bytes: int | None = Field(
-        None, ge=0, description="Bytes of loaded adapters; None sets no bound."
+        None, ge=0, description="Bytes of loaded adapters, at most; default: no bound."
     )
     ram_bytes: int | None = Field(
         None,
         ge=0,
-        description="Bytes of read adapters kept in the host's memory; None: 1 GiB beside a GPU, else 0.",
+        description="Bytes of read adapters kept in the host's memory; default: 1 GiB with a GPU, else 0.",
     )
     graphs: bool = Field(False, description="Record steps of one token a row, and play them again.")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from adapterhub_chat.api import AdapterHub
-from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone, with_engine
 from adapterhub_chat.cli.output import Notes
 from adapterhub_chat.errors import AdapterHubError, UsageError
 from adapterhub_chat.types import AUTO, BACKBONE, Message, Mix, as_mix
@@ -126,14 +126,15 @@ def _weight(part: str) -> tuple[str, float]:
 
 
 @with_backbone
+@with_engine
 def chat(
     adapter: Annotated[
         str, typer.Option(help="Who answers first, or 'auto'; /use NAME changes it.")
     ] = BACKBONE,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
 ) -> None:
     """Talk in the terminal: /use NAME, /mix a=0.5 b=0.5, /list, /reset, /quit."""
-    hub = where.open(Notes(quiet=False))
+    hub = hub_options.open(Notes(quiet=False))
     session = ChatSession(hub, write=lambda text: typer.echo(text, nl=False))
     session.use(adapter)
     typer.echo("Type a message; /help lists the commands.")

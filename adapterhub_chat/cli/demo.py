@@ -14,13 +14,11 @@ import typer
 from adapterhub_chat.api import AdapterHub
 from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.cli.options import (
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
     HubOptions,
     JsonOption,
-    PoolOption,
     precision,
+    with_backbone,
+    with_engine,
 )
 from adapterhub_chat.cli.output import Bars, Notes, err, print_json, print_scores, print_table
 from adapterhub_chat.config import TrainConfig
@@ -182,20 +180,19 @@ def _asked(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def demo(
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("runs/demo"),
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
+DEMO_HUB = HubOptions(pool=Path("runs/demo"))
+
+
+@with_backbone
+@with_engine
+def demo(hub_options: HubOptions = DEMO_HUB, as_json: JsonOption = False) -> None:
     """Train qa, generation and sentiment jointly, judge them, swap them, mix them in one batch."""
-    say = Notes(quiet=as_json)
-    say(
+    notes = Notes(quiet=as_json)
+    notes(
         "The main job, small: three adapters trained jointly on one frozen backbone. "
         "Five minutes at most; the adapters shipped in adapters/ had a larger budget."
     )
-    hub = HubOptions(backbone, pool, None, dtype, device).open(say)
+    hub = hub_options.open(notes)
     with Bars(err, show=not as_json) as bars:
         result = run_demo(hub, listeners=bars.listeners)
     if as_json:
@@ -210,5 +207,7 @@ def demo(
         columns = ("adapter", "prompt", "output")
         print_table(title, columns, [(row.adapter, row.prompt, row.output) for row in rows])
     first = next(iter(result.manifests), BACKBONE)
-    typer.echo(f"Done in {result.seconds:.0f} s. The adapters are in {pool}; talk to one:")
-    typer.echo(f"  adapterhub-chat chat --pool {pool} --adapter {first}")
+    typer.echo(
+        f"Done in {result.seconds:.0f} s. The adapters are in {hub_options.pool}; talk to one:"
+    )
+    typer.echo(f"  adapterhub-chat chat --pool {hub_options.pool} --adapter {first}")

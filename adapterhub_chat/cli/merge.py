@@ -45,13 +45,13 @@ def merge(
         "budget"
     ].default,
     force: Annotated[bool, typer.Option(help=FIELDS["force"].description)] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Make one new adapter of several, and measure what it keeps of each."""
     given = _weights(weights)
     judged_by = dict(_pair(text) for text in task or [])
-    hub = where.open(Notes(quiet=as_json))
+    hub = hub_options.open(Notes(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.merge(
             adapters,
@@ -74,7 +74,7 @@ def merge(
         parents = list(manifest.training.parents)
         print_json({**made, "parents": parents, **manifest.merge.model_dump(mode="json")})
     else:
-        _print(manifest, where.pool)
+        _print(manifest, hub_options.pool)
 
 
 @with_backbone
@@ -87,11 +87,11 @@ def export(
     most_drift: Annotated[
         float, typer.Option(min=0, help="How near auto asks for: nats of KL on probe prompts.")
     ] = MOST_DRIFT,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Write the backbone with an adapter merged into it, as a model folder for plain transformers."""
-    hub = where.open(Notes(quiet=as_json))
+    hub = hub_options.open(Notes(quiet=as_json))
     done = hub.export(adapter, folder, form=form, most_drift=most_drift)
     if as_json:
         print_json({"path": str(done.path), "form": done.form, "drift": dict(done.drift)})

@@ -17,6 +17,7 @@ from adapterhub_chat.cli.options import (
     LimitOption,
     PoolOption,
     with_backbone,
+    with_engine,
 )
 from adapterhub_chat.cli.output import (
     Bars,
@@ -33,6 +34,7 @@ from adapterhub_chat.pool.index import PoolIndex
 
 
 @with_backbone
+@with_engine
 def evaluate(
     adapter: Annotated[
         list[str] | None,
@@ -46,14 +48,14 @@ def evaluate(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the scores in the adapters' manifests and cards.")
     ] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items.
 
     An adapter of the pool that is refused here is named with its reason; the exit code is 1 then.
     """
-    hub = where.open(Notes(quiet=as_json))
+    hub = hub_options.open(Notes(quiet=as_json))
     refused: dict[str, str] = {}
     with Bars(err, show=not as_json) as bars:
         listeners = replace(bars.listeners, on_refused=refused.__setitem__)
@@ -113,11 +115,11 @@ def show(
 @with_backbone
 def verify(
     path: Annotated[str, typer.Argument(help="Adapter of the pool, or a folder.")],
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok."""
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     verdict = hub.verify(path)
     if as_json:
         print_json(asdict(verdict))

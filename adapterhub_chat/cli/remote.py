@@ -10,14 +10,10 @@ import typer
 
 from adapterhub_chat.cli.options import (
     DEFAULT_HUB,
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
     HubOptions,
     JsonOption,
     LimitOption,
     PoolOption,
-    QuantizeOption,
     with_backbone,
 )
 from adapterhub_chat.cli.output import Bars, Notes, err, print_json, print_scores, print_table
@@ -91,7 +87,7 @@ def pull(
     locked: Annotated[
         bool, typer.Option("--locked", help="All that adapters.lock.json names, to the byte.")
     ] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,7 +104,7 @@ def pull(
         raise UsageError(
             "pull takes either user/name, or --locked alone: adapters.lock.json says what is pulled then"
         )
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     if repo is None:
         found = hub.pull_locked()
     else:
@@ -131,19 +127,17 @@ def pull(
         typer.echo(f"{one.name}: {done}, {one.repo} at {one.commit[:12]}, {one.status}, {signed}")
 
 
+@with_backbone
 def search(
     text: Annotated[str, typer.Argument(help="Words that its name contains.")] = "",
     author: Annotated[str, typer.Option(help="Only this user's.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=100, help="Most adapters to list.")] = 20,
-    backbone: BackboneOption = "smollm2-135m",
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    hub_options: HubOptions = DEFAULT_HUB,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List adapters on a Hub that fit the backbone."""
-    hub = HubOptions(backbone, Path("adapters"), quantize, dtype, device).open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     found = hub.search(text, author=author, limit=limit, endpoint=endpoint)
     if as_json:
         print_json({"adapters": [asdict(one) for one in found]})
@@ -158,7 +152,7 @@ def search(
         for one in found
     ]
     print_table(
-        f"Adapters for {backbone}",
+        f"Adapters for {hub_options.backbone}",
         ("repository", "fit", "scores (as published)", "downloads"),
         rows,
     )
@@ -174,17 +168,17 @@ def adopt(
         str | None, typer.Option(help="Its name in the pool.", show_default="the folder's")
     ] = None,
     limit: LimitOption = 0,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Measure an adapter that plain PEFT made, and give it manifest, probe and card."""
-    hub = where.open(Notes(quiet=as_json))
+    hub = hub_options.open(Notes(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)
     if as_json:
         print_json(manifest.shown())
     else:
-        print_scores(f"{manifest.name}, adopted into {where.pool}", list(manifest.scores))
+        print_scores(f"{manifest.name}, adopted into {hub_options.pool}", list(manifest.scores))
 
 
 def keygen(

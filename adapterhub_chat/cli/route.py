@@ -43,7 +43,7 @@ def route(
         list[str] | None,
         typer.Option(help="Learn from this task, not from the adapter's own (repeat the option)."),
     ] = None,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a message, nothing else.")
     ] = False,
@@ -56,7 +56,7 @@ def route(
             "--learn NAME reads the tasks' messages; leave out those of the command line"
         )
     messages = [] if learn else text or _messages(input_)
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     if learn:
         learnt = hub.learn_routes(learn, task)
         counts = {name: m.routing.count for name, m in learnt.items() if m.routing}

@@ -74,7 +74,7 @@ def transfer(
         bool, typer.Option("--rank", help="Train nothing: rank the pool's adapters as sources.")
     ] = False,
     force: Annotated[bool, typer.Option(help="Stack on a source that hurts all the same.")] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid."""
@@ -82,7 +82,7 @@ def transfer(
         raise UsageError("--source: name an adapter of the pool, or --rank them all as sources")
     if also and not (report or as_json):
         raise UsageError("--also is for a report alone: give --report FOLDER, or --json")
-    hub = where.open(Notes(quiet=as_json))
+    hub = hub_options.open(Notes(quiet=as_json))
     if rank or source is None:
         _print_ranking(hub.rank_sources(target, [source] if source else None), target, as_json)
         return
@@ -118,7 +118,7 @@ def transfer(
     if done.manifest is None:
         typer.echo("Nothing is better than the backbone alone; no adapter was made.")
     else:
-        typer.echo(f"{done.manifest.name} ({done.outcome.chosen}) is in {where.pool}.")
+        typer.echo(f"{done.manifest.name} ({done.outcome.chosen}) is in {hub_options.pool}.")
     if written:
         typer.echo(f"The report is {written}.")
 
@@ -129,16 +129,16 @@ def flatten(
     as_name: Annotated[
         str | None, typer.Option("--name", help="Of the plain adapter.", show_default="NAME-flat")
     ] = None,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Keep a stack as one plain PEFT adapter, which needs no source beside it."""
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     manifest = hub.flatten(name, as_name)
     if as_json:
         print_json(manifest.model_dump(mode="json"))
     else:
-        typer.echo(f"{manifest.name} is in {where.pool}.")
+        typer.echo(f"{manifest.name} is in {hub_options.pool}.")
 
 
 def _print_ranking(ranked: Sequence[Ranked], target: str, as_json: bool) -> None:

@@ -16,9 +16,10 @@ import pytest
 from pico import TOYS, snapshot, toy_task, write_task
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.cli.app import app
+from adapterhub_chat.cli.app import app, load_verb
 from adapterhub_chat.cli.json_lines import open_output
-from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.cli.options import HubOptions
+from adapterhub_chat.config import EngineOptions, TrainConfig
 from adapterhub_chat.data.task import load_task
 from adapterhub_chat.errors import PoolError
 from adapterhub_chat.training.run_log import RunLog
@@ -459,6 +460,31 @@ def test_predict_takes_the_tasks_own_fields_and_another_task(run):
     bare = run("predict", *args, stdin='{"text": "good film"}')
     assert bare.rows[0]["adapter"] == "backbone"
     assert set(bare.rows[0]["scores"]) == {"bad", "good"}
+
+
+def test_engine_flags_reach_the_options_of_the_hub(run, monkeypatch):
+    hubs, open_hub = [], HubOptions.open
+    monkeypatch.setattr(HubOptions, "open", lambda *args: hubs.append(open_hub(*args)) or hubs[-1])
+    flags = ("--rows", 2, "--adapter-bytes", 10**9, "--ram-bytes", 0, "--prefix-bytes", 0)
+    done = run("predict", "--adapter", "qa", *flags, stdin='{"text": "a"}')
+    assert (done.code, len(done.rows)) == (0, 1)
+    wanted = EngineOptions(rows=2, adapter_bytes=10**9, ram_bytes=0, prefix_bytes=0)
+    assert hubs[0].model.options == wanted
+    assert run("predict", "--adapter", "qa", stdin='{"text": "a"}').rows == done.rows
+    assert hubs[1].model.options == EngineOptions()
+
+
+def test_all_engine_flags_out_of_range_are_named_at_once(run):
+    failed = run("eval", "--rows", 0, "--cache-bytes", -1)
+    assert (failed.code, failed.out) == (2, "")
+    assert "rows: input should be greater than or equal to 1; got 0" in failed.err
+    assert "cache_bytes: input should be greater than or equal to 0; got -1" in failed.err
+
+
+@pytest.mark.parametrize("verb", ["demo", "eval", "predict", "chat"])
+def test_every_field_of_the_engine_options_has_a_flag(verb):
+    flags = {option for parameter in load_verb(verb).params for option in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in EngineOptions.model_fields} <= flags
 
 
 def test_predict_of_nothing_is_nothing(run, here):
