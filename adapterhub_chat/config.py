@@ -1,4 +1,4 @@
-"""Every setting once: TOML files, command-line flags and saved JSON all derive from these fields."""
+"""All settings as pydantic models: TOML files, command-line flags and saved JSON derive from their fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapterhub_chat.validation import explain, read_settings
 
 
 class TrainConfig(BaseModel):
-    """How one adapter is trained."""
+    """Settings of the training of one adapter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -67,7 +67,7 @@ class TrainConfig(BaseModel):
 
 
 class RunOptions(BaseModel):
-    """How the adapters of one run go together, and what is kept on the way."""
+    """Settings of a training run: how its adapters are combined, measured and checkpointed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -101,7 +101,7 @@ class RunOptions(BaseModel):
 
 
 class MergeOptions(BaseModel):
-    """How several adapters become one."""
+    """Settings of a merge of several adapters into one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -126,7 +126,7 @@ class MergeOptions(BaseModel):
 
 
 class EngineOptions(BaseModel):
-    """What decoding and loaded adapters may take: rows, waiting requests, bytes."""
+    """Limits of decoding and of loaded adapters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -150,21 +150,21 @@ class EngineOptions(BaseModel):
     graphs: bool = Field(False, description="Record steps of one token a row, and play them again.")
 
 
-def engine_options(given: EngineOptions | None, options: Mapping[str, Any]) -> EngineOptions:
-    """Return `given`, or the options by their names; raise ConfigError for both, or one that is none."""
-    if given is None:
+def engine_options(engine: EngineOptions | None, options: Mapping[str, Any]) -> EngineOptions:
+    """Return `engine`, else EngineOptions from keywords; raise ConfigError for both."""
+    if engine is None:
         return read_settings(EngineOptions, options, "AdapterHub")
     if options:
         raise ConfigError("AdapterHub", [f"give engine=... or {', '.join(options)}, not both"])
-    return given
+    return engine
 
 
 class RunConfig(RunOptions):
-    """A training run: which adapters, on what, and how. The TOML of `train --config`.
+    """The TOML file of `train --config`: the adapters of a run, their tasks and settings.
 
-    `settings` holds TrainConfig fields for all adapters. Each table of `adapters` names its `task` (or
-    `tasks`, mixed) and may set TrainConfig fields of its own; in its table `sweep` a field has a list of
-    values, and the combination that is best on validation is kept.
+    `settings` holds TrainConfig fields for all adapters. Each table of `adapters` names a `task` (or `tasks`,
+    which are mixed) and may override TrainConfig fields; its table `sweep` lists values of fields, and the
+    combination with the best validation loss is kept.
     """
 
     backbone: str = Field("smollm2-135m", description="Packaged name, folder, .gguf or Hub id.")
@@ -177,16 +177,16 @@ class RunConfig(RunOptions):
 
 
 def sweep_misfits(where: str, sweep: Any) -> list[str]:
-    """Return what is wrong with lists of values to try, by setting."""
+    """Return the misfits of a table of lists of values, one list for each setting."""
     if not _is_table(sweep) or not all(_is_list(values) for values in sweep.values()):
         return [f"{where} needs a list of values for each setting, as in rank = [4, 8]"]
-    found: list[str] = []
+    misfits: list[str] = []
     for key, values in sweep.items():
         if len(set(map(repr, values))) < len(values):
-            found.append(f"{where}.{key}: a value is given twice in {values}")
-        misfits = [m for value in values for m in _setting_misfits(where, {key: value})]
-        found += dict.fromkeys(misfits)
-    return found
+            misfits.append(f"{where}.{key}: a value is given twice in {values}")
+        value_misfits = [m for value in values for m in _setting_misfits(where, {key: value})]
+        misfits += dict.fromkeys(value_misfits)
+    return misfits
 
 
 def _is_list(value: Any, kind: type = object) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from adapterhub_chat.cli.output import INTERRUPTED, tell, tell_warnings_and_logs
+from adapterhub_chat.cli.output import INTERRUPTED, print_message, print_warnings_and_logs
 from adapterhub_chat.errors import AdapterHubError
 
 VERBS = {
@@ -82,11 +82,11 @@ VERBS = {
         "Make a key for push --sign, and print the public key for pull --require-signature.",
     ),
 }
-"""Verb -> where its function is, and the first sentence of that function's docstring."""
+"""Verb -> module and function, and the first sentence of the function's docstring."""
 
 
 class VerbGroup(TyperGroup):
-    """Verbs by name and sentence; the one that is called is replaced by its function's command."""
+    """Verbs by name and sentence; the called verb is replaced by the command of its function."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that `args` begin with, its module imported."""
@@ -115,14 +115,14 @@ for verb, (_, sentence) in VERBS.items():
 
 
 def main() -> None:
-    """Run the command line; errors that a person can mend are one message and exit code 2."""
-    tell_warnings_and_logs()
+    """Run the command line; an AdapterHubError is printed as a message with exit code 2."""
+    print_warnings_and_logs()
     try:
         app()
     except AdapterHubError as error:
-        tell("error", str(error))
+        print_message("error", str(error))
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            tell("interrupted", "what was saved by then is kept")
+            print_message("interrupted", "what was saved by then is kept")
         raise

@@ -1,4 +1,4 @@
-"""JSON lines in and out: every bad line is named, and a file appears only when it is complete."""
+"""JSON lines as input and output: all bad lines are listed, and output files appear complete."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def read_lines(source: str) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"--input {source}: {error.strerror or error}") from error
     rows = [_json_object(line) for line in raw.rstrip().splitlines()]
-    bad = [str(number) for number, row in enumerate(rows, 1) if row is None]
-    if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        where = f"--input {source}, line {', '.join(bad[:10])}{more}"
-        raise DataError(f'{where}: not a JSON object like {{"text": ...}}')
+    bad_lines = [str(number) for number, row in enumerate(rows, 1) if row is None]
+    if bad_lines:
+        remaining = f" and {len(bad_lines) - 10} more" if len(bad_lines) > 10 else ""
+        location = f"--input {source}, line {', '.join(bad_lines[:10])}{remaining}"
+        raise DataError(f'{location}: not a JSON object like {{"text": ...}}')
     return [row for row in rows if row is not None]
 
 
@@ -41,15 +41,15 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 @contextmanager
 def open_output(output: str) -> Iterator[TextIO]:
-    """Give standard output for `-`, else a file that takes its name only when all is written."""
+    """Yield standard output for `-`, else a file that replaces `output` when all is written."""
     if output == "-":
         yield sys.stdout
         return
     target = Path(output)
-    special = target.exists() and not target.is_file()  # a pipe, a device: nothing to rename over
+    is_special = target.exists() and not target.is_file()  # a pipe or a device: written directly
     try:
         with (
-            nullcontext(target) if special else replaced_file(target) as path,
+            nullcontext(target) if is_special else replaced_file(target) as path,
             path.open("w", encoding="utf-8") as file,
         ):
             yield file

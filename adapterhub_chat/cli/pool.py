@@ -25,9 +25,9 @@ from adapterhub_chat.cli.output import (
     adapter_row,
     err,
     print_json,
+    print_message,
     print_scores,
     print_table,
-    tell,
 )
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.pool.index import PoolIndex
@@ -69,17 +69,17 @@ def evaluate(
     else:
         print_scores("Test split", scores)
     for reason in refused.values():
-        tell("refused", reason)
+        print_message("refused", reason)
     raise typer.Exit(1 if refused else 0)
 
 
 def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = False) -> None:
     """List the adapters of the pool with their scores."""
-    folder, damaged = PoolIndex(pool), {}
+    pool_index, damaged = PoolIndex(pool), {}
     manifests: dict[str, Manifest | None] = {}
-    for name in folder.names():
+    for name in pool_index.names():
         try:
-            manifests[name] = folder.manifest(name)
+            manifests[name] = pool_index.manifest(name)
         except AdapterError as error:
             damaged[name] = str(error)
     if as_json:
@@ -87,9 +87,9 @@ def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = Fal
         print_json({"adapters": dumped, "damaged": damaged})
         return
     for problem in damaged.values():
-        tell("damaged", problem)
+        print_message("damaged", problem)
     if not manifests:
-        tell("note", f"there are no adapters in {pool}", "yellow")
+        print_message("note", f"there are no adapters in {pool}", "yellow")
         return
     columns = ("adapter", "task", "metric", "score", "backbone", "made on")
     print_table(str(pool), columns, [adapter_row(n, m) for n, m in manifests.items()])
@@ -101,9 +101,9 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an adapter's card, or with --json its manifest."""
-    folder = PoolIndex(pool)
-    path = folder.path(adapter)
-    manifest = folder.manifest(adapter)
+    pool_index = PoolIndex(pool)
+    path = pool_index.path(adapter)
+    manifest = pool_index.manifest(adapter)
     if as_json:
         print_json(manifest.shown() if manifest else {"status": "unverified"})
     elif manifest is None:

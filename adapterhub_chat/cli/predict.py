@@ -28,5 +28,5 @@ def predict(
     rows = read_lines(input_)
     hub = hub_options.open(Notes(quiet=True))
     with open_output(output) as file, Bars(err, show=err.is_terminal) as bars:
-        for found in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
-            file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
+        for prediction in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
+            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")

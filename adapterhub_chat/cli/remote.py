@@ -1,4 +1,4 @@
-"""The verbs of the command line that speak with a Hub, and those that make an adapter fit to be published."""
+"""The verbs for Hubs: push, pull, search, and adopt and keygen, which prepare an adapter for publishing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Publish an adapter with its card: one commit, and a version that never moves."""
-    done = publish(
+    published = publish(
         Pool(pool),
         adapter,
         repo,
@@ -61,10 +61,11 @@ def push(
         key=sign,
     )
     if as_json:
-        print_json(asdict(done))
+        print_json(asdict(published))
     else:
         typer.echo(
-            f"{adapter} is {done.repo} {done.version} now (commit {done.commit[:12]}): {done.url}"
+            f"{adapter} is {published.repo} {published.version} now "
+            f"(commit {published.commit[:12]}): {published.url}"
         )
 
 
@@ -92,23 +93,23 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Bring an adapter from a Hub into the pool, checked before anything of it is used."""
-    others = {
+    options = {
         "--revision": revision,
         "--name": name,
         "--require-signature": require_signature,
         "--replace": replace,
         "--endpoint": endpoint,
     }
-    given = [flag for flag, value in others.items() if value]
-    if locked == (repo is not None) or (locked and given):
+    set_options = [flag for flag, value in options.items() if value]
+    if locked == (repo is not None) or (locked and set_options):
         raise UsageError(
             "pull takes either user/name, or --locked alone: adapters.lock.json says what is pulled then"
         )
     hub = hub_options.open(Notes(quiet=True))
     if repo is None:
-        found = hub.pull_locked()
+        pulled = hub.pull_locked()
     else:
-        found = [
+        pulled = [
             hub.pull(
                 repo,
                 revision,
@@ -119,12 +120,14 @@ def pull(
             )
         ]
     if as_json:
-        print_json({"pulled": [asdict(one) for one in found]})
+        print_json({"pulled": [asdict(each) for each in pulled]})
         return
-    for one in found:
-        signed = f"signed by {one.signed_by}" if one.signed_by else "not signed"
-        done = "pulled" if one.changed else "there already"
-        typer.echo(f"{one.name}: {done}, {one.repo} at {one.commit[:12]}, {one.status}, {signed}")
+    for each in pulled:
+        signed = f"signed by {each.signed_by}" if each.signed_by else "not signed"
+        action = "pulled" if each.changed else "there already"
+        typer.echo(
+            f"{each.name}: {action}, {each.repo} at {each.commit[:12]}, {each.status}, {signed}"
+        )
 
 
 @with_backbone
@@ -138,18 +141,18 @@ def search(
 ) -> None:
     """List adapters on a Hub that fit the backbone."""
     hub = hub_options.open(Notes(quiet=True))
-    found = hub.search(text, author=author, limit=limit, endpoint=endpoint)
+    results = hub.search(text, author=author, limit=limit, endpoint=endpoint)
     if as_json:
-        print_json({"adapters": [asdict(one) for one in found]})
+        print_json({"adapters": [asdict(result) for result in results]})
         return
     rows = [
         (
-            one.repo,
-            one.fit,
-            ", ".join(f"{t}: {m} {v:.3f}" for t, m, v in one.scores),
-            str(one.downloads),
+            result.repo,
+            result.fit,
+            ", ".join(f"{t}: {m} {v:.3f}" for t, m, v in result.scores),
+            str(result.downloads),
         )
-        for one in found
+        for result in results
     ]
     print_table(
         f"Adapters for {hub_options.backbone}",

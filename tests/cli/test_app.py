@@ -711,7 +711,9 @@ def test_shared_and_grown_runs_print_what_they_found(run, here):
 
 
 def test_demo_runs_the_main_job(run, monkeypatch):
-    monkeypatch.setattr("adapterhub_chat.cli.demo.SETTINGS", {"max_steps": 2, "rows_per_step": 1})
+    monkeypatch.setattr(
+        "adapterhub_chat.cli.demo.DEMO_SETTINGS", {"max_steps": 2, "rows_per_step": 1}
+    )
     done = run("demo", "--json")
     assert (done.code, done.err) == (0, "")
     found = done.json
@@ -728,7 +730,7 @@ def test_demo_runs_the_main_job(run, monkeypatch):
 
 
 def test_demo_prints_what_a_newcomer_needs(run, monkeypatch):
-    monkeypatch.setattr("adapterhub_chat.cli.demo.SETTINGS", {"max_steps": 1})
+    monkeypatch.setattr("adapterhub_chat.cli.demo.DEMO_SETTINGS", {"max_steps": 1})
     done = run("demo", "--pool", "mine")
     assert done.code == 0, done.err
     assert "larger budget" in " ".join(done.err.split())

@@ -164,7 +164,7 @@ def made(hub, make_weights):
 @pytest.fixture
 def victim(pico_folder, tmp_path, monkeypatch):
     """A hub with an adapter of its own in a folder of its own, and an impatient door."""
-    monkeypatch.setattr(door, "PATIENCE", 1.0)
+    monkeypatch.setattr(door, "BASE_TIMEOUT", 1.0)
     home = tmp_path / "victim"
     monkeypatch.setenv("ADAPTERHUB_CACHE", str(home / "cache"))
     return AdapterHub(str(pico_folder), home / "pool", dtype="fp32", device="cpu")
@@ -447,7 +447,7 @@ def come_back_tomorrow(connection):
 
 @pytest.mark.parametrize("answer", [drip_headers, go_on, say_nothing, come_back_tomorrow])
 def test_a_slow_server_holds_up_nobody(made, victim, online, answer, monkeypatch):
-    monkeypatch.setattr(door, "PATIENCE", 0.4)
+    monkeypatch.setattr(door, "BASE_TIMEOUT", 0.4)
     endpoint, end = speak_raw(answer)
     try:
         for ask in (

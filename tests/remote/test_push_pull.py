@@ -407,7 +407,7 @@ def test_a_client_that_is_made_anew_keeps_to_the_endpoint(made, speak, monkeypat
         return huggingface_hub.get_session().get("http://localhost:9/x")
 
     with pytest.raises(HubError, match="is another host"):
-        HubClient(**speak)._ask("trying", ask)
+        HubClient(**speak)._call("trying", ask)
 
 
 def test_a_commit_whose_files_have_changed_is_seen(made, other, speak, make_weights):
@@ -586,7 +586,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_pool_as_it_was(made, other, sp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adapterhub_chat.remote.client.HubClient._pieces", full)
+    monkeypatch.setattr("adapterhub_chat.remote.client.HubClient._stream", full)
     monkeypatch.setattr("adapterhub_chat.remote.client.HubClient.snapshot", lambda *_: snapshot)
     snapshot = Snapshot(
         REPO, "a" * 40, {n: RemoteFile(n, 10, blob="0" * 40) for n in (CONFIG, WEIGHTS)}
