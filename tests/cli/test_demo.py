@@ -14,7 +14,7 @@ def tasks():
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0.0, 1), (600.0, 9)])
-def test_the_budget_decides_on_the_steps(hub, seconds, steps):
+def test_the_time_budget_determines_the_steps(hub, seconds, steps):
     done = run_demo(hub, tasks=tasks(), settings=QUICK, seconds=seconds)
     assert {m.training.steps for m in done.manifests.values()} == {steps}
     numbers = {m.scores[0].n for m in done.manifests.values()}
@@ -24,6 +24,6 @@ def test_the_budget_decides_on_the_steps(hub, seconds, steps):
         assert kept.manifest(name).scores == manifest.scores
 
 
-def test_a_rehearsal_takes_time_and_leaves_nothing(hub):
+def test_timing_steps_save_no_adapter(hub):
     assert step_seconds(hub, tasks(), QUICK) > 0
     assert not hub.pool.names()
