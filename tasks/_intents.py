@@ -1,4 +1,4 @@
-"""Commands to a smart home by intent, alike in several languages: templates of home-assistant-intents."""
+"""Smart-home commands by intent in several languages, from the templates of home-assistant-intents."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def intents_task(language: str, language_name: str) -> Callable[[], Task]:
 
 
 def commands(language: str) -> Iterator[Example]:
-    """Yield sentences of every intent in a language; all of one template lie in one split.
+    """Yield sentences of every intent in a language; those of one template stay in one split.
 
     `language` is a key of the package: en, zh-CN, de, fr, es. The same sentences every time.
     """
@@ -131,4 +131,4 @@ def commands(language: str) -> Iterator[Example]:
 
 _FILE = "home_assistant_intents/data/{}.json"
 _PACKAGE_KEYS = {"zh": "zh-CN"}
-"""Where a language of the package is called otherwise."""
+"""Language -> its key in the package, if they differ."""
