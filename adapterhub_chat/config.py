@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
         256, ge=16, description="Tokens of a packed row, and of the longest example."
     )
     eval_every: int = Field(0, ge=0, description="Steps between validations; 0 makes eight.")
-    eval_examples: int = Field(200, ge=0, description="Validation examples looked at each time.")
+    eval_examples: int = Field(200, ge=0, description="Validation examples of each validation.")
     patience: int = Field(
         3, ge=0, description="Validations without improvement before it stops; 0 never stops early."
     )
@@ -74,7 +74,7 @@ class RunOptions(BaseModel):
     how: Literal["joint", "sequence", "shared"] = Field(
         "joint",
         description="joint: all in every batch; sequence: one after another; "
-        "shared: joint, with one more adapter that acts on and learns from everybody's rows.",
+        "shared: joint, with one more adapter that acts on and learns from all rows.",
     )
     test_examples: int = Field(200, ge=0, description="Test items measured per task.")
     shared_name: str = Field("shared", description="Name of the shared adapter.")
@@ -96,7 +96,8 @@ class RunOptions(BaseModel):
         "a device. The adapters are then saved without probe and scores; measure them with eval.",
     )
     checkpointing: bool = Field(
-        False, description="Keep no activations inside the blocks: less memory, a third more work."
+        False,
+        description="Recompute activations inside the blocks: less memory, a third more work.",
     )
 
 
@@ -112,7 +113,9 @@ class MergeOptions(BaseModel):
         None,
         description="Share of numbers kept, by methods that drop some; none: the method's own.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of what is dropped, and of the search.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of random dropping, and of the search for weights."
+    )
     limit: int = Field(
         50, ge=0, description="Items per task to choose and measure by; 0 takes all."
     )
@@ -130,24 +133,29 @@ class EngineOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rows: int = Field(32, ge=1, description="Requests that are decoded together, at most.")
-    queue: int = Field(4096, ge=1, description="Requests that may wait.")
-    chunk: int = Field(512, ge=1, description="Prompt tokens of one step, at most.")
+    rows: int = Field(32, ge=1, description="Maximum number of requests decoded together.")
+    queue: int = Field(4096, ge=1, description="Maximum number of waiting requests.")
+    chunk: int = Field(512, ge=1, description="Maximum prompt tokens of one step.")
     cache_bytes: int = Field(
-        2 * 2**30, ge=0, description="Bytes of keys and values; one request may always run."
+        2 * 2**30, ge=0, description="Maximum bytes of the KV cache; one request may always run."
     )
     prefix_bytes: int = Field(
-        64 * 2**20, ge=0, description="Bytes of finished requests' keys and values kept for others."
+        64 * 2**20,
+        ge=0,
+        description="Bytes of finished requests' keys and values kept as a prefix cache.",
     )
     adapter_bytes: int | None = Field(
-        None, ge=0, description="Bytes of loaded adapters, at most; default: no bound."
+        None, ge=0, description="Maximum bytes of loaded adapters; default: no limit."
     )
     ram_bytes: int | None = Field(
         None,
         ge=0,
         description="Bytes of read adapters kept in the host's memory; default: 1 GiB with a GPU, else 0.",
     )
-    graphs: bool = Field(False, description="Record steps of one token a row, and play them again.")
+    graphs: bool = Field(
+        False,
+        description="Record decoding steps once (CUDA graphs; torch.compile on a CPU) and replay them.",
+    )
 
 
 def engine_options(engine: EngineOptions | None, options: Mapping[str, Any]) -> EngineOptions:

@@ -58,11 +58,11 @@ def bench_swap(
     """Return the milliseconds of a switch and of a load, and the ratio of the last loads to the first.
 
     `adapters` is at least 2; PEFT, whose loads are slow, loads two of every `peft_every` adapters. Each
-    repeat starts with nothing loaded. `cold_ms` is a load, off the disk, of what is in no slot, and
+    repeat starts with nothing loaded. `cold_ms` is a load from the disk of an adapter without a slot, and
     `cold_read_ms` the disk's part of it; the file of a `cached_ms` is in the system's cache. `dtype` is that
-    of backbone and adapters, None the fastest one here: in fp32 there are twice the bytes to hash.
+    of backbone and adapters, None the fastest; fp32 has twice the bytes to hash.
     """
-    pick_dtype(dtype, torch.device("cpu"))  # says what is allowed, before any process starts
+    pick_dtype(dtype, torch.device("cpu"))  # raises for an unknown dtype, before any process starts
     settings = {"backbone": backbone, "rank": rank, "adapters": adapters, "switches": switches}
     settings["dtype"] = dtype
     with tempfile.TemporaryDirectory() as pool:

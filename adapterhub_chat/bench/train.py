@@ -58,7 +58,7 @@ def bench_train(  # noqa: PLR0913 - the settings of the run
 
     `dtype` None is the fastest one; in "fp32" both sides should reach equal losses.
     """
-    pick_dtype(dtype, torch.device("cpu"))  # says what is allowed, before any process starts
+    pick_dtype(dtype, torch.device("cpu"))  # raises for an unknown dtype, before any process starts
     settings = {
         "backbone": backbone,
         "dtype": dtype,

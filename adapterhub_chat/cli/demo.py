@@ -192,7 +192,7 @@ DEMO_HUB = HubOptions(pool=Path("runs/demo"))
 @with_backbone
 @with_engine
 def demo(hub_options: HubOptions = DEMO_HUB, as_json: JsonOption = False) -> None:
-    """Train qa, generation and sentiment jointly, judge them, swap them, mix them in one batch."""
+    """Train qa, generation and sentiment jointly, measure them, swap them, mix them in one batch."""
     notes = Notes(quiet=as_json)
     notes(
         "The main job, small: three adapters trained jointly on one frozen backbone. "

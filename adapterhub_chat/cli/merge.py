@@ -48,7 +48,7 @@ def merge(
     hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Make one new adapter of several, and measure what it keeps of each."""
+    """Merge several adapters into one, and measure what it keeps of each."""
     weight_list = _weights(weights)
     judged_by = dict(_adapter_and_task(text) for text in task or [])
     hub = hub_options.open(Notes(quiet=as_json))

@@ -156,7 +156,7 @@ def with_backbone(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def precision(hub: AdapterHub) -> dict[str, Any]:
-    """Return the backbone's name and what it computes in."""
+    """Return the backbone's name, dtype, device and quantization."""
     backbone = hub.backbone
     return {
         "backbone": backbone.name,

@@ -1,4 +1,4 @@
-"""The verbs over the pool: list, show, eval and verify."""
+"""The verbs of the pool: list, show, eval and verify."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def evaluate(
 ) -> None:
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items.
 
-    An adapter of the pool that is refused here is named with its reason; the exit code is 1 then.
+    Adapters that cannot be loaded here are listed with the reason, and the exit code is 1.
     """
     hub = hub_options.open(Notes(quiet=as_json))
     refused: dict[str, str] = {}

@@ -49,7 +49,7 @@ def push(
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish an adapter with its card: one commit, and a version that never moves."""
+    """Publish an adapter with its card, in one commit under a new version tag."""
     published = publish(
         Pool(pool),
         adapter,
@@ -92,7 +92,7 @@ def pull(
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring an adapter from a Hub into the pool, checked before anything of it is used."""
+    """Download an adapter from a Hub into the pool, after verifying it as untrusted."""
     options = {
         "--revision": revision,
         "--name": name,
@@ -174,7 +174,7 @@ def adopt(
     hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure an adapter that plain PEFT made, and give it manifest, probe and card."""
+    """Measure an adapter made by plain PEFT, and write its manifest, probe and card."""
     hub = hub_options.open(Notes(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)

@@ -17,7 +17,7 @@ def rollback(
     pool: PoolOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
-    """Put an adapter's earlier version back; once more returns to the newer one."""
+    """Restore an adapter's earlier version; a second call returns to the newer one."""
     manifest = Pool(pool).rollback(adapter).manifest
     sha256, created = (manifest.sha256, manifest.created) if manifest else ("", "")
     if as_json:

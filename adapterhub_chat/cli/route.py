@@ -1,4 +1,4 @@
-"""The verb of the command line that says whom messages are for."""
+"""`route`: choose the adapter for each message, or learn prototypes of messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def route(
         bool, typer.Option("--json", help="Print one JSON object a message, nothing else.")
     ] = False,
 ) -> None:
-    """Say which adapter each message is for, how sure that is, and why; or that the backbone answers."""
+    """Choose the adapter for each message, with confidence and reason; the backbone if none is close."""
     if task and not learn:
         raise UsageError("--task goes with --learn NAME")
     if learn and text:

@@ -77,7 +77,7 @@ def transfer(
     hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid."""
+    """Make an adapter for a target from a source: all methods with one budget, each with a verdict."""
     if source is None and not rank:
         raise UsageError("--source: name an adapter of the pool, or --rank them all as sources")
     if also and not (report or as_json):
@@ -134,7 +134,7 @@ def flatten(
     hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep a stack as one plain PEFT adapter, which needs no source beside it."""
+    """Save a stack as one plain PEFT adapter, which does not need its source."""
     hub = hub_options.open(Notes(quiet=True))
     manifest = hub.flatten(name, as_name)
     if as_json:
