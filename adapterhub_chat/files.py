@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,57 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON in one step; on a full disk warn, and leave the old file."""
-    scratch = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        with replaced_file(path) as scratch:
+            scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         warn(f"{path} cannot be written: {error}")
+
+
+@contextmanager
+def replaced_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path with the same file name; rename that file over `path` when the block ends.
+
+    When the block raises, `path` keeps its old content. The folder of `path` must exist. With `durable` the
+    new content is synced to the disk before the rename. Raises OSError.
+    """
+    with _scratch_folder(path) as folder:
+        scratch = folder / path.name
+        yield scratch
+        if durable:
+            sync(scratch)
+        os.replace(scratch, path)
+
+
+@contextmanager
+def new_folder(path: Path, *, exist_ok: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder; rename it to `path` when the block ends.
+
+    When the block raises, nothing appears at `path`. The parent of the temporary folder is temporary as well
+    and may hold further files until then. Raises OSError when there is a folder at `path` already; with
+    `exist_ok` that one, which another process has made meanwhile, is kept instead.
+    """
+    with _scratch_folder(path) as parent:
+        scratch = parent / path.name
+        scratch.mkdir()
+        yield scratch
+        try:
+            scratch.rename(path)
+        except OSError:
+            if not (exist_ok and path.is_dir()):
+                raise
+
+
+def scratch_prefix(path: Path) -> str:
+    """Return the first part of the names of temporary folders for `path`; a killed process leaves them."""
+    return f".tmp-{path.name[:100]}-"
+
+
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, on the same file system."""
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=scratch_prefix(path), ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder)

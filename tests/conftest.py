@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import json
 import os
-from dataclasses import replace
+import sys
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +28,7 @@ from pico import (
 )
 
 from adapterhub_chat import AdapterHub, api
+from adapterhub_chat.cli.app import main
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
 from adapterhub_chat.route import learn
@@ -147,6 +152,48 @@ def hub_server(online, tmp_path):
 
     with HubServer(tmp_path / "hub", {"alice": "hf_alice", "bob": "hf_bob"}) as server:
         yield server
+
+
+@dataclass
+class Result:
+    """What a verb of the command line has done."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+    @property
+    def rows(self):
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def run_verb(monkeypatch, capsys, pico_folder):
+    """run_verb("verb", "--flag", ..., stdin="...") -> Result, in this process, on the pico backbone."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(verb, *args, stdin=b"", backbone=True):
+        words = [verb, *map(str, args)]
+        if backbone:
+            words += ["--backbone", str(pico_folder), "--dtype", "fp32", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["adapterhub-chat", *words])
+        raw = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

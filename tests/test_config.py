@@ -26,7 +26,7 @@ def misfits_of(*args, **kwargs):
     return caught.value.misfits
 
 
-def test_every_setting_says_what_it_is_and_its_default_is_allowed():
+def test_every_setting_has_a_description_and_a_valid_default():
     for model in (TrainConfig, RunConfig):
         for name, field in model.model_fields.items():
             assert field.description or name in ("settings", "adapters")
@@ -71,7 +71,7 @@ def test_tasks_on_the_command_line_join_those_of_the_file(tmp_path):
     assert run.adapters == {"a": {"task": "qa"}, "sentiment": {"task": "sentiment"}}
 
 
-def test_all_misfits_of_a_file_come_at_once_with_what_is_allowed(tmp_path):
+def test_misfits_of_a_file_are_listed_with_allowed_values(tmp_path):
     text = """
         how = "both"
         quantise = "nf4"

@@ -30,6 +30,7 @@ from typing import IO
 
 from adapterhub_chat.assets.catalogue import ASSETS, Archive, Asset
 from adapterhub_chat.errors import AssetError, UnknownNameError
+from adapterhub_chat.files import new_folder, scratch_prefix
 
 try:
     import fcntl
@@ -109,29 +110,28 @@ def _alone(entry: Path) -> Iterator[None]:
     with open(f"{entry}.lock", "wb") as lock:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for left_by_killed in entry.parent.glob(f"{entry.name}.tmp-*"):
+            for left_by_killed in entry.parent.glob(f"{scratch_prefix(entry)}*"):
                 shutil.rmtree(left_by_killed, ignore_errors=True)
         yield
 
 
 def _make(entry: Path, asset: Asset, downloads: Path) -> None:
     """Fill a folder beside `entry`, then rename it: whatever bears the name is whole."""
-    with TemporaryDirectory(prefix=f"{entry.name}.tmp-", dir=entry.parent) as scratch:
-        files = Path(scratch, "entry", "files")
-        files.mkdir(parents=True)
+    with new_folder(entry, exist_ok=True) as made:
+        files = made / "files"
+        files.mkdir()
         missing = set(asset.members)
         for archive in asset.archives:
-            with TemporaryDirectory(dir=scratch) as folder:
+            with TemporaryDirectory(dir=made.parent) as folder:
                 path = _verified(archive, downloads) or _download(archive, Path(folder), downloads)
                 missing -= _extract(path, asset, files)
         if missing:
             raise AssetError(f"{asset.name}: not in the archive: {', '.join(sorted(missing))}")
         found = (path for path in files.rglob("*") if path.is_file())
         sizes = {path.relative_to(files).as_posix(): path.stat().st_size for path in found}
-        (files.parent / "stamp.json").write_text(json.dumps(sizes), "utf-8")
+        (made / "stamp.json").write_text(json.dumps(sizes), "utf-8")
         if not _is_whole(entry):  # without fcntl, another process may have been first
             shutil.rmtree(entry, ignore_errors=True)
-            files.parent.rename(entry)
 
 
 def _verified(archive: Archive, folder: Path) -> Path | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from adapterhub_chat.errors import AdapterError, PoolError, UsageError
 from adapterhub_chat.evaluation.retention import divergence
+from adapterhub_chat.files import new_folder
 from adapterhub_chat.inference.likelihood import next_token_logits
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.model.adapter_model import AdapterModel
@@ -143,11 +143,8 @@ def _write(backbone: Backbone, model: Any, folder: Path, form: str) -> None:
     """Write the folder under a temporary name, and rename it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-export-") as scratch:
-            made = Path(scratch) / folder.name
-            made.mkdir()
-            save_plain(backbone, model, made, backbone.quantize if form == PACKED else None)
-            os.rename(made, folder)
+        with new_folder(folder) as scratch:
+            save_plain(backbone, model, scratch, backbone.quantize if form == PACKED else None)
     except OSError as error:
         raise PoolError(f"{folder} cannot be written: {error.strerror or error}") from error
 

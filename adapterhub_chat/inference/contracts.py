@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapterhub_chat.data.encoding import encode_prompts
-from adapterhub_chat.data.inputs import conversation, unanswered
+from adapterhub_chat.data.inputs import conversation, input_examples
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inference.generate import answers, sampling_of
 from adapterhub_chat.inference.likelihood import label_scores, next_token_logits
@@ -37,7 +37,7 @@ def predictions(
 
     `told(n)` hears of every n that are done. Raises one DataError for all inputs that do not fit.
     """
-    examples = unanswered(contract, inputs)
+    examples = input_examples(contract, inputs)
     if not contract.labels:
         mixes = [mix] * len(examples)
         texts = answers(model, contract, examples, mixes, on_progress=told)

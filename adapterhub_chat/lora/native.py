@@ -17,7 +17,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterhub_chat.files import replaced_file
 from adapterhub_chat.lora.bank import Bank
 from adapterhub_chat.lora.weights import AdapterWeights
 
@@ -107,12 +107,13 @@ def _path(folder: Path, *compiler: str) -> Path:
 
 def _compile(command: Sequence[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
+    with replaced_file(path) as scratch:
         subprocess.run(
-            [*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=120
+            [*command, str(SOURCE), "-o", str(scratch)],
+            check=True,
+            capture_output=True,
+            timeout=120,
         )
-        os.replace(made, path)
 
 
 def _processor() -> str:

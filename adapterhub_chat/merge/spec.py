@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapterhub_chat.config import MergeOptions
-from adapterhub_chat.data.inputs import listed
+from adapterhub_chat.data.inputs import as_list
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import ConfigError, UsageError, warn
 from adapterhub_chat.merge.combine import Merged, default_weights, merge, setting_misfits
@@ -83,7 +83,7 @@ def _weights(given: Any) -> tuple[float, ...] | Literal["learn"] | None:
     if given == LEARN:
         return LEARN
     try:
-        return tuple(float(weight) for weight in listed(given, "weights"))
+        return tuple(float(weight) for weight in as_list(given, "weights"))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "the merge", [f"weights must be numbers, or {LEARN!r} alone; not {given!r}"]

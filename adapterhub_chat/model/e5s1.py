@@ -18,12 +18,12 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from adapterhub_chat.data.encoding import CLASSIFIES
+from adapterhub_chat.data.encoding import ENCODER_MARK
 from adapterhub_chat.errors import AssetError
 
 BLOCK, BLOCK_BYTES = 32, 18
 TEMPLATE = (
-    CLASSIFIES + "{{ cls_token }}query: {% for m in messages if m['role'] != 'system' %}"
+    ENCODER_MARK + "{{ cls_token }}query: {% for m in messages if m['role'] != 'system' %}"
     "{% if not loop.first %}\n{% endif %}{{ m['content'] }}{% endfor %}{{ sep_token }}"
 )
 """The model was trained on texts that begin with `query: `."""

@@ -9,7 +9,6 @@ import json
 import math
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapterhub_chat.assets.fetch import _alone, cache_dir
+from adapterhub_chat.files import replaced_file
 
 TRAINING, DECODING = (512,), (1, 16)
 """Rows of the measured products: an adapter's share of a training step, and decoding steps."""
@@ -133,10 +133,8 @@ def _read(path: Path) -> Timings | None:
 
 def _write(path: Path, timings: Timings) -> None:
     """Write the timings beside `path`, then rename: whatever bears the name is whole."""
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp-", dir=path.parent) as scratch:
-        file = Path(scratch, path.name)
-        file.write_text(json.dumps({**machine(), "seconds": timings}, indent=2) + "\n", "utf-8")
-        file.replace(path)
+    with replaced_file(path) as scratch:
+        scratch.write_text(json.dumps({**machine(), "seconds": timings}, indent=2) + "\n", "utf-8")
 
 
 def machine() -> dict[str, str | int]:

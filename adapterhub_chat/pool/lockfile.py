@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterhub_chat.artifact.untrusted import parse_json, read_bytes
 from adapterhub_chat.errors import AdapterError, PoolError, join_misfits
-from adapterhub_chat.files import file_sha256, sync
+from adapterhub_chat.files import file_sha256, replaced_file
 from adapterhub_chat.validation import explain
 
 FILE, NEXT, STEP = "adapters.lock.json", ".next.lock.json", ".next.lock.step"
@@ -96,10 +96,8 @@ def plan_lock(root: Path, name: str, pinned: Pinned | None) -> None:
         (NEXT, dump_lock(lock.with_pinned(name, pinned))),
         (STEP, step.model_dump_json()),
     ):
-        scratch = root / f".tmp-{file}"
-        scratch.write_text(text)
-        sync(scratch)
-        os.replace(scratch, root / file)
+        with replaced_file(root / file, durable=True) as scratch:
+            scratch.write_text(text)
 
 
 def settle_lock(root: Path) -> None:

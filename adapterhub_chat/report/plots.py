@@ -11,6 +11,7 @@ from typing import Any
 
 from adapterhub_chat.errors import warn
 from adapterhub_chat.events import Ledger, Listeners
+from adapterhub_chat.files import replaced_file
 from adapterhub_chat.transfer.adversarial import DomainDiscriminator
 from adapterhub_chat.transfer.candidates import Outcome
 from adapterhub_chat.transfer.maxent import Weighting
@@ -150,10 +151,9 @@ def _axes(size: tuple[float, float]) -> tuple[Any, Any]:
 
 def _saved(figure: Any, path: Path) -> bool:
     """Write a figure as a PNG in one step; warn and return False where that cannot be."""
-    scratch = path.with_name(f".tmp-{path.name}")
     try:
-        figure.savefig(scratch, format="png", dpi=120)
-        scratch.replace(path)
+        with replaced_file(path) as scratch:
+            figure.savefig(scratch, format="png", dpi=120)
     except OSError as error:
         warn(f"{path} cannot be written: {error}")
         return False

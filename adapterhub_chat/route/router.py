@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapterhub_chat.artifact.manifest import FILE, Manifest
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
-from adapterhub_chat.data.inputs import listed, text
+from adapterhub_chat.data.inputs import as_list, checked_text
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, AdapterHubError, ConfigError, UsageError
 from adapterhub_chat.pool.names import ADAPTER_NAME
@@ -64,7 +64,7 @@ class Router:
         among: Iterable[str] | None = None,
     ) -> list[Route]:
         """Return whom each message is for; see AdapterHub.route."""
-        texts = [text(message, f"message {i}") for i, message in enumerate(messages, 1)]
+        texts = [checked_text(message, f"message {i}") for i, message in enumerate(messages, 1)]
         if top < 1:
             raise UsageError(f"top={top}: a mix has at least one adapter")
         names = self._names() if among is None else self._chosen(among)
@@ -117,7 +117,7 @@ class Router:
 
     def _chosen(self, among: Iterable[str]) -> list[str]:
         """Return names that are loaded or in the pool; raise UnknownNameError for another."""
-        names, loaded = listed(among, "among"), self._loaded()
+        names, loaded = as_list(among, "among"), self._loaded()
         if not names:
             raise UsageError("among=[] leaves nobody to choose; name adapters, or leave it out")
         return [n if n in loaded else self._registry.pool.path(n).name for n in names]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterhub_chat.errors import PoolError, warn
+from adapterhub_chat.files import replaced_file
 from adapterhub_chat.training.loop import RunState
 
 KEPT = 2
@@ -52,18 +52,14 @@ class Checkpoints:
         old = self._files()
         number = int(old[-1].stem.partition("-")[2]) + 1 if old else 1
         target = self.folder / f"state-{number:06}.safetensors"
-        scratch = self.folder / f".tmp-{os.getpid()}"
         tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
         numbers = json.dumps([state.identity, state.elapsed, dict(state.numbers)])
         metadata = {"state": numbers, "sha256": _digest(numbers, tensors)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, scratch, metadata=metadata)
-            with scratch.open("rb") as written:
-                os.fsync(written.fileno())
-            scratch.rename(target)
+            with replaced_file(target, durable=True) as scratch:
+                save_file(tensors, scratch, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            scratch.unlink(missing_ok=True)
             raise PoolError(f"the run's state cannot be saved in {self.folder}: {error}") from error
         for file in old[: len(old) + 1 - KEPT]:
             file.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adapterhub_chat.config import RunConfig, RunOptions, TrainConfig, sweep_misfits
-from adapterhub_chat.data.inputs import listed
+from adapterhub_chat.data.inputs import as_list
 from adapterhub_chat.data.task import Task, as_task, load_task, mixture
 from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.lora.sites import targeted
@@ -64,7 +64,7 @@ class TrainSpec:
         `settings[name]` are fields of one adapter's TrainConfig; `fields` are those of the spec itself.
         Raises UsageError for names that do not go with the tasks, ConfigError for wrong settings.
         """
-        loaded = [as_task(task) for task in listed(tasks, "tasks")]
+        loaded = [as_task(task) for task in as_list(tasks, "tasks")]
         titles = [task.name for task in loaded] if names is None else list(names)
         if len(titles) != len(loaded):
             raise UsageError(f"{len(loaded)} tasks but {len(titles)} names: give one name per task")

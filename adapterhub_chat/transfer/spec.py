@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.data.inputs import unanswered
+from adapterhub_chat.data.inputs import input_examples
 from adapterhub_chat.data.task import Task, as_task, is_table, table_task
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.types import Example
@@ -98,7 +98,7 @@ def _target(order: TransferSpec, source: Task) -> tuple[Task, list[Example] | No
     if isinstance(target, Path):
         target, texts = table_task(target, source)
     if order.unlabelled is not None:
-        texts += unanswered(target.contract, order.unlabelled)
+        texts += input_examples(target.contract, order.unlabelled)
     elif texts:
         texts += target.split("train")
     return target, texts if texts or order.unlabelled is not None else None

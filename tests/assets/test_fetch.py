@@ -401,7 +401,7 @@ def test_a_killed_run_leaves_no_entry_and_the_next_one_works(downloads):
     run.communicate(timeout=20)
     assert run.returncode == -signal.SIGXFSZ
     [half] = leftovers()
-    assert half.startswith(f"{killed.key}.tmp-")
+    assert half.startswith(f".tmp-{killed.key}-")
     assert (fetch(killed) / "p/text").read_bytes() == text
     assert leftovers() == [killed.key]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import warnings
 from dataclasses import replace
 
@@ -21,7 +20,6 @@ from adapterhub_chat import AdapterHub
 from adapterhub_chat.artifact.card import render_card
 from adapterhub_chat.artifact.folder import read_folder
 from adapterhub_chat.artifact.manifest import Manifest, MergeReport, Training
-from adapterhub_chat.cli.app import main
 from adapterhub_chat.data.metrics import METRICS, answer_rows, label_rows, likelihood_rows
 from adapterhub_chat.data.splits import Splits, sample
 from adapterhub_chat.errors import AdapterError, ConfigError, UnknownNameError, UsageError
@@ -461,23 +459,14 @@ def test_a_report_travels_through_json():
 
 
 @pytest.fixture
-def run(pool, pico_folder, monkeypatch, capsys):
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setenv("COLUMNS", "200")
+def run(pool, run_verb):
+    """run("--flag", ...) -> (exit code, standard output, standard error) of `merge` on the pool."""
 
-    def go(*args):
-        given = ["merge", *map(str, args), "--backbone", str(pico_folder), "--pool", str(pool)]
-        given += ["--dtype", "fp32", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["adapterhub-chat", *given])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
+    def merge_verb(*args):
+        done = run_verb("merge", *args, "--pool", pool)
+        return done.code, done.out, done.err
 
-    return go
+    return merge_verb
 
 
 def test_the_verb_merges(run, pool):
