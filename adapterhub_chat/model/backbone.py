@@ -92,11 +92,6 @@ class Backbone:
         return [module for module in self.model.modules() if isinstance(module, kind)]
 
     @property
-    def end_of_turn(self) -> int:
-        """Token id that ends an answer."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
     def cache_name(self) -> str:
         """The name by which `forward` takes a key-value cache: from transformers 5.24 on, another one."""
         takes = inspect.signature(self.model.forward).parameters

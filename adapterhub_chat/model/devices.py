@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model.native_speed import Choice, Timings, choose_dtype, timings_here
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,23 +29,30 @@ DTYPES = {
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes used so far: on the GPU, else by this process (0 where nobody counts)."""
+    """Return the peak memory in bytes: of the GPU, else of this process (0 if unavailable).
+
+    Linux' VmHWM is preferred to `ru_maxrss`, which a process inherits from the one that started it.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
+        return _max_rss()
+    lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM"))
+    return next((int(kib) * 1024 for _, kib, *_ in lines), 0)
+
+
+def _max_rss() -> int:
+    if resource is None:
         return 0
-    return next((int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM")), 0)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident_memory() -> int:
-    """Return the bytes of memory that this process has now (0 where nobody counts)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Return the resident memory of this process in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

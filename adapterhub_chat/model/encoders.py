@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from adapterhub_chat.data.packing import Batch
 from adapterhub_chat.errors import UsageError
+from adapterhub_chat.model.pooling import group_means
 
 Pooling = Literal["first", "mean"]
 FAMILIES = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
@@ -91,12 +92,4 @@ def pooled(base: Any, hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
         places = torch.arange(len(pieces), device=pieces.device)
         first.scatter_reduce_(0, pieces, places, "amin")
         return every[first[wanted]].float()
-    return mean_of(hidden, pieces, wanted)
-
-
-def mean_of(hidden: Tensor, pieces: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean (P, W), float32, over the tokens of each wanted piece."""
-    flat = hidden.flatten(0, 1).float()
-    count = int(pieces.max()) + 1
-    sums = flat.new_zeros(count, flat.shape[1]).index_add(0, pieces, flat)
-    return sums[wanted] / pieces.bincount(minlength=count)[wanted, None]
+    return group_means(hidden.flatten(0, 1), pieces, int(pieces.max()) + 1)[wanted]

@@ -13,6 +13,7 @@ from torch import Tensor
 from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of, truncate
 from adapterhub_chat.data.packing import Batch, in_order, pack
 from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.pooling import group_means
 from adapterhub_chat.types import Example, Mix, PromptContract
 
 ROWS, ROW_LENGTH = 8, 256
@@ -42,9 +43,8 @@ def capture_blocks(model: AdapterModel, layers: Iterable[int]) -> Iterator[dict[
 def mean_pooled(hidden: Tensor, batch: Batch) -> Tensor:
     """Return the mean of `hidden` (N, L, H) over each example's prompt, (examples, H) float32."""
     places, owners = (index.to(hidden.device) for index in batch.prompt_tokens())
-    values = hidden.flatten(0, 1).index_select(0, places).float()
-    sums = values.new_zeros(int(owners.max()) + 1, values.shape[1]).index_add(0, owners, values)
-    return sums / owners.bincount()[:, None]
+    values = hidden.flatten(0, 1).index_select(0, places)
+    return group_means(values, owners, int(owners.max()) + 1)
 
 
 def encode_inputs(

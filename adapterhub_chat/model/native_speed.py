@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import platform
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapterhub_chat.assets.fetch import _alone, cache_dir
+from adapterhub_chat.lora.processor import cpu_fields, processor_name
 
 TRAINING, DECODING = (512,), (1, 16)
 """Rows of the measured products: an adapter's share of a training step, and decoding steps."""
@@ -141,23 +141,13 @@ def _write(path: Path, timings: Timings) -> None:
 
 def machine() -> dict[str, str | int]:
     """Return all that decides how fast products are here: a change of it measures anew."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    fields = dict(reversed([_field(line) for line in text.splitlines()]))  # the first one stays
-    flags = hashlib.sha256(fields.get("flags", "").encode()).hexdigest()[:16]
+    flags = hashlib.sha256(cpu_fields().get("flags", "").encode()).hexdigest()[:16]
     return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "flags": flags,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
-
-
-def _field(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
 
 
 def timings_here() -> Timings | None:
