@@ -105,8 +105,8 @@ class HubOptions:
         kind = shown["quantize"] or shown["dtype"]
         size = hub.backbone.nbytes / 2**20
         where = f"{kind} on {shown['device']}, {size:.0f} MiB"
-        if hub.backbone.why and not self.quantize:
-            where += f"; {kind}: {hub.backbone.why}"
+        if hub.backbone.dtype_reason and not self.quantize:
+            where += f"; {kind}: {hub.backbone.dtype_reason}"
         say(f"{self.backbone} in {where} (change with --dtype, --quantize, --device)")
         return hub
 

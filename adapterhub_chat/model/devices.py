@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from adapterhub_chat.errors import UsageError
-from adapterhub_chat.model.native_speed import Choice, Timings, choose_dtype, timings_here
+from adapterhub_chat.model.native_speed import DtypeChoice, Timings, choose_dtype, cpu_timings
 
 try:
     import resource
@@ -56,7 +56,7 @@ def resident_memory() -> int:
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
-    """Return the device asked for, else CUDA when there is one (each process its own), else the CPU."""
+    """Return the device asked for, else CUDA if available (by LOCAL_RANK under torchrun), else the CPU."""
     if device is None and not torch.cuda.is_available():
         return torch.device("cpu")
     if device is None:
@@ -71,27 +71,27 @@ def pick_device(device: torch.device | str | None) -> torch.device:
 
 
 def pick_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype asked for, else the best one of the device."""
+    """Return the dtype asked for, else the default of the device; see explain_dtype."""
     return explain_dtype(dtype, device).dtype
 
 
 def explain_dtype(
     dtype: torch.dtype | str | None,
     device: torch.device,
-    timed: Callable[[], Timings | None] = timings_here,
-) -> Choice:
-    """Return the dtype asked for, else the best one of the device, and why it was taken.
+    measure: Callable[[], Timings | None] = cpu_timings,
+) -> DtypeChoice:
+    """Return the dtype asked for, else the default of the device, and the reason.
 
     On CUDA that is bf16 where it is native, else fp32. On a CPU without bf16 instructions it is fp32;
-    on one with them, both are `timed` (once for each machine), and `choose_dtype` decides.
+    with them, `measure` times both (once for each machine), and `choose_dtype` decides.
     """
     if isinstance(dtype, torch.dtype):
-        return Choice(dtype)
+        return DtypeChoice(dtype)
     if dtype is not None:
         if dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
-        return Choice(DTYPES[dtype])
+        return DtypeChoice(DTYPES[dtype])
     if device.type == "cuda":
-        return Choice(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
-    timings = timed()
-    return Choice(torch.float32) if timings is None else choose_dtype(timings)
+        return DtypeChoice(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
+    timings = measure()
+    return DtypeChoice(torch.float32) if timings is None else choose_dtype(timings)
