@@ -643,9 +643,14 @@ def test_slots_never_overlap_and_stay_within_their_budget(slots_of, events):
         assert_no_overlap(slots, held)
     for lease in held:
         slots.release(lease)
+    assert_all_can_be_freed(slots, weights)
+
+
+def assert_all_can_be_freed(slots, weights):
+    """After all adapters are unloaded, as many fit as the budget allows: three."""
     for name in slots.names:
         slots.unload(name)
-    for n in range(3):  # all slots are free again
+    for n in range(3):
         slots.load(f"new{n}", weights)
     assert slots.names == ("new0", "new1", "new2")
     for name in slots.names:
