@@ -42,6 +42,7 @@ DOORS = {
     "huggingface_hub": "remote.client remote.limits",
     "numpy": "artifact.guard artifact.prototype artifact.safetensors_header data.metrics "
     "merge.weight_search model.e5s1",
+    "psutil": "model.devices",
     "pydantic": "artifact.manifest artifact.prototype cli.options config data.task_file pool.lockfile "
     "remote.signing training.run_file validation",
     "pydantic_core": "validation",

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from adapterhub_chat.lora.processor import processor_name
+
 
 class Worker:
     """A process that does the work of one kind for each request."""
@@ -78,17 +80,9 @@ def median(answers: Sequence[Mapping[str, Any]], key: str) -> float:
 def machine() -> dict[str, Any]:
     """Return processor, threads, device and versions, for the report."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(x.partition(":")[2].strip() for x in file if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

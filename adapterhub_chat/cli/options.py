@@ -130,8 +130,8 @@ class HubOptions:
         kind = shown["quantize"] or shown["dtype"]
         mebibytes = hub.backbone.nbytes / 2**20
         placement = f"{kind} on {shown['device']}, {mebibytes:.0f} MiB"
-        if hub.backbone.why and not self.quantize:
-            placement += f"; {kind}: {hub.backbone.why}"
+        if hub.backbone.dtype_reason and not self.quantize:
+            placement += f"; {kind}: {hub.backbone.dtype_reason}"
         notes(f"{self.backbone} in {placement} (change with --dtype, --quantize, --device)")
         return hub
 

@@ -46,11 +46,6 @@ class Batch:
         """N."""
         return int(self.ids.shape[0])
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int((self.segments >= 0).sum())
-
     def prompt_tokens(self) -> tuple[Tensor, Tensor]:
         """Return the flat indices (T,) of the prompts' tokens, and the example (T,) each belongs to.
 

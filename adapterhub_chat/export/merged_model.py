@@ -28,7 +28,7 @@ from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import Backbone, Quantize, load_backbone
 from adapterhub_chat.model.quantization import dense, rounded
-from adapterhub_chat.model.resolve import quiet
+from adapterhub_chat.model.resolve import no_progress_bars
 from adapterhub_chat.pool.probe import probe_prompts
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.types import Mix
@@ -154,7 +154,7 @@ def plain_copy(backbone: Backbone) -> Any:
     config = copy.deepcopy(backbone.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with quiet():
+    with no_progress_bars():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=backbone.dtype, attn_implementation="sdpa"
         )
@@ -171,7 +171,7 @@ def plain_copy(backbone: Backbone) -> Any:
 
 def save_plain(backbone: Backbone, model: Any, folder: Path, quantize: Quantize | None) -> None:
     """Write a plain copy with the backbone's tokenizer, as `from_pretrained` reads it, packed if asked."""
-    with quiet():
+    with no_progress_bars():
         model.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
         if quantize is not None:

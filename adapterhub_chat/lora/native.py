@@ -26,6 +26,7 @@ from torch import Tensor
 
 from adapterhub_chat.files import replaced_file
 from adapterhub_chat.lora.bank import Bank
+from adapterhub_chat.lora.processor import cpu_fields
 from adapterhub_chat.lora.weights import AdapterWeights
 
 SOURCE, TILES = (Path(__file__).with_name(name) for name in ("native.cpp", "native_tiles.h"))
@@ -118,11 +119,9 @@ def _compile(command: Sequence[str], path: Path) -> None:
 
 def _processor() -> str:
     """Return what `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    fields = cpu_fields()
+    flags = fields.get("flags") or fields.get("Features", "")
+    return flags if fields else platform.machine() + platform.processor()
 
 
 def write(folder: Path, bank: Bank, slot: int, weights: AdapterWeights) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adapterhub_chat.inference.generate import engine_of
 from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.pooling import group_means
 from adapterhub_chat.route.text_features import NUM_LETTERS, NUM_WORDS, letters, words
 
 WIDEST = 1024
@@ -111,9 +112,9 @@ def _means(model: AdapterModel, rows: Sequence[list[int]]) -> Tensor:
     ids = torch.tensor([row + [row[0]] * (longest - len(row)) for row in rows])
     states = _even(engine_of(model).decoder.early_states(ids.to(model.backbone.device)))
     lengths = torch.tensor([len(row) for row in rows], device=states.device)[:, None]
-    place = torch.arange(longest, device=states.device)
-    own = ((place > 0) & (place < lengths)).float()
-    return torch.einsum("nth,nt->nh", states, own) / (lengths - 1).clamp_min(1)
+    columns = torch.arange(longest, device=states.device)
+    groups, places = ((columns > 0) & (columns < lengths)).nonzero().unbind(1)
+    return group_means(states[groups, places], groups, len(rows))
 
 
 @torch.inference_mode()

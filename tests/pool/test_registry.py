@@ -286,9 +286,11 @@ class Publisher:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantize", "beside"), [(None, True), (None, False), ("nf4", True)])
+@pytest.mark.parametrize(
+    ("quantize", "load_in_thread"), [(None, True), (None, False), ("nf4", True)]
+)
 def test_five_hundred_requests_over_fifty_adapters(
-    pico_folder, tmp_path, make_weights, quantize, beside
+    pico_folder, tmp_path, make_weights, quantize, load_in_thread
 ):
     """Joins, cancels, evictions, re-publishes and rollbacks go on: a request is answered by a content that
     its adapter's name had, the one that it began with, and by no other."""
@@ -298,9 +300,9 @@ def test_five_hundred_requests_over_fifty_adapters(
     size = publisher.hub.model.slots._layout(make_weights(rank=12))[1]
     own = publisher.hub = make(adapter_bytes=14 * size, ram_bytes=200_000)
     slots = own.model.slots
-    engine = Engine(own.model, rows=12, chunk=64, beside=beside)
+    engine = Engine(own.model, rows=12, chunk=64, load_in_thread=load_in_thread)
     start = engine._batch.start
-    engine._batch.start = lambda row: (began.update({row.ticket: row.held.key}), start(row))
+    engine._batch.start = lambda row: (began.update({row.ticket: row.lease.key}), start(row))
     tickets, refused = [], 0
     for n in range(500):
         prompt = tuple(rng.randrange(3, 250) for _ in range(rng.randrange(1, 70)))
