@@ -526,7 +526,7 @@ class AdapterHub:
         """Return one mix a row, by what its user has said for "auto"; without `adapters`, the default."""
         if adapters is None:
             return self._registry.resolve([self._default.get()]) * len(rows)
-        return self._registry.resolve(self._router.choose(listed(adapters, "adapters"), rows))
+        return self._registry.resolve(self._router.resolve_auto(listed(adapters, "adapters"), rows))
 
     def _raw(
         self, prompts: Sequence[str], adapters: Sequence[AdapterChoice] | None, sampling: Sampling

@@ -25,7 +25,7 @@ from adapterhub_chat.cli.app import main
 from adapterhub_chat.data.metrics import METRICS, answer_rows, label_rows, likelihood_rows
 from adapterhub_chat.data.splits import Splits, sample
 from adapterhub_chat.errors import AdapterError, ConfigError, UnknownNameError, UsageError
-from adapterhub_chat.evaluation.retention import kept_share
+from adapterhub_chat.evaluation.retention import kept_fraction
 from adapterhub_chat.evaluation.scoring import judge
 from adapterhub_chat.events import Listeners
 from adapterhub_chat.files import file_sha256
@@ -83,7 +83,7 @@ def merged_by(hub, *names, **options):
     return hub.merge(list(names), **options)
 
 
-def test_a_merge_is_saved_measured_and_described(hub, pool):
+def test_merge_is_saved_measured_and_described(hub, pool):
     made = merged_by(hub, "films", "answers", method="svd", weights=[0.75, 0.25])
     report = made.merge
     assert (report.method, report.rank, report.seed) == ("svd", 8, 0)
@@ -108,22 +108,22 @@ def test_a_merge_is_saved_measured_and_described(hub, pool):
     assert "| films | films | accuracy |" in card
 
 
-def test_what_is_kept_is_measured_on_the_same_items(hub):
+def test_retention_is_measured_on_the_same_items(hub):
     made = merged_by(hub, "films", "talk", method="ties", density=0.6, limit=6)
     assert made.merge.density == 0.6
     films, talk = made.merge.retention
     assert (films.adapter, films.task, films.metric, films.n) == ("films", "films", "accuracy", 6)
-    for found in (films, talk):
-        task = tasks(found.adapter)[found.adapter]
+    for actual in (films, talk):
+        task = tasks(actual.adapter)[actual.adapter]
         items = sample_of(task, 6)
         alone, both = (
             METRICS[task.metric].aggregate(judge(hub.model, task, items, as_mix(name)).rows)
-            for name in (found.adapter, "both")
+            for name in (actual.adapter, "both")
         )
-        assert (found.single, found.merged) == (pytest.approx(alone), pytest.approx(both))
-        better = both / alone if found is films else alone / both
-        assert found.value == pytest.approx(better)
-        assert found.low <= found.value <= found.high
+        assert (actual.single, actual.merged) == (pytest.approx(alone), pytest.approx(both))
+        better = both / alone if actual is films else alone / both
+        assert actual.value == pytest.approx(better)
+        assert actual.low <= actual.value <= actual.high
     assert [one.task for one in made.merge.mix] == ["films", "talk"]
 
 
@@ -131,17 +131,17 @@ def sample_of(task, limit):
     return sample(task.split("test"), limit)
 
 
-def test_the_numbers_are_the_table_s_own(hub, pool):
+def test_saved_weights_equal_the_method_on_stored_sources(hub, pool):
     """Sources are read from the disk, not out of their slots, and saved as they were merged."""
     merged_by(hub, "films", "talk", method="dare_ties", seed=5, rank=6)
     own = [read_folder(pool / name)[0] for name in ("films", "talk")]
-    wanted = merge(own, method="dare_ties", seed=5, rank=6).weights
-    found = read_folder(pool / "both")[0]
-    for module, pair in wanted.factors.items():
-        assert all(map(torch.equal, pair, found.factors[module]))
+    expected = merge(own, method="dare_ties", seed=5, rank=6).weights
+    actual = read_folder(pool / "both")[0]
+    for module, pair in expected.factors.items():
+        assert all(map(torch.equal, pair, actual.factors[module]))
 
 
-def test_an_exact_merge_is_the_run_time_mix(hub):
+def test_exact_merge_equals_the_run_time_mix(hub):
     weights = {"films": 0.5, "answers": -0.25, "talk": 1.5}
     merged_by(hub, *weights, method="cat", weights=list(weights.values()))
     mixed, merged = (hub.next_token_logits(PROMPTS, [a, a]) for a in (weights, "both"))
@@ -161,7 +161,7 @@ def test_peft_loads_the_folder_and_agrees(hub, pool, pico_folder, method):
         torch.testing.assert_close(row, logits, atol=1e-3, rtol=1e-4)
 
 
-def test_auto_keeps_the_method_that_keeps_most(hub):
+def test_auto_chooses_the_method_with_the_highest_retention(hub):
     made = merged_by(hub, "films", "talk", method="auto", rank=4, floor=0.0, density=0.5)
     tried = {one.method: one for one in made.merge.tried}
     assert list(tried) == ["mix", *(name for name in METHODS if name not in ("cat", "linear"))]
@@ -171,20 +171,20 @@ def test_auto_keeps_the_method_that_keeps_most(hub):
     assert all(one.lowest <= one.mean for one in tried.values())
 
 
-def test_auto_leaves_out_what_cannot_do_with_the_weights(hub):
+def test_auto_skips_methods_that_do_not_support_the_weights(hub):
     options = {"method": "auto", "rank": 4, "floor": 0.0, "density": 0.5}
     made = merged_by(hub, "films", "talk", weights=[1, -0.1], **options)
     assert "regmean" not in {one.method for one in made.merge.tried}
 
 
-def test_auto_saves_nothing_when_no_method_keeps_the_floor(hub):
+def test_auto_saves_nothing_when_all_methods_are_below_the_floor(hub):
     with pytest.raises(AdapterError, match=r"no method keeps 900% of every source's score: \w+"):
         merged_by(hub, "films", "talk", method="auto", floor=9.0)
     assert "both" not in hub.pool
     assert hub.model.names == ("films", "talk")
 
 
-def test_it_says_when_the_mix_is_better(hub):
+def test_verdict_names_a_better_run_time_mix(hub):
     quiet_merge = merged_by(hub, "films", "talk", method="svd", weights=[1, 1], rank=8)
     assert "run-time mix" not in quiet_merge.merge.verdict  # rank 8 holds all of it
     with warnings.catch_warnings(record=True) as heard:
@@ -197,8 +197,8 @@ def test_it_says_when_the_mix_is_better(hub):
 
 def test_weights_are_learnt_on_validation_items(hub):
     heard = []
-    told = Listeners(on_event=heard.append)
-    made = merged_by(hub, "films", "talk", weights="learn", budget=6, listeners=told)
+    progress = Listeners(on_event=heard.append)
+    made = merged_by(hub, "films", "talk", weights="learn", budget=6, listeners=progress)
     assert set(made.merge.weights) == {"films", "talk"}
     assert [(event.step, event.total) for event in heard] == [(n, 6) for n in range(1, 7)]
     assert len({event.values["loss"] for event in heard}) > 1
@@ -207,16 +207,16 @@ def test_weights_are_learnt_on_validation_items(hub):
     assert again.sha256 == made.sha256
 
 
-def test_one_source_times_one_keeps_everything(hub):
+def test_merge_of_one_source_keeps_everything(hub):
     made = merged_by(hub, "films", method="svd")
-    (found,) = made.merge.retention
-    assert (found.value, found.low, found.high) == (1, 1, 1)
+    (actual,) = made.merge.retention
+    assert (actual.value, actual.low, actual.high) == (1, 1, 1)
     assert made.merge.drift["films"] < 1e-6
     one, same = (hub.next_token_logits(PROMPTS, [a, a]) for a in ("films", "both"))
     torch.testing.assert_close(one, same, atol=1e-4, rtol=1e-4)
 
 
-def test_a_method_that_is_wrong_is_found_out(hub, monkeypatch):
+def test_grossly_wrong_method_is_detected(hub, monkeypatch):
     """As PEFT's is with rsLoRA: sqrt(r) times too large."""
 
     def too_large(sources, *args, **options):
@@ -232,7 +232,7 @@ def test_a_method_that_is_wrong_is_found_out(hub, monkeypatch):
     assert "both" not in hub.pool
 
 
-def test_a_method_that_is_wrong_by_little_is_found_out(hub, monkeypatch):
+def test_slightly_wrong_method_is_detected(hub, monkeypatch):
     """Less than a probe on one prompt can tell."""
 
     def too_small(sources, *args, **options):
@@ -247,12 +247,12 @@ def test_a_method_that_is_wrong_by_little_is_found_out(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_makes_one_source_out_of_one_source(hub, method):
+def test_every_method_passes_the_identity_check(hub, method):
     """Also by the tight check of `merge_adapters`, which would say so."""
     assert merged_by(hub, "films", "talk", method=method, rank=None).merge.method == method
 
 
-def test_a_pulled_source_counts_by_its_name_here(hub, pool):
+def test_pulled_source_is_known_by_its_pool_name(hub, pool):
     """Its manifest may call it otherwise."""
     shutil.copytree(pool / "films", pool / "cinema")
     made = hub.merge(
@@ -268,7 +268,7 @@ def test_a_pulled_source_counts_by_its_name_here(hub, pool):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_merge_that_is_stopped_while_it_is_measured_leaves_nothing(hub, before):
+def test_merge_interrupted_while_measuring_saves_nothing(hub, before):
     if before:
         merged_by(hub, "films", "answers")
     kept = hub.pool.manifest("both") if before else None
@@ -285,7 +285,7 @@ def test_a_merge_that_is_stopped_while_it_is_measured_leaves_nothing(hub, before
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_merge_that_was_not_saved_as_it_was_made_is_taken_back(hub, before, monkeypatch):
+def test_corrupted_save_is_undone(hub, before, monkeypatch):
     if before:
         merged_by(hub, "films", "answers")
     kept = hub.pool.manifest("both") if before else None
@@ -304,14 +304,14 @@ def without(task, split):
     )
 
 
-def test_a_floor_that_cannot_be_checked_is_said(hub):
+def test_auto_without_validation_items_raises(hub):
     given = {**tasks("films"), "talk": without(toy_talk(), "validation")}
     with pytest.raises(UsageError, match="talk has no validation items, so no method can be chos"):
         merged_by(hub, "films", "talk", method="auto", floor=0.0, tasks=given)
     assert "both" not in hub.pool
 
 
-def test_what_is_not_measured_is_said(hub):
+def test_missing_test_items_are_a_warning(hub):
     given = {**tasks("films"), "talk": without(toy_talk(), "test")}
     with pytest.warns(UserWarning, match="talk has no test items: what the merge keeps of it is"):
         made = merged_by(hub, "films", "talk", tasks=given)
@@ -319,7 +319,7 @@ def test_what_is_not_measured_is_said(hub):
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_learnt_weights_are_held_to_the_floor_too(hub, keeps, monkeypatch):
+def test_learnt_weights_must_keep_the_floor(hub, keeps, monkeypatch):
     """The method was chosen with even weights; those are taken where the learnt ones fall below."""
     monkeypatch.setattr(merging_module, "learn_weights", lambda *_: (1.0, 1e-6))
     tried = merged_by(hub, "films", "talk", method="auto", floor=0.0).merge.tried
@@ -338,7 +338,7 @@ def test_a_merge_of_a_merge_names_all_tasks(hub):
     assert [one.adapter for one in second.merge.retention] == ["answers"]
 
 
-def test_sources_whose_tasks_are_not_here_are_merged_unmeasured(hub):
+def test_sources_with_unknown_tasks_are_merged_unmeasured(hub):
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         made = hub.merge(["films", "talk"], name="both")
@@ -384,7 +384,7 @@ def test_a_merge_replaces_its_earlier_version_and_can_be_rolled_back(hub):
         (["films", "talk"], {"rnak": 8}, "did you mean 'rank'"),
     ],
 )
-def test_what_does_not_fit_is_said_with_nothing_changed(hub, names, options, said):
+def test_misfits_raise_and_change_nothing(hub, names, options, said):
     before = hub.pool.names()
     with pytest.raises(ConfigError) as caught:
         hub.merge(names, **{"name": "both", **options})
@@ -392,7 +392,7 @@ def test_what_does_not_fit_is_said_with_nothing_changed(hub, names, options, sai
     assert hub.pool.names() == before
 
 
-def test_unknown_sources_and_names_are_said(hub):
+def test_unknown_sources_and_names_raise(hub):
     with pytest.raises(UnknownNameError, match="unknown adapter 'nobody'; known: answers, films"):
         hub.merge(["films", "nobody"], name="both")
     with pytest.raises(UsageError, match="reserved word"):
@@ -403,7 +403,7 @@ def test_unknown_sources_and_names_are_said(hub):
         hub.merge("films", name="both")
 
 
-def test_sources_without_any_manifest_cannot_say_how_to_prompt(hub, pool):
+def test_sources_without_manifests_raise(hub, pool):
     for name in ("films", "talk"):
         (pool / name / "adapterhub.json").unlink()
     with pytest.raises(AdapterError, match="none of films, talk has a manifest"):
@@ -413,42 +413,42 @@ def test_sources_without_any_manifest_cannot_say_how_to_prompt(hub, pool):
 # ---- shares --------------------------------------------------------------------------------------
 
 
-def test_shares_go_the_way_of_the_metric():
+def test_kept_fraction_follows_the_direction_of_the_metric():
     golds = ["a", "b", "a", "b"]
     right, half = label_rows(golds, golds), label_rows(golds, ["a", "a", "a", "a"])
-    value, low, high = kept_share(METRICS["accuracy"], right, half)
+    value, low, high = kept_fraction(METRICS["accuracy"], right, half)
     assert (value, high) == (0.5, 1.0)
     assert 0 <= low < 0.5
-    assert kept_share(METRICS["accuracy"], half, right)[0] == 2
+    assert kept_fraction(METRICS["accuracy"], half, right)[0] == 2
     near, far = likelihood_rows([2.0, 3.0], [2, 3]), likelihood_rows([4.0, 6.0], [2, 3])
-    value, low, high = kept_share(METRICS["perplexity"], near, far)  # perplexities e and e^2
+    value, low, high = kept_fraction(METRICS["perplexity"], near, far)  # perplexities e and e^2
     assert value == pytest.approx(torch.tensor(-1.0).exp().item())
     assert low == pytest.approx(value)
     assert high == pytest.approx(value)
 
 
-def test_a_source_that_can_nothing_has_nothing_to_lose():
+def test_source_with_score_zero_keeps_everything():
     nothing = answer_rows(METRICS["token_f1"].judge, ["x", "y"], [["a"], ["b"]])
-    assert kept_share(METRICS["token_f1"], nothing, nothing) == (1, 1, 1)
+    assert kept_fraction(METRICS["token_f1"], nothing, nothing) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_out_of_bounds_keep_nothing(bad):
+def test_nonfinite_results_keep_nothing(bad):
     near, off = likelihood_rows([2.0, 3.0], [2, 3]), likelihood_rows([bad, 6.0], [2, 3])
-    assert kept_share(METRICS["perplexity"], near, off) == (0, 0, 0)
+    assert kept_fraction(METRICS["perplexity"], near, off) == (0, 0, 0)
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1), st.floats(0, 1)), min_size=1, max_size=20))
-def test_the_share_lies_in_its_interval(items):
+def test_kept_fraction_lies_in_its_interval(items):
     single, merged = (np.array([(pair[side],) for pair in items]) for side in (0, 1))
-    value, low, high = kept_share(METRICS["token_f1"], single, merged)
+    value, low, high = kept_fraction(METRICS["token_f1"], single, merged)
     assert value == pytest.approx(merged.mean() / single.mean())
     assert (
         low - 0.2 <= value <= high + 0.2
     )  # a percentile interval of few items may miss its centre
 
 
-def test_a_report_travels_through_json():
+def test_merge_report_round_trip_through_json():
     report = MergeReport(method="ties", weights={"a": 1.0}, rank=4, energy=0.5)
     assert MergeReport.model_validate_json(report.model_dump_json()) == report
     with pytest.raises(ValueError, match="finite"):
@@ -480,21 +480,21 @@ def run(pool, pico_folder, monkeypatch, capsys):
     return go
 
 
-def test_the_verb_merges(run, pool):
+def test_merge_command(run, pool):
     code, out, _ = run(
         "films", "talk", "--name", "both", "--weights", "0.5,1", "--rank", 4, "--json"
     )
     assert code == 0
-    found = json.loads(out)
-    assert found["adapter"] == "both"
-    assert found["weights"] == {"films": 0.5, "talk": 1.0}
-    assert (found["method"], found["rank"]) == ("svd", 4)
-    assert len(found["parents"]) == 2
-    assert found["sha256"] == file_sha256(pool / "both" / "adapter_model.safetensors")
-    assert {"retention", "mix", "drift", "energy", "tried", "verdict"} <= set(found)
+    actual = json.loads(out)
+    assert actual["adapter"] == "both"
+    assert actual["weights"] == {"films": 0.5, "talk": 1.0}
+    assert (actual["method"], actual["rank"]) == ("svd", 4)
+    assert len(actual["parents"]) == 2
+    assert actual["sha256"] == file_sha256(pool / "both" / "adapter_model.safetensors")
+    assert {"retention", "mix", "drift", "energy", "tried", "verdict"} <= set(actual)
 
 
-def test_the_verb_shows_what_is_kept(run, tmp_path):
+def test_merge_command_prints_retention(run, tmp_path):
     (tmp_path / "films.csv").write_text(
         "\n".join(
             ["text,answer", *(f"{'good' if i % 2 else 'bad'} film {i},{i % 2}" for i in range(99))]
@@ -525,7 +525,7 @@ def test_the_verb_shows_what_is_kept(run, tmp_path):
         (("--budget", "0"), "budget"),
     ],
 )
-def test_the_verb_says_what_does_not_fit(run, args, said):
+def test_merge_command_reports_misfits(run, args, said):
     code, _, err = run("films", "talk", "--name", "both", *args)
     assert code == 2
     assert said in err
