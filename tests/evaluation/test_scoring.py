@@ -1,4 +1,4 @@
-"""Scores: equal to what plain transformers gives, one example at a time, with no packing at all."""
+"""Scores equal those of plain transformers, one example at a time, without packing."""
 
 from __future__ import annotations
 

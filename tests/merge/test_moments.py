@@ -1,4 +1,4 @@
-"""What enters the linear layers: as plain transformers sees it, example by example."""
+"""Second moments of the layers' inputs equal those of plain transformers, example by example."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from adapterhub_chat.data.encoding import encode_examples
 from adapterhub_chat.data.splits import Splits, sample
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import DataError
-from adapterhub_chat.merge import moments as moments_module
 from adapterhub_chat.merge.moments import NUM_MOMENT_ITEMS, InputMoments
 from adapterhub_chat.types import as_mix
 
@@ -50,25 +49,32 @@ def test_moments_equal_those_of_unbatched_examples(model, tasks):
         for n, (adapter, own) in enumerate(tasks.items()):
             expected = one_by_one(model, adapter, own, module).float()
             torch.testing.assert_close(actual(module)[n], expected, rtol=1e-3, atol=1e-5)
-            assert torch.equal(actual.of(n, module)[0], actual(module)[n])
+            assert torch.equal(actual.for_source(n, module)[0], actual(module)[n])
     films, answers = actual(MODULES[-1])
     assert (films - answers).norm() > 0.05 * films.norm()
 
 
-def test_small_memory_limit_gives_equal_moments_in_more_passes(model, tasks, monkeypatch):
-    looked = []
-    items = moments_module._training_items
-    monkeypatch.setattr(
-        moments_module, "_items", lambda *given: looked.append(given) or items(*given)
-    )
+@pytest.fixture
+def forwards(model):
+    """One entry for each forward pass of the backbone."""
+    passes = []
+    embeddings = model.backbone.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda *_: passes.append(1))
+    yield passes
+    hook.remove()
+
+
+def test_small_memory_limit_gives_equal_moments_in_more_passes(model, tasks, forwards):
     whole = InputMoments(model, tasks, MODULES)
+    assert not forwards  # nothing is computed at construction
     expected = {module: whole(module) for module in MODULES}
-    assert len(looked) == len(tasks)
-    looked.clear()
-    narrow = InputMoments(model, tasks, MODULES, most=1)
-    for module, parts in expected.items():
-        assert all(map(torch.equal, narrow(module), parts))
-    assert len(looked) == len(tasks) * 4  # q and k share their input
+    num_forwards = len(forwards)
+    assert num_forwards >= len(tasks)
+    forwards.clear()
+    narrow = InputMoments(model, tasks, MODULES, max_bytes=1)
+    for module, moments in expected.items():
+        assert all(map(torch.equal, narrow(module), moments))
+    assert len(forwards) == 4 * num_forwards  # q and k share their input
 
 
 def test_source_without_examples_raises(model, tasks):
@@ -76,8 +82,3 @@ def test_source_without_examples_raises(model, tasks):
     actual = InputMoments(model, {**tasks, "answers": [empty]}, MODULES)
     with pytest.raises(DataError, match="the tasks of 'answers' have no training examples"):
         actual(MODULES[0])
-
-
-def test_nothing_is_computed_at_construction(model, tasks, monkeypatch):
-    monkeypatch.setattr(moments_module, "_items", lambda *_: pytest.fail("looked"))
-    InputMoments(model, tasks, MODULES)

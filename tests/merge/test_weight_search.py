@@ -1,4 +1,4 @@
-"""The search for merge weights: it finds what is there, within its budget, again by the same seed."""
+"""The search for merge weights: minimum, budget, bounds and seeds."""
 
 import math
 
