@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from pico import toy_answers, toy_task
 
@@ -15,7 +17,7 @@ def draft(backbone, origins, *tasks, **options):
 
 
 def test_draft_joins_what_its_origins_say_and_is_prompted_as_the_last(backbone):
-    films, answers = toy_task(), toy_answers()
+    films, answers = toy_task(), replace(toy_answers(), about="Answers.")
     made = draft(backbone, [films, answers], "toy", "answers")
     assert made.about == f"{films.about}; {answers.about}"
     assert (made.language, made.licence) == ("en", films.licence)
