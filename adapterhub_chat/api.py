@@ -526,7 +526,9 @@ class AdapterHub:
         """Return one mix a row; "auto" is routed by the row's texts. Without `adapters`: the default mix."""
         if adapters is None:
             return self._registry.resolve([self._default.get()]) * len(rows)
-        return self._registry.resolve(self._router.choose(as_list(adapters, "adapters"), rows))
+        return self._registry.resolve(
+            self._router.resolve_auto(as_list(adapters, "adapters"), rows)
+        )
 
     def _raw(
         self, prompts: Sequence[str], adapters: Sequence[AdapterChoice] | None, sampling: Sampling

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import json
 import os
@@ -28,10 +27,10 @@ from pico import (
 )
 
 from adapterhub_chat import AdapterHub, api
+from adapterhub_chat.assets.fetch import cache_dir
 from adapterhub_chat.cli.app import main
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
-from adapterhub_chat.route import learn
 
 settings.register_profile("house", deadline=None)  # a busy machine is no failure
 settings.load_profile("house")
@@ -66,23 +65,15 @@ def encoder_folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imagined_once():
-    """What a backbone makes up for routing is made up once a session: it takes seconds, and never differs.
-
-    Modules that import `imagined` itself have the real one.
-    """
-    make, kept = learn.sample_background, {}
-
-    @functools.wraps(make)
-    def imagined(model, count, seed=0):
-        key = (model.backbone.fingerprint, model.backbone.device, count, seed)
-        if key not in kept:
-            kept[key] = make(model, count, seed)
-        return list(kept[key])
-
+def session_cache(tmp_path_factory):
+    """The product's cache folder is the session's own; downloaded assets are those of the user's cache."""
+    users, folder = cache_dir(), tmp_path_factory.mktemp("cache")
+    for name in ("assets", "downloads"):
+        (users / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(users / name)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(learn, "sample_background", imagined)
-        yield
+        patched.setenv("ADAPTERHUB_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from adapterhub_chat.errors import AdapterError, PoolError, UsageError
-from adapterhub_chat.evaluation.retention import divergence
+from adapterhub_chat.evaluation.retention import mean_kl
 from adapterhub_chat.files import new_folder
 from adapterhub_chat.inference.likelihood import next_token_logits
 from adapterhub_chat.inference.requests import Request
@@ -60,10 +60,10 @@ def export(
     wanted = next_token_logits(registry.model, [Request(prompt, mix) for prompt in prompts])
     model = plain_copy(backbone)
     _add(model, registry.model, mix)
-    drift = {MERGED: divergence(wanted, _logits(model, prompts))}
+    drift = {MERGED: mean_kl(wanted, _logits(model, prompts))}
     if backbone.quantize is not None:
         with _packed(model, registry.model.shapes, backbone.quantize):
-            drift[PACKED] = divergence(wanted, _logits(model, prompts))
+            drift[PACKED] = mean_kl(wanted, _logits(model, prompts))
     chosen = _choose(form, drift, most_drift)
     _write(backbone, model, folder, chosen)
     return Exported(folder, chosen, drift)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from adapterhub_chat.data.encoding import Encoded, encode_choices, encode_labels
-from adapterhub_chat.data.packing import in_order, pack
+from adapterhub_chat.data.packing import Batch, in_order, pack
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.model.adapter_model import AdapterModel
@@ -33,6 +34,25 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def sum_by_owner(values: Tensor, owners: Tensor, num_owners: int) -> Tensor:
     """Return the sum of `values` (P,) for each owner, (num_owners,)."""
     return values.new_zeros(num_owners).index_add(0, owners, values)
+
+
+@torch.no_grad()
+def token_loss_sums(
+    model: AdapterModel,
+    batches: Iterable[Batch],
+    mixing: Callable[[int], AbstractContextManager[object]],
+) -> Tensor:
+    """Return the sum of -log p over all answers' tokens, and their number: (2,) float64.
+
+    `mixing(num_rows)` is the context in which the rows of a batch have their mixes.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=model.backbone.device)
+    for batch in batches:
+        with mixing(batch.num_rows):
+            logits = model.answer_logits(batch)
+        sums[0] += token_losses(logits, batch.targets.to(logits.device)).sum()
+        sums[1] += len(batch.targets)
+    return sums
 
 
 ROW_LENGTH, ROWS = 256, 8

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from adapterhub_chat.data.packing import Batch, in_order, pack
 from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.events import Event
-from adapterhub_chat.inference.likelihood import sum_by_owner, token_losses
+from adapterhub_chat.inference.likelihood import sum_by_owner, token_loss_sums, token_losses
 from adapterhub_chat.lora.plan import Plan, activate
 from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.lora.weights import initial_weights
@@ -212,19 +213,18 @@ class TrainingRun:
     @torch.no_grad()
     def held_out_loss(self, learner: Learner) -> float:
         """Return the mean loss over the validation answers' tokens, NaN when there are none."""
-        count, mine = self.accelerator.num_processes, self.accelerator.process_index
-        sums = torch.zeros(2, dtype=torch.float64, device=self.model.backbone.device)
-        examples = learner.job.validation
-        batches = [b for b, _ in in_order(examples, num_rows=VALIDATION_ROWS, length=self.length)]
-        for turn in range(-(-len(batches) // count)):  # as many forwards in every process
-            number = turn * count + mine
-            batch = pack(batches[number % len(batches)], self.length)
-            mix = self._mix(learner).expand(batch.num_rows, -1)
-            with activate(Plan(self.bank.places, mix)):
-                logits = self.model.answer_logits(batch)
-            if number < len(batches):
-                sums[0] += token_losses(logits, batch.targets.to(logits.device)).sum()
-                sums[1] += len(batch.targets)
+        num_processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rows = in_order(learner.job.validation, num_rows=VALIDATION_ROWS, length=self.length)
+        batches = [pack(group, self.length) for group, _ in rows]
+        mix = self._mix(learner)
+
+        def mixing(num_rows: int) -> AbstractContextManager[None]:
+            return activate(Plan(self.bank.places, mix.expand(num_rows, -1)))
+
+        share = batches[rank::num_processes]
+        sums = token_loss_sums(self.model, share, mixing)
+        if len(share) < -(-len(batches) // num_processes):  # as many forwards in every process
+            token_loss_sums(self.model, batches[:1], mixing)
         loss, tokens = self._total(sums).tolist()
         return loss / tokens if tokens else math.nan
 

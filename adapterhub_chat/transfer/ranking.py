@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapterhub_chat.data.splits import sample
-from adapterhub_chat.data.task import Task, load_task
+from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, AdapterHubError, DataError, UsageError, warn
 from adapterhub_chat.inference.likelihood import label_scores
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import features
+from adapterhub_chat.pool.provenance import load_trained_tasks
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.route.learn import messages_in
 from adapterhub_chat.types import NO_ADAPTER, Example, Mix, PromptContract
@@ -195,9 +196,8 @@ def _distances(
     found, its = {}, _features_of(registry, [target], limit)
     for name in names:
         known = registry.known(name)
-        trained = known.manifest.training.tasks if known and known.manifest else ()
         with suppress(AdapterHubError):  # a task or its data is not here: then nothing is told
-            if tasks := [load_task(task) for task in trained]:
+            if tasks := load_trained_tasks(known.manifest if known else None, name):
                 found[name] = a_distance(_features_of(registry, tasks, limit), its)
     return found
 

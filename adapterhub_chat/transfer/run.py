@@ -12,7 +12,7 @@ from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import Listeners
 from adapterhub_chat.lora.sites import targeted
 from adapterhub_chat.pool.names import check_name
-from adapterhub_chat.pool.provenance import draft_of
+from adapterhub_chat.pool.provenance import draft_of, trained_task_names
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stacks import flattened
 from adapterhub_chat.pool.stored import Stored
@@ -126,7 +126,7 @@ def _check_layers(registry: Registry, order: TransferSpec) -> None:
 
 def _task_of(stored: Stored) -> Task:
     """Return the task that a source adapter was trained on."""
-    tasks = stored.manifest.training.tasks if stored.manifest else ()
+    tasks = trained_task_names(stored.manifest)
     if len(tasks) != 1:
         raise UsageError(
             f"adapter {stored.name!r} does not say which one task it learnt; name it: source_task=..., "
