@@ -43,7 +43,7 @@ DOORS = {
     "numpy": "artifact.guard artifact.prototype artifact.safetensors_header data.metrics "
     "merge.weight_search model.e5s1",
     "pydantic": "artifact.manifest artifact.prototype cli.options config data.task_file pool.lockfile "
-    "remote.signing training.run_file validation",
+    "remote.signing validation",
     "pydantic_core": "validation",
     "rich": "cli.output",
     "safetensors": "artifact.folder training.checkpoint",

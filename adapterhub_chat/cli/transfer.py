@@ -163,7 +163,7 @@ def _interval(verdict: TransferVerdict) -> str:
 
 
 def _as_json(done: Transferred) -> dict[str, object]:
-    weighting, game = done.outcome.weighting, done.outcome.game
+    weighting, discriminator = done.outcome.weighting, done.outcome.discriminator
     return {
         "chosen": done.outcome.chosen,
         "baseline": done.outcome.baseline,
@@ -173,7 +173,7 @@ def _as_json(done: Transferred) -> dict[str, object]:
         "lam": weighting.lam if weighting else None,
         "clipped": weighting.clipped if weighting else None,
         "residual": weighting.residual if weighting else None,
-        "discriminator": game.recent if game else None,
+        "discriminator": discriminator.recent_accuracy if discriminator else None,
         "candidates": [
             {
                 "method": c.method,
