@@ -13,8 +13,8 @@ from adapterhub_chat.errors import ConfigError, UsageError
 from adapterhub_chat.training.settings import (
     adapter_misfits,
     is_mapping,
-    setting_misfits,
     sweep_misfits,
+    train_setting_misfits,
 )
 from adapterhub_chat.training.spec import RUN_FILE
 from adapterhub_chat.validation import read_settings
@@ -70,7 +70,7 @@ def _parse_run(values: Mapping[str, Any], source: str, misfits: Sequence[str] = 
     except ConfigError as error:
         all_misfits += error.misfits
     settings, adapters = values.get("settings", {}), values.get("adapters", {})
-    all_misfits += setting_misfits("settings", settings if is_mapping(settings) else {})
+    all_misfits += train_setting_misfits("settings", settings if is_mapping(settings) else {})
     for name, table in adapters.items() if is_mapping(adapters) else ():
         all_misfits += adapter_misfits(f"adapters.{name}", table if is_mapping(table) else {})
     if not adapters:

@@ -13,7 +13,7 @@ ADAPTER_KEYS = ("task", "tasks", "sweep")
 """Keys of an adapter's table in a run file that are no fields of TrainConfig."""
 
 
-def setting_misfits(where: str, values: Mapping[str, Any]) -> list[str]:
+def train_setting_misfits(where: str, values: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with fields of TrainConfig; `where` names their table."""
     try:
         read_settings(TrainConfig, values, where)
@@ -30,7 +30,7 @@ def sweep_misfits(where: str, sweep: Any) -> list[str]:
     for key, values in sweep.items():
         if len(set(map(repr, values))) < len(values):
             misfits.append(f"{where}.{key}: a value is given twice in {values}")
-        misfits += dict.fromkeys(m for v in values for m in setting_misfits(where, {key: v}))
+        misfits += dict.fromkeys(m for v in values for m in train_setting_misfits(where, {key: v}))
     return misfits
 
 
@@ -47,7 +47,7 @@ def adapter_misfits(where: str, table: Mapping[str, Any]) -> list[str]:
     return [
         *misfits,
         *sweep_misfits(f"{where}.sweep", sweep),
-        *setting_misfits(where, settings),
+        *train_setting_misfits(where, settings),
     ]
 
 
