@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from adapterhub_chat.errors import ConfigError
-from adapterhub_chat.validation import explain, read_settings
+from adapterhub_chat.validation import read_settings
 
 
 class TrainConfig(BaseModel):
@@ -182,34 +182,3 @@ class RunConfig(RunOptions):
     device: str | None = Field(None, description="Default: CUDA when there is one.")
     settings: dict[str, Any] = Field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-
-def sweep_misfits(where: str, sweep: Any) -> list[str]:
-    """Return the misfits of a table of lists of values, one list for each setting."""
-    if not _is_table(sweep) or not all(_is_list(values) for values in sweep.values()):
-        return [f"{where} needs a list of values for each setting, as in rank = [4, 8]"]
-    misfits: list[str] = []
-    for key, values in sweep.items():
-        if len(set(map(repr, values))) < len(values):
-            misfits.append(f"{where}.{key}: a value is given twice in {values}")
-        value_misfits = [m for value in values for m in _setting_misfits(where, {key: value})]
-        misfits += dict.fromkeys(value_misfits)
-    return misfits
-
-
-def _is_list(value: Any, kind: type = object) -> bool:
-    return (
-        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, kind) for v in value)
-    )
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _setting_misfits(where: str, values: Mapping[str, Any]) -> list[str]:
-    try:
-        TrainConfig.model_validate(dict(values))
-    except ValidationError as error:
-        return [f"{where}.{sentence}" for sentence in explain(error, TrainConfig)]
-    return []

@@ -44,7 +44,7 @@ DOORS = {
     "merge.weight_search model.e5s1",
     "psutil": "model.devices",
     "pydantic": "artifact.manifest artifact.prototype cli.options config data.task_file pool.lockfile "
-    "remote.signing training.run_file validation",
+    "remote.signing validation",
     "pydantic_core": "validation",
     "rich": "cli.output",
     "safetensors": "artifact.folder training.checkpoint",

@@ -165,7 +165,7 @@ def _interval(verdict: TransferVerdict) -> str:
 
 
 def _as_json(transferred: Transferred) -> dict[str, object]:
-    weighting, discriminator = transferred.outcome.weighting, transferred.outcome.game
+    weighting, discriminator = transferred.outcome.weighting, transferred.outcome.discriminator
     return {
         "chosen": transferred.outcome.chosen,
         "baseline": transferred.outcome.baseline,
@@ -175,7 +175,7 @@ def _as_json(transferred: Transferred) -> dict[str, object]:
         "lam": weighting.lam if weighting else None,
         "clipped": weighting.clipped if weighting else None,
         "residual": weighting.residual if weighting else None,
-        "discriminator": discriminator.recent if discriminator else None,
+        "discriminator": discriminator.recent_accuracy if discriminator else None,
         "candidates": [
             {
                 "method": c.method,

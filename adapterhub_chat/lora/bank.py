@@ -103,10 +103,14 @@ class Bank:
                 place.copy_((b.float() * scale).T)
         self.write_head(slot, weights.head)
 
+    def set_num_labels(self, slot: int, num_labels: int) -> None:
+        """Set how many labels the head in a slot knows; 0 for an adapter without a head."""
+        self.labels[slot] = num_labels
+
     @torch.no_grad()
     def write_head(self, slot: int, head: Head | None) -> None:
         """Put a head's numbers into a slot that is otherwise written; what it does not fill stays zero."""
-        self.labels[slot] = head.shape[0] if head else 0
+        self.set_num_labels(slot, head.shape[0] if head else 0)
         if head:
             weight, bias = self.head
             weight[slot, : head.shape[0]].copy_(head.weight)

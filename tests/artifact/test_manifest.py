@@ -191,7 +191,7 @@ def test_a_fresh_adapters_manifest_says_where_it_comes_from(backbone, make_weigh
     task = toy_task()
     job = make_job(backbone.tokenizer, "mine", task, TrainConfig(rank=2))
     trained = Trained(make_weights(), 10, 8, 0.25, 999, 1.26, "finished")
-    manifest = manifest_of([task], backbone, job, trained, how="joint", beside=["other"])
+    manifest = manifest_of([task], backbone, job, trained, how="joint", trained_with=["other"])
     assert manifest.name == "mine"
     assert manifest.fingerprint == backbone.fingerprint
     assert manifest.contract == task.contract

@@ -16,7 +16,7 @@ from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.pool.registry import _identity
-from adapterhub_chat.transfer.candidates import _on_trial as on_trial
+from adapterhub_chat.transfer.candidates import _temporarily_loaded as on_trial
 from adapterhub_chat.types import Mix, as_mix
 
 RULES = Sampling(max_new_tokens=6, ignore_eos=True)
