@@ -84,7 +84,7 @@ def train(
     leave()
     if first:
         if as_json:
-            print_json({n: m.shown() for n, m in done.manifests.items()})
+            print_json({n: m.summary() for n, m in done.manifests.items()})
         else:
             print_finished(done, run.pool, folder, say)
         raise typer.Exit(_training_code(run, done.manifests))

@@ -193,5 +193,5 @@ def _as_json(done: Transferred) -> dict[str, object]:
             }
             for shots, outcome in done.by_shots.items()
         },
-        "manifest": done.manifest.shown() if done.manifest else None,
+        "manifest": done.manifest.summary() if done.manifest else None,
     }

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 
-from adapterhub_chat.artifact.manifest import Manifest, MergeReport, Training, Tried, hurt
+from adapterhub_chat.artifact.manifest import (
+    Manifest,
+    MergeReport,
+    Training,
+    TriedMethod,
+    transfer_problem,
+)
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.metrics import METRICS
 from adapterhub_chat.data.task import Task
@@ -44,12 +50,12 @@ def merge_adapters(
 ) -> Manifest:
     """Merge, check, keep and measure; see AdapterHub.merge."""
     sources = [read_source(registry, name) for name in order.names]
-    hurtful = [found for source in sources if (found := hurt(source.manifest))]
+    hurtful = [found for source in sources if (found := transfer_problem(source.manifest))]
     if hurtful and not order.options.force:
         raise AdapterError(f"{'; '.join(hurtful)}. force=True (--force) merges it all the same")
     own = tasks_of(sources, tasks, needed=order.needs_tasks)
     moments = InputMoments(registry.model, own, modules_of([source.weights for source in sources]))
-    tried: tuple[Tried, ...] = ()
+    tried: tuple[TriedMethod, ...] = ()
     chosen = order.method == AUTO
     if chosen:
         order, tried = choose_method(registry, order, sources, own, moments, listeners)
@@ -76,7 +82,7 @@ def _draft(
     order: MergeSpec,
     sources: Sequence[Stored],
     merged: Merged,
-    tried: tuple[Tried, ...],
+    tried: tuple[TriedMethod, ...],
 ) -> Manifest:
     """Return the manifest of a merged adapter: not measured yet; it is prompted as its heaviest source."""
     said = [source.manifest for source in sources if source.manifest]

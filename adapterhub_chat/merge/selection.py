@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
-from adapterhub_chat.artifact.manifest import Tried
+from adapterhub_chat.artifact.manifest import TriedMethod
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.retention import (
@@ -37,7 +37,7 @@ def choose_method(
     own: Mapping[str, Sequence[Task]],
     moments: Moments,
     listeners: Listeners,
-) -> tuple[MergeSpec, tuple[Tried, ...]]:
+) -> tuple[MergeSpec, tuple[TriedMethod, ...]]:
     """Try the table at one rank, on the same validation items; return the best method's order, and all.
 
     The best has the highest mean retention among those that leave every task above the floor.
@@ -51,7 +51,7 @@ def choose_method(
             "tasks={...} that have some"
         )
     mean, lowest = mean_and_lowest(retentions(registry.model, sticks, order.mix, told))
-    tried = [Tried(method=MIX, mean=mean, lowest=lowest)]
+    tried = [TriedMethod(method=MIX, mean=mean, lowest=lowest)]
     orders: dict[str, MergeSpec] = {}
     for method in METHODS.values():
         if method.name in EXACT or not _able(order, method):
@@ -63,7 +63,7 @@ def choose_method(
         ) as trial:
             found = retentions(registry.model, sticks, as_mix(trial), told)
         mean, lowest = mean_and_lowest(found)
-        tried.append(Tried(method=method.name, mean=mean, lowest=lowest))
+        tried.append(TriedMethod(method=method.name, mean=mean, lowest=lowest))
         orders[method.name] = one
     fine = [one for one in tried[1:] if one.lowest >= order.options.floor]
     if not fine:
@@ -99,7 +99,7 @@ def _by(order: MergeSpec, method: Method) -> MergeSpec:
     return replace(order, method=method.name, options=options)
 
 
-def _below(order: MergeSpec, tried: Sequence[Tried]) -> str:
+def _below(order: MergeSpec, tried: Sequence[TriedMethod]) -> str:
     best = max(tried[1:], key=lambda one: one.lowest)
     return (
         f"no method keeps {order.options.floor:.0%} of every source's score: {best.method} comes nearest "

@@ -112,7 +112,7 @@ def read_source(registry: Registry, name: str) -> Stored:
     """Load a source, and read its numbers as they lie on the disk: those in a slot are rounded."""
     registry.resolve([name])
     known = registry.known(name)
-    stored = registry.find(known.path if known else registry.pool.path(name), name)
+    stored = registry.read(known.path if known else registry.pool.path(name), name)
     return replace(stored, weights=flattened(registry.pool, stored))
 
 

@@ -1,4 +1,4 @@
-"""Manifests and the tasks they name: a draft of a derived adapter, the tasks of its sources."""
+"""Provenance: the manifest of a new adapter, and the tasks that existing adapters were trained on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from adapterhub_chat.types import Mix
 
 
 def draft_of(name: str, backbone: Backbone, tasks: Sequence[Task], training: Training) -> Manifest:
-    """Return the manifest of a new adapter: not measured yet, and without its probe.
+    """Return the manifest of a new adapter, without scores and probe.
 
-    It is prompted by the last of its tasks.
+    Its prompt contract and metric are those of the last task.
     """
     task = tasks[-1]
     return Manifest(
@@ -34,22 +34,22 @@ def draft_of(name: str, backbone: Backbone, tasks: Sequence[Task], training: Tra
 
 
 def tasks_trained_on(
-    registry: Registry, named: Sequence[tuple[str, Mix]]
+    registry: Registry, mixes: Sequence[tuple[str, Mix]]
 ) -> list[tuple[Task, list[tuple[str, Mix]]]]:
-    """Return the tasks that adapters were trained on, each with the adapters that it is to judge."""
-    groups: dict[str, list[tuple[str, Mix]]] = {}
-    for name, mix in named:
-        held = registry.known(name)
-        trained_on = held.manifest.training.tasks if held and held.manifest else ()
+    """Return the tasks that adapters were trained on, each with the mixes to evaluate on it."""
+    mixes_by_task: dict[str, list[tuple[str, Mix]]] = {}
+    for name, mix in mixes:
+        adapter = registry.known(name)
+        trained_on = adapter.manifest.training.tasks if adapter and adapter.manifest else ()
         if not trained_on:
             raise UsageError(f"adapter {name!r} does not say what it was trained on; name tasks")
         for task in trained_on:
-            groups.setdefault(task, []).append((name, mix))
-    return [(load_trained_task(task, group[0][0]), group) for task, group in groups.items()]
+            mixes_by_task.setdefault(task, []).append((name, mix))
+    return [(load_trained_task(task, group[0][0]), group) for task, group in mixes_by_task.items()]
 
 
 def load_trained_task(name: str, adapter: str) -> Task:
-    """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
+    """Return a task by the name in an adapter's manifest; raise UsageError if no such task is known."""
     try:
         return load_task(name)
     except UnknownNameError as error:

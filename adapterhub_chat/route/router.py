@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub_chat.artifact.manifest import FILE, Manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, Manifest
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.inputs import listed, text
 from adapterhub_chat.data.task import Task
@@ -158,7 +158,7 @@ class Router:
         if name not in pool or (known and known.path != pool.root / name):
             return known.manifest if known else None
         try:
-            stamp = _stamp(pool.path(name) / FILE)
+            stamp = _stamp(pool.path(name) / MANIFEST)
             if name not in self._seen or self._seen[name].stamp != stamp:
                 self._seen[name] = _Seen(stamp, pool.manifest(name))
         except (OSError, AdapterHubError):

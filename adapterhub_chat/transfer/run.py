@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from adapterhub_chat.artifact.manifest import Manifest, StackBase, Training, TransferReport, hurt
+from adapterhub_chat.artifact.manifest import (
+    Manifest,
+    StackBase,
+    Training,
+    TransferReport,
+    transfer_problem,
+)
 from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.scoring import judge_task
@@ -40,11 +46,15 @@ class Transferred:
 
 def make_transfer(registry: Registry, order: TransferSpec, listeners: Listeners) -> Transferred:
     """Train, judge, choose, keep and measure; see AdapterHub.transfer."""
-    stored = registry.find(order.source)
+    stored = registry.read(order.source)
     task = order.source_task or _task_of(stored)
     target, texts = _target(order, task)
     name = check_name(order.name or f"{target.name}-from-{stored.name}")
-    if (found := hurt(stored.manifest)) and order.method in (*STACKS, "auto") and not order.force:
+    if (
+        (found := transfer_problem(stored.manifest))
+        and order.method in (*STACKS, "auto")
+        and not order.force
+    ):
         raise AdapterError(
             f"{found}; nothing is stacked on it. force=True (--force) does it all the same"
         )
@@ -92,7 +102,7 @@ def make_transfer(registry: Registry, order: TransferSpec, listeners: Listeners)
 
 def flatten(registry: Registry, name: str, flat_name: str | None) -> Manifest:
     """Keep a stack as one plain adapter; see AdapterHub.flatten."""
-    stored = registry.find(name)
+    stored = registry.read(name)
     manifest = stored.manifest
     if manifest is None or not manifest.stack:
         raise UsageError(f"adapter {name!r} is no stack: it is one plain adapter already")

@@ -12,7 +12,7 @@ from pico import toy_task
 from pydantic import ValidationError
 
 from adapterhub_chat.artifact.manifest import (
-    FILE,
+    MANIFEST,
     Manifest,
     Probe,
     Training,
@@ -56,19 +56,19 @@ def written(folder, **changes):
     """Write FULL with changes in its JSON; None takes a key out."""
     values = json.loads(dump_manifest(FULL)) | changes
     kept = {key: value for key, value in values.items() if value is not None}
-    (folder / FILE).write_text(json.dumps(kept))
+    (folder / MANIFEST).write_text(json.dumps(kept))
     return folder
 
 
 def refusal(folder):
     with pytest.raises(AdapterError) as refused:
         read_manifest(folder)
-    assert str(folder / FILE) in str(refused.value)
+    assert str(folder / MANIFEST) in str(refused.value)
     return str(refused.value)
 
 
 def test_what_is_written_is_read(tmp_path):
-    (tmp_path / FILE).write_text(dump_manifest(FULL), encoding="utf-8")
+    (tmp_path / MANIFEST).write_text(dump_manifest(FULL), encoding="utf-8")
     read = read_manifest(tmp_path)
     assert read == FULL
     assert isinstance(read.contract, PromptContract)
@@ -106,12 +106,12 @@ def test_a_folder_without_the_file_has_no_manifest(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"name: a", b"[]", b"null", b"\xff\xfe{}", b"[" * 9999])
 def test_a_file_that_is_no_manifest_is_refused(content, tmp_path):
-    (tmp_path / FILE).write_bytes(content)
+    (tmp_path / MANIFEST).write_bytes(content)
     refusal(tmp_path)
 
 
 def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path):
-    (tmp_path / FILE).mkdir()
+    (tmp_path / MANIFEST).mkdir()
     assert "not a regular file" in refusal(tmp_path)
 
 
@@ -225,14 +225,14 @@ def test_a_loss_that_was_never_measured_stays_out_of_the_json(loss, backbone, ma
     ],
 )
 def test_a_manifest_of_many_values_is_refused_before_they_are_looked_at(tmp_path, change):
-    (tmp_path / FILE).write_text(json.dumps(change))
+    (tmp_path / MANIFEST).write_text(json.dumps(change))
     started = time.monotonic()
     assert "more than 10,000 values" in refusal(tmp_path)
     assert time.monotonic() - started < 0.5
 
 
 def test_a_strangers_keys_are_shown_without_control_characters(tmp_path):
-    (tmp_path / FILE).write_text(json.dumps({"\x1b[2J\n" + "k" * 5000: 1}))
+    (tmp_path / MANIFEST).write_text(json.dumps({"\x1b[2J\n" + "k" * 5000: 1}))
     message = refusal(tmp_path)
     assert "\x1b" not in message
     assert len(message) < 3000

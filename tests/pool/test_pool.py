@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from pico import CHILDREN, in_child
 
 from adapterhub_chat.artifact.folder import config_of
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, Manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
@@ -120,7 +119,7 @@ def test_saving_over_a_name_leaves_only_the_new_version(pool):
 def test_the_version_before_a_save_is_kept_and_no_other(pool):
     for number in (1, 2, 3):
         save(pool, "a", number)
-    assert complete_version(pool.earlier("a")) == 2
+    assert complete_version(pool.load_earlier("a")) == 2
     assert complete_version(pool.load("a")) == 3
     assert not (pool.root / "a" / EARLIER / EARLIER).exists()
     assert pool.names() == ["a"]
@@ -133,7 +132,7 @@ def test_rolling_back_exchanges_the_two_versions(pool):
     both = contents(pool.root / "a")
     assert complete_version(pool.rollback("a")) == 1
     assert complete_version(pool.load("a")) == 1
-    assert complete_version(pool.earlier("a")) == 2
+    assert complete_version(pool.load_earlier("a")) == 2
     assert (pool.root / "a" / "LICENSE").read_text() == "free"
     assert leftovers(pool) == []
     assert complete_version(Pool(pool.root).rollback("a")) == 2
@@ -172,9 +171,9 @@ def test_the_same_content_again_is_no_new_version(pool):
     weights, config, manifest = version(2.0)
     saved = pool.save("a", weights, config, manifest.model_copy(update={"about": "version 2.0"}))
     pool.describe("a", saved.manifest.with_scores([score()]))
-    assert complete_version(pool.earlier("a")) == 1
+    assert complete_version(pool.load_earlier("a")) == 1
     pool.save("a", weights, {**config, "lora_alpha": 9}, manifest)  # computes something else
-    assert complete_version(pool.earlier("a")) == 2
+    assert complete_version(pool.load_earlier("a")) == 2
 
 
 def test_a_damaged_earlier_version_is_not_put_back(pool):
@@ -225,34 +224,34 @@ KEYS = [f"{n:064x}" for n in range(3)]
 def test_what_was_noted_is_known_to_the_next(pool):
     save(pool, "a", 1)
     for key in (*KEYS, KEYS[0]):
-        pool.note_answered(key)
-    assert Pool(pool.root).answered() == KEYS
+        pool.record_answered_probe(key)
+    assert Pool(pool.root).answered_probes() == KEYS
     assert pool.names() == ["a"]
     assert leftovers(pool) == []
 
 
 def test_notes_that_are_absent_or_damaged_are_no_notes(pool):
-    pool.note_answered(KEYS[0])
+    pool.record_answered_probe(KEYS[0])
     assert not pool.root.exists()  # nothing is made for a note
     save(pool, "a", 1)
-    assert pool.answered() == []
+    assert pool.answered_probes() == []
     (pool.root / PROBES).write_bytes(b"\xff\x00" + KEYS[0].encode() + b"\n" + KEYS[1].encode()[:9])
-    assert pool.answered() == []
-    pool.note_answered(KEYS[2])
-    assert pool.answered() == [KEYS[2]]
+    assert pool.answered_probes() == []
+    pool.record_answered_probe(KEYS[2])
+    assert pool.answered_probes() == [KEYS[2]]
     (pool.root / PROBES).unlink()
     (pool.root / PROBES).mkdir()
-    pool.note_answered(KEYS[2])
-    assert pool.answered() == []
+    pool.record_answered_probe(KEYS[2])
+    assert pool.answered_probes() == []
     assert complete_version(Pool(pool.root).load("a")) == 1
 
 
 def test_the_oldest_notes_are_forgotten_first(pool, monkeypatch):
-    monkeypatch.setattr("adapterhub_chat.pool.pool.MOST_PROBES", 2)
+    monkeypatch.setattr("adapterhub_chat.pool.pool.MAX_PROBES", 2)
     save(pool, "a", 1)
     for key in KEYS:
-        pool.note_answered(key)
-    assert pool.answered() == KEYS[1:]
+        pool.record_answered_probe(key)
+    assert pool.answered_probes() == KEYS[1:]
 
 
 def test_others_may_read_what_was_saved(pool):
@@ -621,7 +620,7 @@ def both_after_every_step(root, action):
         _, status = os.waitpid(child, 0)
         fresh = Pool(root)
         assert leftovers(fresh) == []
-        found.append((complete_version(fresh.load("a")), complete_version(fresh.earlier("a"))))
+        found.append((complete_version(fresh.load("a")), complete_version(fresh.load_earlier("a"))))
     return found
 
 

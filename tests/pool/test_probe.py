@@ -12,14 +12,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.artifact.folder import config_of
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, Manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
 from adapterhub_chat.files import file_sha256
 from adapterhub_chat.model.backbone import LIBRARIES
-from adapterhub_chat.pool import admission as shelves
+from adapterhub_chat.pool import admission as admission
 from adapterhub_chat.pool.pool import EARLIER, PROBES, Pool
 from adapterhub_chat.pool.probe import probe_key
 from adapterhub_chat.pool.registry import Registry
@@ -335,7 +334,7 @@ def test_a_probe_that_keeping_has_made_is_not_asked_on_load(hub, kept, forwards)
     assert forwards == []
     hub.verify("a")
     assert len(forwards) == 1  # verifying always asks
-    assert hub.pool.answered() == [probe_key(hub.pool.load("a"), hub.model)]
+    assert hub.pool.answered_probes() == [probe_key(hub.pool.load("a"), hub.model)]
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(b"\xff\n" * 9)])
@@ -356,7 +355,7 @@ def test_where_nothing_can_be_noted_the_process_remembers(hub, kept, forwards):
     for _ in range(3):
         hub.load("a")
     assert len(forwards) == 1
-    assert hub.pool.answered() == []
+    assert hub.pool.answered_probes() == []
 
 
 def test_a_probe_with_a_wrong_answer_is_asked_every_time(hub, kept, forwards):
@@ -390,7 +389,7 @@ def test_the_key_is_another_for_all_that_an_answer_depends_on(hub, kept, monkeyp
 
 def test_new_words_about_the_same_weights_ask_no_probe(hub, kept, registry, forwards):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
-    registry.record([score])
+    registry.record_scores([score])
     assert hub.pool.manifest("a").scores == (score,)
     hub.load("a")
     assert forwards == []
@@ -471,9 +470,9 @@ def test_rolling_back_to_another_precision_warns_the_caller(registry, make_weigh
 
 def test_a_slot_is_filled_once_while_the_file_is_hashed(hub, kept, monkeypatch):
     written, hashed = [], []
-    write, check = hub.model.slots._write, shelves.check_fit
+    write, check = hub.model.slots._write, admission.check_fit
     hub.model.slots._write = lambda *given: (written.append(len(hashed)), write(*given))
-    monkeypatch.setattr(shelves, "check_fit", lambda *given: (hashed.append(1), check(*given))[1])
+    monkeypatch.setattr(admission, "check_fit", lambda *given: (hashed.append(1), check(*given))[1])
     hub.load(kept)
     assert written == [0]  # before anybody said that it may be used
     torch.testing.assert_close(
@@ -622,9 +621,9 @@ def test_a_pool_member_comes_before_a_folder_of_its_name(registry, kept, make_we
     monkeypatch.chdir(kept.parent.parent)
     shutil.copytree(kept.parent / "b", "a")
     shutil.copytree(kept.parent / "b", "c")
-    assert registry.find("a").path == kept
-    assert registry.find("./a").path.resolve() == (kept.parent.parent / "a")
-    assert registry.find("c").name == "c"
+    assert registry.read("a").path == kept
+    assert registry.read("./a").path.resolve() == (kept.parent.parent / "a")
+    assert registry.read("c").name == "c"
 
 
 def test_one_adapter_under_two_names(hub, kept):

@@ -164,11 +164,11 @@ def test_what_was_read_once_is_not_read_again(hub, bounded):
     names = ["a", "b", "c", "a", "b", "c"]
     wanted = [texts(hub, [name])[0] for name in names]
     tight = bounded(1, ram_bytes=10**6)
-    ram = tight._registry.ram
+    cache = tight._registry.host_cache
     assert [texts(tight, [name])[0] for name in names] == wanted
-    assert ram.hits == 3
-    assert 0 < ram.nbytes <= ram.budget
-    assert bounded(1)._registry.ram.budget == 0  # a CPU's slots are this memory themselves
+    assert cache.num_hits == 3
+    assert 0 < cache.nbytes <= cache.budget
+    assert bounded(1)._registry.host_cache.budget == 0  # a CPU's slots are this memory themselves
 
 
 @pytest.mark.parametrize("change", ["save", "rollback", "describe", "break"])
@@ -192,9 +192,9 @@ def test_what_has_changed_on_disk_is_read_again(hub, bounded, make_weights, chan
         with pytest.raises(AdapterError, match="sha256"):
             tight.load("a")
         return
-    assert tight._registry.ram.hits == 0
+    assert tight._registry.host_cache.num_hits == 0
     tight.load("a")
-    assert tight._registry.ram.hits == 0
+    assert tight._registry.host_cache.num_hits == 0
     assert tight._registry.known("a").manifest == hub.pool.manifest("a")
     assert texts(tight, ["a"]) == texts(bounded(1), ["a"])
 
@@ -205,7 +205,7 @@ def test_what_is_kept_has_no_name_of_its_own(hub, bounded):
     assert [tight.load("a", "x"), tight.load("a"), tight.load(folder, "y")] == ["x", "a", "y"]
     tight.unload("a")
     assert tight.load("a") == "a"
-    assert tight._registry.ram.hits == 3
+    assert tight._registry.host_cache.num_hits == 3
     assert tight.load(folder) == "a"
 
 
@@ -214,10 +214,10 @@ def test_the_hosts_memory_has_a_budget(hub, bounded):
     tight = bounded(1, ram_bytes=2 * size)
     for name in "abc":
         tight.load(name)
-    ram = tight._registry.ram
-    assert ram.nbytes == 2 * size
-    assert ram.find(hub.pool.root / "a") is None
-    assert ram.find(hub.pool.root / "c") is not None
+    cache = tight._registry.host_cache
+    assert cache.nbytes == 2 * size
+    assert cache.get(hub.pool.root / "a") is None
+    assert cache.get(hub.pool.root / "c") is not None
     assert bounded(1, ram_bytes=size - 1).load("a") == "a"  # too large to be kept: read each time
 
 
