@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapterhub_chat.assets.fetch import _alone, cache_dir
+from adapterhub_chat.assets.fetch import cache_dir, locked_entry
 
 TRAINING, DECODING = (512,), (1, 16)
 """Rows of the measured products: an adapter's share of a training step, and decoding steps."""
@@ -105,7 +105,7 @@ def kept_timings(
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(_alone(path))
+            stack.enter_context(locked_entry(path))
         found = _read(path)
         if found is None:
             found = measure()

@@ -7,7 +7,6 @@ process are removed by the next process that opens the pool.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -15,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import Timeout
+
 from adapterhub_chat.errors import AdapterHubError, PoolError
-from adapterhub_chat.files import exchange, remove_left, sync
+from adapterhub_chat.files import exchange, folder_lock, remove_leftover, sync
 from adapterhub_chat.pool.lockfile import PLANNED_LOCKFILE, PLANNED_STEP, settle_lock
 
 SCRATCH_PREFIX, OLD_PREFIX, DOWNLOAD_PREFIX = ".tmp-", ".old-", ".incoming-"
@@ -41,24 +42,13 @@ def locked(root: Path, action: str) -> Iterator[None]:
     """Lock the pool for the block; an OSError becomes a PoolError that names the `action`."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _file_lock(root):
+        with folder_lock(root):
             settle_lock(root)
             yield
     except AdapterHubError:
         raise
     except OSError as error:
         raise PoolError(_explain(error, root, action)) from error
-
-
-@contextmanager
-def _file_lock(root: Path, *, wait: bool = True) -> Iterator[bool]:
-    with (root / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def put_in_place(root: Path, scratch: Path, name: str) -> None:
@@ -86,8 +76,8 @@ def quarantine(root: Path) -> Iterator[Path]:
     """Yield a temporary folder for unchecked files; it is removed at the end of the block."""
     with locked(root, "a download"):
         folder = Path(tempfile.mkdtemp(dir=root, prefix=DOWNLOAD_PREFIX))  # mode 700
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)  # tells others that somebody is at work there
+        lock = folder_lock(folder)
+        lock.acquire()  # while it is held, `sweep` leaves the folder alone
     try:
         yield folder
     except AdapterHubError:
@@ -95,8 +85,8 @@ def quarantine(root: Path) -> Iterator[Path]:
     except OSError as error:
         raise PoolError(_explain(error, root, "a download")) from error
     finally:
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
 
 
 def sweep(root: Path) -> None:
@@ -104,15 +94,15 @@ def sweep(root: Path) -> None:
     if not any(next(root.glob(f"{prefix}*"), None) for prefix in LEFTOVER_PREFIXES):
         return
     try:
-        with _file_lock(root, wait=False) as is_locked:
-            if not is_locked:
-                return
+        with folder_lock(root).acquire(blocking=False):
             for path in root.glob(f"{OLD_PREFIX}*"):
                 if not (target := root / path.name.removeprefix(OLD_PREFIX)).exists():
                     os.rename(path, target)
             settle_lock(root)
             for path in (p for prefix in LEFTOVER_PREFIXES for p in root.glob(f"{prefix}*")):
-                remove_left(path)
+                remove_leftover(path)
+    except Timeout:
+        return
     except OSError:
         return  # a read-only pool
 

@@ -1,7 +1,6 @@
 """The pool: a save is all or nothing, whatever happens: full disk, no rights, kill -9, two at once."""
 
 import ctypes
-import fcntl
 import functools
 import json
 import math
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pico import CHILDREN, in_child
@@ -624,12 +624,11 @@ def both_after_every_step(root, action):
     return found
 
 
-def test_leftovers_are_swept_up_unless_somebody_is_at_work(pool):
+def test_leftovers_are_removed_unless_the_pool_is_locked(pool):
     save(pool, "a", 1)
     (pool.root / ".tmp-left").mkdir()
     (pool.root / ".tmp-left" / WEIGHTS).write_bytes(b"half")
-    with (pool.root / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(pool.root / ".lock"):
         assert leftovers(Pool(pool.root)) == [".tmp-left"]
     assert leftovers(Pool(pool.root)) == []
     assert complete_version(pool.load("a")) == 1
