@@ -35,7 +35,7 @@ from adapterhub_chat.artifact.safetensors_header import (
 )
 from adapterhub_chat.artifact.untrusted import open_regular_file, read_bytes
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.lora.weights import AdapterWeights, Factors, Head, Packed
+from adapterhub_chat.lora.weights import AdapterWeights, Factors, Head, PackedFactors
 from adapterhub_chat.types import HEAD
 
 TORCH_DTYPES = {
@@ -191,7 +191,7 @@ def _weights(data: torch.Tensor, checked: CheckedAdapter) -> AdapterWeights:
     dtype = TORCH_DTYPES[layout.runs[0].dtype]
     factors: Factors
     if len(layout.runs) == 1 and numbers_start % dtype.itemsize == 0:
-        factors = Packed(data[numbers_start:].view(dtype), layout.shapes, layout.offsets)
+        factors = PackedFactors(data[numbers_start:].view(dtype), layout.shapes, layout.offsets)
     else:
         factors = {
             m: (_tensor(data, numbers_start, a), _tensor(data, numbers_start, b))

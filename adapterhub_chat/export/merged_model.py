@@ -90,7 +90,7 @@ def _check(backbone: Backbone, mix: Mix, folder: Path, form: str) -> None:
 @torch.no_grad()
 def _add(merged: Any, model: AdapterModel, mix: Mix) -> None:
     """Add a mix's update to the plain model's weights, in float32."""
-    with model.slots.borrowed(model.source.acquire(mix)) as held:  # with what a stack stands on
+    with model.slots.releasing(model.source.acquire(mix)) as held:  # with what a stack stands on
         adapters = [(model.weights(name), weight) for name, weight in held.mix.weights]
     for adapter, share in adapters:
         for module, (a, b) in adapter.factors.items():

@@ -19,7 +19,7 @@ from adapterhub_chat.inference.kv_cache import KeyValues, PrefixCache, round_up
 from adapterhub_chat.inference.requests import Completion, Request, Ticket
 from adapterhub_chat.inference.sampling import TokenLogprob, generator_of, logprob_of, pick
 from adapterhub_chat.lora.plan import Plan
-from adapterhub_chat.lora.slots import Lease, plan_of
+from adapterhub_chat.lora.slots import Lease, plan_for
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Mix
 
@@ -187,7 +187,7 @@ class RunningBatch:
         ids = [[*chunk, *[0] * (width - len(chunk))] for chunk in chunks]
         starts = [row.num_computed for row in new]
         self._reserve(len(self.rows), max(starts) + width)
-        plan = plan_of([row.held for row in new])
+        plan = plan_for([row.held for row in new])
         feed = StepInput(self._decoding, self._tensor(ids), starts, lengths)
         logits = self.decoder.forward(self.cache, feed, plan)
         through = []
@@ -219,7 +219,7 @@ class RunningBatch:
         rows = self.rows[: self._decoding]
         held = [row.held for row in rows]
         if self._plan[0] != held:
-            self._plan = held, plan_of(held)
+            self._plan = held, plan_for(held)
         ids, starts = [[row.writing.ids[-1]] for row in rows], [row.length - 1 for row in rows]
         feed = StepInput(0, self._tensor(ids), starts, [1] * len(rows))
         logits = self.decoder.forward(self.cache, feed, self._plan[1])

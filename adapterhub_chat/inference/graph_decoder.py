@@ -26,7 +26,7 @@ from adapterhub_chat.inference.decoder import StepInput, mask_of
 from adapterhub_chat.inference.fused_decoder import FusedDecoder, rotated
 from adapterhub_chat.inference.kv_cache import KeyValues
 from adapterhub_chat.lora.bank import Bank
-from adapterhub_chat.lora.plan import MixPlace, Plan
+from adapterhub_chat.lora.plan import BankSlot, Plan
 from adapterhub_chat.lora.sites import Site
 from adapterhub_chat.model.adapter_model import AdapterModel
 
@@ -110,7 +110,7 @@ class GraphDecoder:
         return self.inner.forward(cache, feed, plan)
 
     def _staged(
-        self, size: int, plan: Plan | None, own: Sequence[tuple[MixPlace, float] | None]
+        self, size: int, plan: Plan | None, own: Sequence[tuple[BankSlot, float] | None]
     ) -> _Stage:
         """Return the memory for so many rows, with the plan's factors in it."""
         rank = max((place[0].rank for place, _ in filter(None, own)), default=0)
@@ -211,7 +211,7 @@ def _products(fused: Any, x: Tensor, stage: _Stage) -> list[Tensor]:
     ]
 
 
-def _fill(bank: Bank, row: int, one: tuple[MixPlace, float] | None) -> None:
+def _fill(bank: Bank, row: int, one: tuple[BankSlot, float] | None) -> None:
     """Put a row's factors into slot `row`: whole where the layouts agree, else piece by piece."""
     if one is None:
         bank.flat[row].zero_()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.errors import ConfigError
-from adapterhub_chat.lora.lowrank import Pair, compress, joined, size_of
+from adapterhub_chat.lora.lowrank import Pair, compress, concatenate_ranks, frobenius_norm
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.merge.methods import METHODS, MergeSettings, Method, Moments, shrunk
 
@@ -98,8 +98,8 @@ def distance(one: AdapterWeights, other: AdapterWeights) -> float:
     apart = whole = 0.0
     for module, size in _sizes([one, other]).items():
         (b, a), own = _delta(one, module, size), _delta(other, module, size)
-        apart += size_of(joined([(-b, a), own])) ** 2
-        whole += size_of(own) ** 2
+        apart += frobenius_norm(concatenate_ranks([(-b, a), own])) ** 2
+        whole += frobenius_norm(own) ** 2
     return math.sqrt(apart / whole) if whole else math.sqrt(apart)
 
 
@@ -188,7 +188,7 @@ def _source_misfits(adapters: Sequence[AdapterWeights]) -> Iterator[str]:
     if not adapters:
         yield "there are no adapters to merge; give one or more"
     for number, adapter in enumerate(adapters, 1):
-        if not adapter.finite():
+        if not adapter.is_finite:
             yield f"adapter {number} has numbers that are not finite; it cannot be merged"
     sizes = _sizes(adapters)
     other = [m for own in adapters for m, size in _sizes([own]).items() if size != sizes[m]]

@@ -27,7 +27,7 @@ from adapterhub_chat.lora.bank import Bank
 from adapterhub_chat.lora.layer import attach
 from adapterhub_chat.lora.plan import activate, active
 from adapterhub_chat.lora.sites import find_sites, linear_shapes
-from adapterhub_chat.lora.slots import Slots, StagedSlot, plan_of
+from adapterhub_chat.lora.slots import Slots, StagedSlot, plan_for
 from adapterhub_chat.lora.weights import AdapterWeights, misfits
 from adapterhub_chat.model.backbone import Backbone
 from adapterhub_chat.model.encoders import first_position, pooled
@@ -112,8 +112,8 @@ class AdapterModel:
         return self.slots.weights(name)
 
     def ahead(self) -> AbstractContextManager[StagedSlot]:
-        """Give who fills a slot with weights that fit before `load` is called with them; see Slots.ahead."""
-        return self.slots.ahead(lambda own: not misfits(own, self.shapes, self.backbone.width))
+        """Give who fills a slot with weights that fit before `load` is called with them; see Slots.stage."""
+        return self.slots.stage(lambda own: not misfits(own, self.shapes, self.backbone.width))
 
     def load(
         self,
@@ -168,10 +168,10 @@ class AdapterModel:
         """
         with ExitStack() as stack:
             held = {
-                mix: stack.enter_context(self.slots.borrowed(self.source.acquire(mix)))
+                mix: stack.enter_context(self.slots.releasing(self.source.acquire(mix)))
                 for mix in dict.fromkeys(mixes)
             }
-            with activate(plan_of([held[mix] for mix in mixes])):
+            with activate(plan_for([held[mix] for mix in mixes])):
                 yield
 
     def answer_logits(self, batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.events import Event
 from adapterhub_chat.inference.likelihood import sum_by_owner, token_losses
 from adapterhub_chat.lora.plan import Plan, activate
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.lora.weights import initial_weights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import capture_blocks
@@ -286,7 +286,7 @@ class TrainingRun:
         starts = {
             job.name: job.start
             or initial_weights(
-                targeted(self.model.shapes, job.config.targets, job.config.layers),
+                select_targets(self.model.shapes, job.config.targets, job.config.layers),
                 rank=job.config.rank,
                 alpha=job.config.alpha,
                 rslora=job.config.rslora,

@@ -13,7 +13,7 @@ from adapterhub_chat.config import RunConfig, RunOptions, TrainConfig, sweep_mis
 from adapterhub_chat.data.inputs import listed
 from adapterhub_chat.data.task import Task, as_task, load_task, mixture
 from adapterhub_chat.errors import ConfigError, UsageError
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.training.distributed import first_process, processes
@@ -119,7 +119,7 @@ def check_spec(registry: Registry, spec: TrainSpec) -> None:
                 f"{name}: row_length {config.row_length}, and the encoder reads {most} tokens"
             )
         try:
-            targeted(registry.model.shapes, config.targets, config.layers)
+            select_targets(registry.model.shapes, config.targets, config.layers)
         except UsageError as error:
             found.append(f"{name}: {error}")
         if options.test_examples and not options.shard and not spec.tasks[name].split("test"):

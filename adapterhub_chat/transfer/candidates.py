@@ -135,7 +135,7 @@ def _sound(made: Mapping[str, Trained], method: str) -> dict[str, Trained]:
 
     Raises DataError where it is the one that is asked for, or the baseline.
     """
-    lost = [name for name, done in made.items() if not done.weights.finite()]
+    lost = [name for name, done in made.items() if not done.weights.is_finite]
     text = f"{', '.join(lost)}: the training left numbers that are not finite; lower learning_rate"
     if {BASELINE, method} & {*lost}:
         raise DataError(text)

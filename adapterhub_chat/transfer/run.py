@@ -16,7 +16,7 @@ from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import Listeners
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.provenance import draft_of
 from adapterhub_chat.pool.registry import Registry
@@ -125,7 +125,7 @@ def _under(registry: Registry, order: TransferSpec, stored: Stored) -> tuple[Sta
 
 def _check_layers(registry: Registry, order: TransferSpec) -> None:
     """Raise UsageError for blocks that the backbone does not have."""
-    targeted(registry.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
+    select_targets(registry.model.shapes, "all-linear", order.stack_layers or "all", "stack_layers")
     count = len(registry.model.backbone.blocks)
     if order.layer != -1 and not -count <= order.layer < count:
         raise UsageError(

@@ -73,7 +73,7 @@ def make_problem(
     are the source adapter's own, in its order (None: its task's).
     """
     found = []
-    if not source.finite():
+    if not source.is_finite:
         found.append("the source adapter has numbers that are not finite; train or pull it again")
     order = list(source_task.contract.labels if labels is None else labels)
     own, wanted = set(order), set(target.contract.labels)

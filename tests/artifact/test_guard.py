@@ -800,7 +800,7 @@ def test_there_are_enough_bad_adapters():
     assert len(CASES) == sum(map(len, (FILES, HEADERS, TENSORS, CONFIGS)))
 
 
-def test_all_that_is_wrong_stands_in_one_message(folder, hub):
+def test_all_problems_are_in_one_message(folder, hub):
     for spoil in (
         setting(r="4", lora_alpha=-1, use_dora=True, target_modules=".*", evil=1),
         numbers("F32", math.nan),
@@ -831,7 +831,7 @@ def test_all_that_is_wrong_stands_in_one_message(folder, hub):
         "weights a FIFO",
     ],
 )
-def test_a_pool_member_is_checked_as_a_stranger(case, hub):
+def test_a_pool_member_is_checked_like_an_untrusted_folder(case, hub):
     spoil, words = CASES[case]
     folder = write_good(hub.pool.root / "bad", hub)
     spoil(folder)
@@ -844,7 +844,7 @@ def test_a_pool_member_is_checked_as_a_stranger(case, hub):
         shutil.rmtree(folder)
 
 
-def test_modules_sizes_and_numbers_that_are_wrong_stand_in_one_message(folder, hub):
+def test_wrong_modules_sizes_and_numbers_are_in_one_message(folder, hub):
     for case in ("one module missing", "21 another hidden size", "17 nan in F32"):
         CASES[case][0](folder)
     with pytest.raises(AdapterError) as refused:
@@ -891,7 +891,7 @@ def test_one_large_rank_among_small_ones_is_no_memory_bomb():
 # ---- what is good stays good ---------------------------------------------------------------------
 
 
-def test_what_else_lies_in_the_folder_is_never_opened(folder, hub, tmp_path):
+def test_other_files_in_the_folder_are_never_opened(folder, hub, tmp_path):
     for file in ("adapter_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / file).write_bytes(pickle.dumps(Touch(marker(folder))))
     (folder / "README.md").write_text(
@@ -974,7 +974,7 @@ def test_an_honest_adapter_is_accepted(case, folder, hub):
     assert again.lora_alpha == before["lora_alpha"]
 
 
-def test_the_config_that_is_handed_on_is_another(folder):
+def test_the_returned_config_is_rebuilt(folder):
     good = json.loads((folder / CONFIG).read_text())
     setting(
         eva_config={"rho": 2.0, "a": {"b": "c"}},
@@ -1238,7 +1238,7 @@ NAMED = st.lists(st.sampled_from(TAILS), max_size=3)
     st.lists(st.integers(0, 2), max_size=2),
     st.lists(st.sampled_from(["layers", "blocks", "model", "experts"]), max_size=2),
 )
-def test_targets_mean_what_they_mean_to_peft(targets, excluded, layers, patterns):
+def test_targets_match_as_in_peft(targets, excluded, layers, patterns):
     config = {"target_modules": targets}
     config |= {"exclude_modules": excluded} if excluded else {}
     config |= {"layers_to_transform": layers} if layers else {}
@@ -1255,7 +1255,7 @@ def test_targets_mean_what_they_mean_to_peft(targets, excluded, layers, patterns
 
 
 @given(st.dictionaries(st.sampled_from(TAILS), st.integers(1, 99), max_size=6))
-def test_patterns_mean_what_they_mean_to_peft(pattern):
+def test_patterns_match_as_in_peft(pattern):
     theirs = {m: pattern.get(get_pattern_key(pattern, m), 0) for m in KNOWN}
     assert values_by_module(pattern, KNOWN, 0) == theirs
 

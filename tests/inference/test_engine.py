@@ -28,7 +28,7 @@ from adapterhub_chat.inference.fused_decoder import FusedDecoder, _packed
 from adapterhub_chat.inference.kv_cache import KeyValues, shared_length
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
-from adapterhub_chat.lora.slots import plan_of
+from adapterhub_chat.lora.slots import plan_for
 from adapterhub_chat.lora.weights import initial_weights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
@@ -301,7 +301,7 @@ def test_a_cancelled_request_ends_with_what_there_is(engine, loaded):
     assert done.reason == "cancelled"
     assert 1 <= len(done.ids) < 24
     assert done.ids == waiting.result().ids[: len(done.ids)]
-    assert not any(r.users for r in loaded.slots._names.values())
+    assert not any(r.num_users for r in loaded.slots._names.values())
 
 
 def test_a_deadline_ends_a_request_wherever_it_is(loaded):
@@ -350,7 +350,7 @@ def test_a_failed_step_ends_the_running_requests_and_the_next_ones_are_answered(
     engine._batch.decoder.forward = fails
     with pytest.raises(RuntimeError, match="out of memory"):
         running.result()
-    assert not any(r.users for r in loaded.slots._names.values())
+    assert not any(r.num_users for r in loaded.slots._names.values())
     assert engine.submit(request).result().ids == alone(loaded, request).ids
 
 
@@ -377,7 +377,7 @@ def test_a_row_without_numbers_ends_alone_and_leaves_none_behind(loaded, make_we
             with pytest.raises(AdapterError, match="wild: the logits are not finite"):
                 ticket.result()
     assert not any(bool(t.isnan().any()) for t in engine._batch.cache.keys)
-    assert {r.users for r in loaded.slots._names.values()} == {0}
+    assert {r.num_users for r in loaded.slots._names.values()} == {0}
 
 
 def test_a_request_without_memory_for_its_keys_fails_alone(loaded, monkeypatch):
@@ -400,7 +400,7 @@ def test_a_request_without_memory_for_its_keys_fails_alone(loaded, monkeypatch):
         long.result()
     assert going.result().ids == wanted
     assert len(engine.submit(replace(long.request, mix=as_mix("a0"))).result().ids) == 30
-    assert {r.users for r in loaded.slots._names.values()} == {0}
+    assert {r.num_users for r in loaded.slots._names.values()} == {0}
 
 
 def test_unknown_adapters_fail_alone(engine):
@@ -539,7 +539,7 @@ def test_ranks_share_a_budget_and_nobody_goes_in_vain(model, make_weights):
 
 def test_a_plan_is_made_once_for_a_change_of_the_batch(loaded, monkeypatch):
     made = []
-    monkeypatch.setattr(running, "plan_of", lambda held: made.append(len(held)) or plan_of(held))
+    monkeypatch.setattr(running, "plan_of", lambda held: made.append(len(held)) or plan_for(held))
     engine = Engine(loaded, prefix_bytes=0)
     tickets = [engine.submit(Request((44, 45), as_mix(f"a{n}"), LONG)) for n in range(3)]
     for ticket in tickets:
@@ -585,7 +585,7 @@ def test_slots_keep_their_promises(slots_of, events):
             except NoRoomError:
                 assert len({r for h in held for r, _ in h.weights}) >= 3
         elif what >= 3:  # filled ahead, then taken or refused
-            with slots.ahead(lambda own: own is weights) as ahead:
+            with slots.stage(lambda own: own is weights) as ahead:
                 before = slots.names
                 ahead.fill(weights)
                 ahead.fill(weights)
@@ -598,7 +598,7 @@ def test_slots_keep_their_promises(slots_of, events):
             slots.release(held.pop(n % len(held)))
         assert slots.nbytes <= slots.budget
         places = [r.place for r in slots._names.values()]
-        places += [r.place for r in {r for h in held for r, _ in h.weights} if not r.current]
+        places += [r.place for r in {r for h in held for r, _ in h.weights} if not r.is_named]
         assert len({(id(bank), slot) for bank, slot in places}) == len(places)
     for one in held:
         slots.release(one)
