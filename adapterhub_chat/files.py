@@ -1,9 +1,8 @@
-"""Files and folders that appear, change and go in one step, as far as the system can do that."""
+"""Atomic changes of files and folders: sync, exchange, links, locks, and content versions."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -14,13 +13,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from adapterhub_chat.errors import warn
 
+LOCK_FILE = ".lock"
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before anything that follows."""
+    """Flush a file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -28,53 +30,57 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one rename; return False, with nothing done, where the system cannot."""
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders atomically; return False, with nothing changed, where the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
-    names = (os.fsencode(one), os.fsencode(other))
+    names = (os.fsencode(first), os.fsencode(second))
     return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def link(source: str, target: str) -> None:
-    """Give a file a second name; copy it where the file system has no links."""
+    """Hard-link a file; copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def same_file(one: Path, other: Path) -> bool:
+def same_file(first: Path, second: Path) -> bool:
     """Return whether two files have the same bytes."""
-    if not one.is_file() or one.stat().st_size != other.stat().st_size:
+    if not first.is_file() or first.stat().st_size != second.stat().st_size:
         return False
-    return file_sha256(one) == file_sha256(other)
+    return file_sha256(first) == file_sha256(second)
 
 
-def remove_left(path: Path) -> None:
-    """Remove what a killed run left; a folder in which another process is at work stays."""
+def folder_lock(folder: Path) -> FileLock:
+    """Return the lock on a folder, held through the file `.lock` in it; it ends with its process."""
+    return FileLock(folder / LOCK_FILE)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a file or folder that a killed process left; a folder whose lock is held stays."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
-    except BlockingIOError:
-        return
-    finally:
-        os.close(handle)
+    if (path / LOCK_FILE).exists():
+        try:
+            with folder_lock(path).acquire(blocking=False):
+                pass  # released before the removal: Windows removes no open file
+        except Timeout:
+            return
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def version_of(folder: Path, files: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Return what tells one version of a folder, and of these files in it, from the next."""
-    found = []
+    """Return inode and change time of a folder and of these files in it; they change with its content."""
+    versions = []
     for path in (folder, *(folder / file for file in files)):
-        with suppress(OSError, ValueError):  # not there, or no path at all
+        with suppress(OSError, ValueError):  # missing, or an invalid path
             stat = path.stat()
-            found.append((stat.st_ino, stat.st_ctime_ns))
-    return tuple(found)
+            versions.append((stat.st_ino, stat.st_ctime_ns))
+    return tuple(versions)
 
 
 def file_sha256(path: Path) -> str:

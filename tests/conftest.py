@@ -68,7 +68,7 @@ def encoder_folder(request, tmp_path_factory):
 def session_cache(tmp_path_factory):
     """The product's cache folder is the session's own; downloaded assets are those of the user's cache."""
     users, folder = cache_dir(), tmp_path_factory.mktemp("cache")
-    for name in ("assets", "downloads"):
+    for name in ("assets", "downloads", "dequantized", "native"):
         (users / name).mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(users / name)
     with pytest.MonkeyPatch.context() as patched:

@@ -700,7 +700,7 @@ def test_engine_options_reach_the_engine(pico_folder, tmp_path):
     options = EngineOptions(rows=3, queue=5, ram_bytes=1000)
     hub = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", engine=options)
     assert (hub.engine.max_rows, hub.engine.max_queue) == (3, 5)
-    assert hub._registry.ram.budget == 1000
+    assert hub._registry.host_cache.budget == 1000
     again = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", rows=2)
     assert again.engine.max_rows == 2
 

@@ -38,6 +38,7 @@ DOORS = {
     "accelerate": "training.distributed",
     "cmaes": "merge.weight_search",
     "datasets": "data.readers data.task_file",
+    "filelock": "assets.fetch files pool.transaction",
     "gguf": "export.gguf_adapter",
     "huggingface_hub": "remote.client remote.limits",
     "numpy": "artifact.guard artifact.prototype artifact.safetensors_header data.metrics "

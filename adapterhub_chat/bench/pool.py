@@ -143,14 +143,14 @@ def answering(settings: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any]]
             return {"bytes": _trimmed_memory() - slots, "adapters": slots}
         traffic, turn = json.loads(what)
         names = draw(traffic, settings["adapters"], settings["requests"], turn)
-        loads = hub.model.slots.loads
+        loads = hub.model.slots.num_loads
         with _PeakMemory() as peak:
             started = time.perf_counter()
             _answer(engine, names, vocabulary, settings["tokens"], turn)
             seconds = time.perf_counter() - started
         return {
             "seconds": seconds,
-            "loads": hub.model.slots.loads - loads,
+            "loads": hub.model.slots.num_loads - loads,
             "bytes": peak.most,
         }
 

@@ -83,7 +83,7 @@ def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = Fal
         except AdapterError as error:
             damaged[name] = str(error)
     if as_json:
-        dumped = {n: m.shown() if m else None for n, m in manifests.items()}
+        dumped = {n: m.summary() if m else None for n, m in manifests.items()}
         print_json({"adapters": dumped, "damaged": damaged})
         return
     for problem in damaged.values():
@@ -105,7 +105,7 @@ def show(
     path = pool_index.path(adapter)
     manifest = pool_index.manifest(adapter)
     if as_json:
-        print_json(manifest.shown() if manifest else {"status": "unverified"})
+        print_json(manifest.summary() if manifest else {"status": "unverified"})
     elif manifest is None:
         typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
     else:

@@ -179,7 +179,7 @@ def adopt(
     with Bars(err, show=not as_json) as bars:
         manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)
     if as_json:
-        print_json(manifest.shown())
+        print_json(manifest.summary())
     else:
         print_scores(f"{manifest.name}, adopted into {hub_options.pool}", list(manifest.scores))
 

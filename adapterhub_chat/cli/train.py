@@ -86,7 +86,7 @@ def train(
     leave()
     if is_first_process:
         if as_json:
-            print_json({n: m.shown() for n, m in finished.manifests.items()})
+            print_json({n: m.summary() for n, m in finished.manifests.items()})
         else:
             print_finished(finished, run.pool, folder, notes)
         raise typer.Exit(_training_code(run, finished.manifests))

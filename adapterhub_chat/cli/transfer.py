@@ -195,5 +195,5 @@ def _as_json(transferred: Transferred) -> dict[str, object]:
             }
             for shots, outcome in transferred.by_shots.items()
         },
-        "manifest": transferred.manifest.shown() if transferred.manifest else None,
+        "manifest": transferred.manifest.summary() if transferred.manifest else None,
     }

@@ -25,7 +25,7 @@ def adopt(
     listeners: Listeners,
 ) -> Manifest:
     """Measure and save an adapter without a manifest; see AdapterHub.adopt."""
-    stored = registry.find(source, name)
+    stored = registry.read(source, name)
     if stored.manifest is not None:
         raise UsageError(
             f"adapter {stored.name!r} has a manifest already; adapterhub-chat eval measures it"
@@ -43,7 +43,7 @@ def adopt(
     changes = {"licence": "", "routing": learn_routing(registry, [task])}
     draft = draft.model_copy(update=changes)
     registry.save_new(stored.weights, draft)
-    registry.record(
+    registry.record_scores(
         judge_task(registry.model, task, [(draft.name, as_mix(draft.name))], limit, listeners)
     )
     loaded = registry.known(draft.name)

@@ -29,7 +29,7 @@ def evaluate_adapters(
         raise UsageError(
             f"nothing to evaluate: name adapters, or train some into {registry.pool.root}"
         )
-    chosen = registry.usable(members, listeners.on_refused) if adapters is None else adapters
+    chosen = registry.load_usable(members, listeners.on_refused) if adapters is None else adapters
     named = [(str(mix), mix) for mix in registry.resolve(chosen)]
     pairs = tasks_trained_on(registry, named) if tasks is None else [(t, named) for t in tasks]
     for task, mixes in pairs:
@@ -38,5 +38,5 @@ def evaluate_adapters(
     by_task = [judge_task(registry.model, task, group, limit, listeners) for task, group in pairs]
     scores = [score for task_scores in by_task for score in task_scores]
     if save:
-        registry.record(scores)
+        registry.record_scores(scores)
     return scores

@@ -92,7 +92,7 @@ def _check(backbone: Backbone, mix: Mix, folder: Path, form: str) -> None:
 @torch.no_grad()
 def _merge(merged: Any, model: AdapterModel, mix: Mix) -> None:
     """Add a mix's update to the plain model's weights, in float32."""
-    with model.slots.borrowed(model.source.acquire(mix)) as lease:  # includes a stack's bases
+    with model.slots.releasing(model.source.acquire(mix)) as lease:  # includes a stack's bases
         adapters = [(model.weights(name), weight) for name, weight in lease.mix.weights]
     for adapter, share in adapters:
         for module, (a, b) in adapter.factors.items():

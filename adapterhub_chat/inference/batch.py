@@ -24,7 +24,7 @@ from adapterhub_chat.inference.sampling import (
     token_logprob,
 )
 from adapterhub_chat.lora.plan import Plan
-from adapterhub_chat.lora.slots import Lease, plan_of
+from adapterhub_chat.lora.slots import Lease, plan_for
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Mix
 
@@ -199,7 +199,7 @@ class RunningBatch:
         ids = [[*chunk, *[0] * (width - len(chunk))] for chunk in chunks]
         starts = [row.num_computed for row in rows]
         self._reserve(len(self.rows), max(starts) + width)
-        plan = plan_of([row.lease for row in rows])
+        plan = plan_for([row.lease for row in rows])
         inputs = StepInput(self._num_decoding, self._tensor(ids), starts, lengths)
         logits = self.decoder.forward(self.cache, inputs, plan)
         complete = []
@@ -233,7 +233,7 @@ class RunningBatch:
         rows = self.rows[: self._num_decoding]
         leases = [row.lease for row in rows]
         if self._plan[0] != leases:
-            self._plan = leases, plan_of(leases)
+            self._plan = leases, plan_for(leases)
         ids, starts = [[row.detokenizer.ids[-1]] for row in rows], [row.length - 1 for row in rows]
         inputs = StepInput(0, self._tensor(ids), starts, [1] * len(rows))
         logits = self.decoder.forward(self.cache, inputs, self._plan[1])

@@ -170,7 +170,7 @@ class FusedDecoder:
     def _products(self) -> native.Products | None:
         """The native products; None where they do not exist or do not support the head width."""
         usable = native.available(self.backbone.device, self.backbone.dtype, self._folder)
-        if not usable or self.shape[2] > native.WIDEST_HEAD or self.shape[2] % 2:
+        if not usable or self.shape[2] > native.MAX_HEAD_WIDTH or self.shape[2] % 2:
             return None
         return native.Products(self.backbone.dtype, self._folder)
 

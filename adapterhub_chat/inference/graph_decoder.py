@@ -26,7 +26,7 @@ from adapterhub_chat.inference.decoder import StepInput, causal_mask
 from adapterhub_chat.inference.fused_decoder import FusedDecoder, apply_rope
 from adapterhub_chat.inference.kv_cache import KVCache
 from adapterhub_chat.lora.bank import Bank
-from adapterhub_chat.lora.plan import MixPlace, Plan
+from adapterhub_chat.lora.plan import BankSlot, Plan
 from adapterhub_chat.lora.sites import Site
 from adapterhub_chat.model.adapter_model import AdapterModel
 
@@ -112,7 +112,7 @@ class GraphDecoder:
         return self.inner.forward(cache, inputs, plan)
 
     def _prepared(
-        self, size: int, plan: Plan | None, places: Sequence[tuple[MixPlace, float] | None]
+        self, size: int, plan: Plan | None, places: Sequence[tuple[BankSlot, float] | None]
     ) -> _StaticInputs:
         """Return the static memory for `size` rows, with the plan's factors in it."""
         rank = max((place[0].rank for place, _ in filter(None, places)), default=0)
@@ -213,7 +213,7 @@ def _adapted_outputs(fused: Any, x: Tensor, static: _StaticInputs) -> list[Tenso
     ]
 
 
-def _copy_factors(bank: Bank, row: int, place: tuple[MixPlace, float] | None) -> None:
+def _copy_factors(bank: Bank, row: int, place: tuple[BankSlot, float] | None) -> None:
     """Copy the factors of a place to slot `row`; zeros without a place."""
     if place is None:
         bank.flat[row].zero_()

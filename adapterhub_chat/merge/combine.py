@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.errors import ConfigError
-from adapterhub_chat.lora.lowrank import Pair, compress, joined, size_of
+from adapterhub_chat.lora.lowrank import Pair, compress, concatenate_ranks, frobenius_norm
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.merge.methods import METHODS, MergeSettings, Method, Moments, shrink_moment
 
@@ -102,8 +102,8 @@ def relative_distance(adapter: AdapterWeights, reference: AdapterWeights) -> flo
     difference = norm = 0.0
     for module, size in _sizes([adapter, reference]).items():
         (b, a), expected = _delta(adapter, module, size), _delta(reference, module, size)
-        difference += size_of(joined([(-b, a), expected])) ** 2
-        norm += size_of(expected) ** 2
+        difference += frobenius_norm(concatenate_ranks([(-b, a), expected])) ** 2
+        norm += frobenius_norm(expected) ** 2
     return math.sqrt(difference / norm) if norm else math.sqrt(difference)
 
 
@@ -196,7 +196,7 @@ def _source_misfits(adapters: Sequence[AdapterWeights]) -> Iterator[str]:
     if not adapters:
         yield "there are no adapters to merge; give one or more"
     for number, adapter in enumerate(adapters, 1):
-        if not adapter.finite():
+        if not adapter.is_finite:
             yield f"adapter {number} has numbers that are not finite; it cannot be merged"
     sizes = _sizes(adapters)
     unequal = [

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from adapterhub_chat.lora.lowrank import Pair, joined
-from adapterhub_chat.lora.weights import seed_of
+from adapterhub_chat.lora.lowrank import Pair, concatenate_ranks
+from adapterhub_chat.lora.weights import derive_seed
 from adapterhub_chat.merge.sparsify import (
     drop,
     drop_by_rank,
@@ -82,7 +82,9 @@ class Method:
 
 def weighted_sum(pairs: Sequence[Pair], settings: MergeSettings) -> Pair:
     """Return sum_i w_i delta_i, exactly, as factors."""
-    return joined([(b * w, a) for (b, a), w in zip(pairs, settings.weights, strict=True)])
+    return concatenate_ranks(
+        [(b * w, a) for (b, a), w in zip(pairs, settings.weights, strict=True)]
+    )
 
 
 def elementwise(sparsify: Sparsify, consensus: Consensus) -> MergeFunction:
@@ -115,7 +117,7 @@ def knots(pairs: Sequence[Pair], settings: MergeSettings) -> Pair:
     [delta_1 ... delta_n] = U S [V_1 ... V_n]; directions that no source uses are left out, so that they
     do not count for the density.
     """
-    q, r = torch.linalg.qr(joined(pairs)[0])
+    q, r = torch.linalg.qr(concatenate_ranks(pairs)[0])
     cores = r.split([len(a) for _, a in pairs], dim=1)
     side_by_side = torch.cat([c @ a for c, (_, a) in zip(cores, pairs, strict=True)], dim=1)
     u, values, vh = torch.linalg.svd(side_by_side, full_matrices=False)
@@ -139,7 +141,7 @@ def regmean(pairs: Sequence[Pair], settings: MergeSettings) -> Pair:
         (b, torch.cholesky_solve(g @ (a.T * w), root).T)
         for (b, a), g, w in zip(pairs, settings.moments, settings.weights, strict=True)
     ]
-    return joined(parts)
+    return concatenate_ranks(parts)
 
 
 def shrink_moment(moment: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def _dense(pairs: Sequence[Pair], settings: MergeSettings) -> list[Tensor]:
 
 def _generator(settings: MergeSettings, source: int) -> Generator:
     """Return a source's random generator for a module, independent of the other sources."""
-    return Generator().manual_seed(seed_of(settings.seed, f"{source} {settings.module}"))
+    return Generator().manual_seed(derive_seed(settings.seed, f"{source} {settings.module}"))
 
 
 # -- the table -------------------------------------------------------------------------------------

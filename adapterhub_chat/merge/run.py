@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from adapterhub_chat.artifact.manifest import Manifest, MergeReport, Training, Tried, hurt
+from adapterhub_chat.artifact.manifest import (
+    Manifest,
+    MergeReport,
+    Training,
+    TriedMethod,
+    transfer_problem,
+)
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.metrics import METRICS
 from adapterhub_chat.data.task import Task
@@ -51,13 +57,13 @@ def merge_adapters(
 ) -> Manifest:
     """Merge, check, measure and save; see AdapterHub.merge."""
     sources = [read_source(registry, name) for name in spec.names]
-    hurtful = [reason for source in sources if (reason := hurt(source.manifest))]
+    hurtful = [reason for source in sources if (reason := transfer_problem(source.manifest))]
     if hurtful and not spec.options.force:
         raise AdapterError(f"{'; '.join(hurtful)}. force=True (--force) merges it all the same")
     source_tasks = tasks_by_source(sources, tasks, required=spec.needs_tasks)
     modules = modules_of([source.weights for source in sources])
     moments = InputMoments(registry.model, source_tasks, modules)
-    tried: tuple[Tried, ...] = ()
+    tried: tuple[TriedMethod, ...] = ()
     automatic = spec.method == AUTO
     if automatic:
         spec, tried = choose_method(registry, spec, sources, source_tasks, moments, listeners)
@@ -84,7 +90,7 @@ def _draft(
     spec: MergeSpec,
     sources: Sequence[Stored],
     merged: Merged,
-    tried: tuple[Tried, ...],
+    tried: tuple[TriedMethod, ...],
 ) -> Manifest:
     """Return the manifest of a merged adapter, not measured yet; it has its heaviest source's contract."""
     weights = dict(zip(spec.names, spec.source_weights, strict=True))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
-from adapterhub_chat.artifact.manifest import Tried
+from adapterhub_chat.artifact.manifest import TriedMethod
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.retention import (
@@ -37,7 +37,7 @@ def choose_method(
     tasks: Mapping[str, Sequence[Task]],
     moments: Moments,
     listeners: Listeners,
-) -> tuple[MergeSpec, tuple[Tried, ...]]:
+) -> tuple[MergeSpec, tuple[TriedMethod, ...]]:
     """Try all methods at one rank, on the same validation items; return the best one's spec, and all results.
 
     The best has the highest mean retention among those that leave every task above the floor.
@@ -57,7 +57,7 @@ def choose_method(
             "or tasks={...} that have some"
         )
     mean, lowest = mean_and_lowest(retentions(registry.model, singles, spec.mix, on_progress))
-    tried = [Tried(method=MIX, mean=mean, lowest=lowest)]
+    tried = [TriedMethod(method=MIX, mean=mean, lowest=lowest)]
     specs: dict[str, MergeSpec] = {}
     for method in METHODS.values():
         if method.name in EXACT_METHODS or not _supports_weights(spec, method):
@@ -68,7 +68,7 @@ def choose_method(
         with registry.model.temporarily_loaded(merged.weights, spec.name) as trial:
             results = retentions(registry.model, singles, as_mix(trial), on_progress)
         mean, lowest = mean_and_lowest(results)
-        tried.append(Tried(method=method.name, mean=mean, lowest=lowest))
+        tried.append(TriedMethod(method=method.name, mean=mean, lowest=lowest))
         specs[method.name] = candidate
     above_floor = [result for result in tried[1:] if result.lowest >= spec.options.floor]
     if not above_floor:
@@ -106,7 +106,7 @@ def _with_method(spec: MergeSpec, method: Method) -> MergeSpec:
     return replace(spec, method=method.name, options=options)
 
 
-def _floor_message(spec: MergeSpec, tried: Sequence[Tried]) -> str:
+def _floor_message(spec: MergeSpec, tried: Sequence[TriedMethod]) -> str:
     best = max(tried[1:], key=lambda result: result.lowest)
     return (
         f"no method keeps {spec.options.floor:.0%} of every source's score: {best.method} comes nearest "

@@ -114,7 +114,7 @@ def read_source(registry: Registry, name: str) -> Stored:
     """Load a source, and return its weights as stored on disk, since those in a slot may be rounded."""
     registry.resolve([name])
     loaded = registry.known(name)
-    stored = registry.find(loaded.path if loaded else registry.pool.path(name), name)
+    stored = registry.read(loaded.path if loaded else registry.pool.path(name), name)
     return replace(stored, weights=flattened(registry.pool, stored))
 
 

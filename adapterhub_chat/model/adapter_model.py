@@ -26,7 +26,7 @@ from adapterhub_chat.lora.bank import Bank
 from adapterhub_chat.lora.layer import attach
 from adapterhub_chat.lora.plan import activate, active
 from adapterhub_chat.lora.sites import find_sites, linear_shapes
-from adapterhub_chat.lora.slots import Slots, StagedSlot, plan_of
+from adapterhub_chat.lora.slots import Slots, StagedSlot, plan_for
 from adapterhub_chat.lora.weights import AdapterWeights, misfits
 from adapterhub_chat.model.backbone import Backbone
 from adapterhub_chat.model.encoders import first_position, pooled
@@ -112,9 +112,9 @@ class AdapterModel:
         return self.slots.weights(name)
 
     def ahead(self) -> AbstractContextManager[StagedSlot]:
-        """Yield a slot to fill with weights before `load` is called with them; see Slots.ahead."""
+        """Yield a slot to fill with weights before `load` is called with them; see Slots.stage."""
         width = self.backbone.width
-        return self.slots.ahead(lambda weights: not misfits(weights, self.shapes, width))
+        return self.slots.stage(lambda weights: not misfits(weights, self.shapes, width))
 
     def load(
         self,
@@ -169,10 +169,10 @@ class AdapterModel:
         """
         with ExitStack() as stack:
             leases = {
-                mix: stack.enter_context(self.slots.borrowed(self.source.acquire(mix)))
+                mix: stack.enter_context(self.slots.releasing(self.source.acquire(mix)))
                 for mix in dict.fromkeys(mixes)
             }
-            with activate(plan_of([leases[mix] for mix in mixes])):
+            with activate(plan_for([leases[mix] for mix in mixes])):
                 yield
 
     def answer_logits(self, batch: Batch) -> Tensor:

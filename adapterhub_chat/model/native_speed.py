@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapterhub_chat.assets.fetch import _alone, cache_dir
+from adapterhub_chat.assets.fetch import cache_dir, locked_entry
 from adapterhub_chat.files import replaced_file
 from adapterhub_chat.lora.processor import cpu_fields, processor_name
 
@@ -108,7 +108,7 @@ def cached_timings(
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(_alone(path))
+            stack.enter_context(locked_entry(path))
         timings = _read(path)
         if timings is None:
             timings = measure()

@@ -61,11 +61,11 @@ def _joined(separator: str, texts: Iterable[str]) -> str:
 
 
 def tasks_trained_on(
-    registry: Registry, named: Sequence[tuple[str, Mix]]
+    registry: Registry, mixes: Sequence[tuple[str, Mix]]
 ) -> list[tuple[Task, list[tuple[str, Mix]]]]:
     """Return the tasks that adapters were trained on, each with the adapters that it is to judge."""
     groups: dict[str, list[tuple[str, Mix]]] = {}
-    for name, mix in named:
+    for name, mix in mixes:
         loaded = registry.known(name)
         task_names = trained_task_names(loaded.manifest if loaded else None)
         if not task_names:
@@ -86,7 +86,7 @@ def load_trained_tasks(manifest: Manifest | None, adapter: str) -> list[Task]:
 
 
 def load_trained_task(name: str, adapter: str) -> Task:
-    """Return the task that an adapter says it was trained on; a manifest keeps no paths."""
+    """Return a task by the name in an adapter's manifest; raise UsageError if no such task is known."""
     try:
         return load_task(name)
     except UnknownNameError as error:

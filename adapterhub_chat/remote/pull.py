@@ -11,15 +11,14 @@ from pathlib import Path
 
 from adapterhub_chat.artifact.card import render_card
 from adapterhub_chat.artifact.guard import MAX_CONFIG, MAX_WEIGHTS
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import MAX_BYTES as MAX_MANIFEST
-from adapterhub_chat.artifact.manifest import read_manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, read_manifest
+from adapterhub_chat.artifact.manifest import MAX_MANIFEST_BYTES as MAX_MANIFEST
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.assets.fetch import cache_dir
 from adapterhub_chat.errors import AdapterError, HubError, UsageError
 from adapterhub_chat.files import file_sha256, replaced_file
-from adapterhub_chat.pool.lockfile import Lock, Pinned, is_installed, read_lock
+from adapterhub_chat.pool.lockfile import Lockfile, Pinned, is_installed, read_lock
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import CARD, Status, Stored
@@ -144,7 +143,7 @@ def _is_up_to_date(folder: Path, pinned: Pinned) -> bool:
 
 
 def _check_origin(
-    registry: Registry, name: str, repo: str, hub: HubClient, lock: Lock, *, replace: bool
+    registry: Registry, name: str, repo: str, hub: HubClient, lock: Lockfile, *, replace: bool
 ) -> None:
     """Raise UsageError when the pool has an adapter of that name from another origin."""
     pinned = lock.adapters.get(name)
@@ -238,7 +237,7 @@ def _install(
     if not verdict.ok:
         problems = "; ".join(verdict.problems)
         raise AdapterError(f"{pinned.repo} is refused, and the pool is as it was: {problems}")
-    stored = registry.find(folder, name)
+    stored = registry.read(folder, name)
     _cache_files(folder, pinned.files)
     _rewrite(folder, stored)
     installed = {

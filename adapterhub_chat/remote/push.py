@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub_chat.artifact.card import render_card
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest, dump_manifest, hurt, losses
+from adapterhub_chat.artifact.manifest import (
+    MANIFEST,
+    Manifest,
+    dump_manifest,
+    scores_below_backbone,
+    transfer_problem,
+)
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, HubError
@@ -82,9 +87,9 @@ def _publishable_manifest(pool: Pool, name: str, *, force: bool) -> Manifest:
             f"adapter {name!r} was never measured: adapterhub-chat eval --adapter {name} --save. "
             "--force publishes it all the same, and its card says so"
         )
-    if harm := hurt(manifest):
+    if harm := transfer_problem(manifest):
         raise AdapterError(f"{harm}. --force publishes it all the same, and its card says so")
-    if lost_scores := losses(manifest):
+    if lost_scores := scores_below_backbone(manifest):
         worse = "; ".join(
             f"{s.task}: {s.metric} {s.value:.3f}, backbone {s.backbone_value:.3f}"
             for s in lost_scores

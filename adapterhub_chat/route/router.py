@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterhub_chat.artifact.manifest import FILE, Manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, Manifest
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.data.inputs import as_list, checked_text
 from adapterhub_chat.data.task import Task
@@ -159,7 +159,7 @@ class Router:
         if name not in pool or (loaded and loaded.path != pool.root / name):
             return loaded.manifest if loaded else None
         try:
-            stamp = _file_stamp(pool.path(name) / FILE)
+            stamp = _file_stamp(pool.path(name) / MANIFEST)
             if name not in self._manifests or self._manifests[name].stamp != stamp:
                 self._manifests[name] = _CachedManifest(stamp, pool.manifest(name))
         except (OSError, AdapterHubError):

@@ -28,7 +28,7 @@ from adapterhub_chat.events import Event
 from adapterhub_chat.inference.likelihood import sum_by_owner, token_loss_sums, token_losses
 from adapterhub_chat.lora.bank import Bank
 from adapterhub_chat.lora.plan import Plan, activate
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.lora.weights import AdapterWeights, initial_weights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import capture_blocks
@@ -332,7 +332,7 @@ class TrainingRun:
         """Return new weights as the job's settings describe them."""
         config, width = job.config, self.model.backbone.width
         return initial_weights(
-            targeted(self.model.shapes, config.targets, config.layers),
+            select_targets(self.model.shapes, config.targets, config.layers),
             rank=config.rank,
             alpha=config.alpha,
             rslora=config.rslora,

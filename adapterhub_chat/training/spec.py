@@ -13,7 +13,7 @@ from adapterhub_chat.config import RunConfig, RunOptions, TrainConfig
 from adapterhub_chat.data.inputs import as_list
 from adapterhub_chat.data.task import Task, as_task, load_task, mixture
 from adapterhub_chat.errors import ConfigError, UsageError
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Registry
@@ -132,7 +132,7 @@ def _adapter_misfits(model: AdapterModel, spec: TrainSpec, name: str) -> Iterato
     if max_length is not None and config.row_length > max_length:
         yield f"{name}: row_length {config.row_length}, and the encoder reads {max_length} tokens"
     try:
-        targeted(model.shapes, config.targets, config.layers)
+        select_targets(model.shapes, config.targets, config.layers)
     except UsageError as error:
         yield f"{name}: {error}"
     if options.test_examples and not options.shard and not spec.tasks[name].split("test"):

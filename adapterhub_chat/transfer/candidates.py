@@ -141,7 +141,7 @@ def _finite(trained: Mapping[str, Trained], method: str) -> dict[str, Trained]:
 
     Raises DataError if one of the others is the requested method or the baseline.
     """
-    bad = [name for name, done in trained.items() if not done.weights.finite()]
+    bad = [name for name, done in trained.items() if not done.weights.is_finite]
     text = f"{', '.join(bad)}: the training left numbers that are not finite; lower learning_rate"
     if {BASELINE, method} & {*bad}:
         raise DataError(text)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from adapterhub_chat.artifact.manifest import Manifest, StackBase, Training, TransferReport, hurt
+from adapterhub_chat.artifact.manifest import (
+    Manifest,
+    StackBase,
+    Training,
+    TransferReport,
+    transfer_problem,
+)
 from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.scoring import judge_task
 from adapterhub_chat.events import Listeners
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.provenance import draft_of, trained_task_names
 from adapterhub_chat.pool.registry import Registry
@@ -40,7 +46,7 @@ class Transferred:
 
 def make_transfer(registry: Registry, spec: TransferSpec, listeners: Listeners) -> Transferred:
     """Train, judge, choose, save and measure; see AdapterHub.transfer."""
-    stored = registry.find(spec.source)
+    stored = registry.read(spec.source)
     task = spec.source_task or _task_of(stored)
     target, texts = target_and_texts(spec, task)
     name = _check_spec(registry, spec, stored, target)
@@ -63,7 +69,7 @@ def make_transfer(registry: Registry, spec: TransferSpec, listeners: Listeners) 
 def _check_spec(registry: Registry, spec: TransferSpec, stored: Stored, target: Task) -> str:
     """Return the new adapter's name; raise AdapterHubError for an unfit source, name or block."""
     name = check_name(spec.name or f"{target.name}-from-{stored.name}")
-    reason = hurt(stored.manifest)
+    reason = transfer_problem(stored.manifest)
     if reason and spec.method in (*STACKS, "auto") and not spec.force:
         raise AdapterError(
             f"{reason}; nothing is stacked on it. force=True (--force) does it all the same"
@@ -123,7 +129,7 @@ def _save(
 
 def flatten(registry: Registry, name: str, flat_name: str | None) -> Manifest:
     """Save a stack as one plain adapter; see AdapterHub.flatten."""
-    stored = registry.find(name)
+    stored = registry.read(name)
     manifest = stored.manifest
     if manifest is None or not manifest.stack:
         raise UsageError(f"adapter {name!r} is no stack: it is one plain adapter already")
@@ -152,7 +158,7 @@ def _stack_bases(registry: Registry, spec: TransferSpec, stored: Stored) -> tupl
 
 def _check_layers(registry: Registry, spec: TransferSpec) -> None:
     """Raise UsageError for blocks that the backbone does not have."""
-    targeted(registry.model.shapes, "all-linear", spec.stack_layers or "all", "stack_layers")
+    select_targets(registry.model.shapes, "all-linear", spec.stack_layers or "all", "stack_layers")
     num_blocks = len(registry.model.backbone.blocks)
     if spec.layer != -1 and not -num_blocks <= spec.layer < num_blocks:
         raise UsageError(

@@ -106,7 +106,7 @@ def make_problem(
 
 def _label_misfits(source: AdapterWeights, source_labels: list[str], target: Task) -> Iterator[str]:
     """Yield what is wrong with the source's numbers, and where its labels are not the target's."""
-    if not source.finite():
+    if not source.is_finite:
         yield "the source adapter has numbers that are not finite; train or pull it again"
     known, required = set(source_labels), set(target.contract.labels)
     if known != required:

@@ -57,7 +57,7 @@ def test_adapters_differ_and_their_probes_are_answered(settings):
     told = swap_bench.save_adapters(settings)
     pool = Pool(settings["pool"])
     manifests = [pool.manifest(name) for name in pool.names()]
-    assert len({m.sha256 for m in manifests}) == len(pool.answered()) == 3
+    assert len({m.sha256 for m in manifests}) == len(pool.answered_probes()) == 3
     assert all(m.probe.shift > 0 for m in manifests)
     assert told["parameters"] == pool.load("a0").weights.num_parameters
 

@@ -628,7 +628,7 @@ def test_slots_never_overlap_and_stay_within_their_budget(slots_of, events):
             except NoRoomError:
                 assert len({r for h in held for r, _ in h.weights}) >= 3
         elif what >= 3:  # filled ahead, then taken or refused
-            with slots.ahead(lambda own: own is weights) as ahead:
+            with slots.stage(lambda own: own is weights) as ahead:
                 before = slots.names
                 ahead.fill(weights)
                 ahead.fill(weights)

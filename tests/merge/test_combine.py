@@ -19,7 +19,7 @@ from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import ConfigError
 from adapterhub_chat.lora.lowrank import EXACT_SIDE, compress
 from adapterhub_chat.lora.sites import linear_shapes
-from adapterhub_chat.lora.weights import AdapterWeights, seed_of
+from adapterhub_chat.lora.weights import AdapterWeights, derive_seed
 from adapterhub_chat.merge.combine import default_weights
 from adapterhub_chat.merge.combine import merge as merge_table
 from adapterhub_chat.merge.methods import METHODS, Method
@@ -61,7 +61,7 @@ def same(weights, expected, atol=1e-5):
 
 def moment(source, module, width):
     """A second moment of what enters a module, each source's own."""
-    generator = torch.Generator().manual_seed(seed_of(int(source.sum() * 1e4), module))
+    generator = torch.Generator().manual_seed(derive_seed(int(source.sum() * 1e4), module))
     inputs = torch.randn(3 * width, width, generator=generator) * torch.arange(1, width + 1)
     return inputs.T @ inputs / len(inputs)
 

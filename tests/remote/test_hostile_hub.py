@@ -15,7 +15,7 @@ from hub_server import Reply, after, fail, only
 from pico import keep_adapter
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
+from adapterhub_chat.artifact.manifest import MANIFEST
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterHubError, HubError, UsageError

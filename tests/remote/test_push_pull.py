@@ -16,8 +16,7 @@ from pico import keep_adapter as keep
 from pico import toy_task
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import read_manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, read_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, HubError, PoolError, UsageError

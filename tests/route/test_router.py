@@ -14,7 +14,7 @@ from pico import WORDS, keep_adapter
 from pydantic import ValidationError
 
 from adapterhub_chat import AdapterHub, Message, Route
-from adapterhub_chat.artifact.manifest import MAX_BYTES, dump_manifest, read_manifest
+from adapterhub_chat.artifact.manifest import MAX_MANIFEST_BYTES, dump_manifest, read_manifest
 from adapterhub_chat.artifact.prototype import Routing
 from adapterhub_chat.cli.chat_session import ChatSession
 from adapterhub_chat.data.splits import Splits
@@ -827,7 +827,7 @@ def test_widest_prototype_fits_into_a_manifest(trained, tmp_path):
     routing = routing_of(widest, glance)
     own = trained.pool.manifest("questions").model_copy(update={"routing": routing})
     text = dump_manifest(own)
-    assert len(text) < MAX_BYTES
+    assert len(text) < MAX_MANIFEST_BYTES
     (tmp_path / "adapterhub.json").write_text(text)
     assert read_manifest(tmp_path) == own
 

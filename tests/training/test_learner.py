@@ -9,7 +9,7 @@ from pico import close, job, overlap, toy_answers, toy_talk, toy_task
 from adapterhub_chat.data.packing import pack
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inference.likelihood import token_losses
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.lora.weights import concatenate
 from adapterhub_chat.training.job import Job
 from adapterhub_chat.training.learner import overlap_gradient
@@ -191,15 +191,15 @@ def test_activation_checkpointing_stores_fewer_activations(model):
 
 
 def test_the_layers_setting_selects_blocks(model):
-    chosen = targeted(model.shapes, "all-linear", "1:")
+    chosen = select_targets(model.shapes, "all-linear", "1:")
     assert {m.split(".")[2] for m in chosen} == {"1"}
-    assert targeted(model.shapes, "q_proj", "-2:-1") == {
+    assert select_targets(model.shapes, "q_proj", "-2:-1") == {
         "model.layers.0.self_attn.q_proj": (32, 32)
     }
     with pytest.raises(UsageError, match=r"layers='7:' names no block.*slice of the 2 blocks"):
-        targeted(model.shapes, "all-linear", "7:")
+        select_targets(model.shapes, "all-linear", "7:")
     with pytest.raises(UsageError, match="layers='top' names no block"):
-        targeted(model.shapes, "all-linear", "top")
+        select_targets(model.shapes, "all-linear", "top")
 
 
 def test_no_gradient_flows_below_the_lowest_adapted_layer(model):

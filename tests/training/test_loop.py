@@ -12,7 +12,7 @@ from adapterhub_chat.data.encoding import encode_examples
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.inference.likelihood import sequence_losses
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.training.job import Job
 from adapterhub_chat.training.learner import schedule, total_steps
 from adapterhub_chat.training.loop import train
@@ -167,7 +167,7 @@ def test_invalid_jobs_are_refused(model):
     with pytest.raises(DataError, match="no training examples"):
         train(model, [Job("empty", (), (), ready.config)])
     with pytest.raises(UsageError, match=r"no linear layer named nose.*k_proj"):
-        targeted(model.shapes, "q_proj,nose")
+        select_targets(model.shapes, "q_proj,nose")
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
