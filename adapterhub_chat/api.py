@@ -1,4 +1,4 @@
-"""AdapterHub: the Python face. Short methods over the parts; what they do is said where it is done."""
+"""AdapterHub: the Python interface. Its methods are thin; the modules that they call do the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.config import EngineOptions, engine_options
-from adapterhub_chat.data.inputs import asked, listed, text
+from adapterhub_chat.data.inputs import as_list, checked_text, user_texts
 from adapterhub_chat.data.task import Task, as_task
 from adapterhub_chat.evaluation.adopt import adopt
 from adapterhub_chat.evaluation.run import evaluate_adapters
@@ -59,16 +59,15 @@ class AdapterHub:
     """One frozen backbone, a pool of adapters, and every way to use them together.
 
     `backbone` is a packaged name, a local folder, a `.gguf` file or a Hub id; `pool` the folder that keeps
-    adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the fastest that the hardware
-    computes natively; `device` None takes CUDA when there is one. `engine` takes
-    EngineOptions: bounds of decoding and of loaded adapters; each may also be given by its name.
-    `adapter_bytes` bounds the memory of loaded adapters: the least recently used make room, and are loaded
-    again when they are asked for. `ram_bytes` bounds what is kept of read adapters in the host's memory, from
-    where they are loaded without the disk. `graphs` records decoding steps as CUDA graphs (on a CPU
-    torch.compile makes them, and slower ones); a swap records nothing anew. Methods may be called
-    from several threads. Wherever an adapter may be named, weights by name ({"qa": 0.5, "generation": 0.5})
-    make a mixture and None or "backbone" means no adapter; in the rows of `chat`, `generate` and
-    `next_token_logits`, "auto" chooses by the row's message.
+    adapters; `quantize` None, "nf4" or "int8"; `dtype` None takes the fastest that the hardware computes
+    natively; `device` None takes CUDA when available. `engine` takes EngineOptions, the limits of decoding
+    and of loaded adapters; each of its fields may instead be a keyword. `adapter_bytes` bounds the memory of
+    loaded adapters: the least recently used are evicted, and loaded again on demand. `ram_bytes` bounds the
+    cache of read adapters in host memory, from which they load without disk access. `graphs` records decoding
+    steps as CUDA graphs (on a CPU with torch.compile, which is slower); swapping adapters does not record
+    them again. Methods may be called from several threads. Wherever an adapter may be named, weights by name
+    ({"qa": 0.5, "generation": 0.5}) make a mixture and None or "backbone" means no adapter; in the rows of
+    `chat`, `generate` and `next_token_logits`, "auto" chooses by the row's message.
     """
 
     def __init__(
@@ -96,15 +95,15 @@ class AdapterHub:
     def load(self, source: str | Path, name: str | None = None) -> str:
         """Load an adapter from the pool by name, or from any PEFT LoRA folder; return its name.
 
-        Raises AdapterError, with nothing changed, when it is damaged, made for another backbone, or no
-        longer answers its recorded probe; warns when it is only compatible (another precision) or
-        unverified (no manifest).
+        Raises AdapterError, with nothing changed, when it is damaged, made for another backbone, or does not
+        reproduce its recorded probe; warns when it is only compatible (another precision) or unverified (no
+        manifest).
         """
         return self._registry.load(source, name)
 
     @property
     def engine(self) -> Engine:
-        """What decodes: submit requests to it one by one, cancel them, stream, ask for log-probabilities."""
+        """The decoding engine: it takes single requests, streams, cancels, and returns log-probabilities."""
         return engine_of(self.model)
 
     def unload(self, name: str) -> None:
@@ -112,16 +111,16 @@ class AdapterHub:
         self._registry.unload(name)
 
     def adapters(self) -> list[AdapterInfo]:
-        """Return what is in the pool and what is loaded."""
+        """Return the adapters of the pool and those that are loaded."""
         return self._registry.overview()
 
     def rollback(self, name: str) -> Manifest | None:
-        """Put the earlier version of a pool member back; return its manifest (None: plain PEFT's).
+        """Restore the earlier version of a pool member; return its manifest (None: made by plain PEFT).
 
-        Saving other weights under a name keeps the version before them. The two are exchanged in one step
-        on disk, so that a second call returns to the newer one; where the name is loaded, what came back
-        is checked and loaded, and new requests get it. Raises UsageError when there is no earlier version
-        and AdapterError when it may not be loaded here, with nothing changed.
+        Saving new weights under a name keeps the previous version. The two are exchanged in one step on disk,
+        so that a second call returns to the newer one; if the name is loaded, the restored version is checked
+        and loaded, and new requests use it. Raises UsageError when there is no earlier version and
+        AdapterError when it may not be loaded here, with nothing changed.
         """
         return self._registry.rollback(name)
 
@@ -155,13 +154,13 @@ class AdapterHub:
         seed: int | None = None,
         on_text: Callable[[int, str], None] = lambda _row, _piece: None,
     ) -> list[str]:
-        """Answer every conversation in ONE batch, row i by `adapters[i]` under its own contract.
+        """Answer all conversations in one batch, row i by `adapters[i]` under its own contract.
 
-        `on_text(row, piece)` hears of every piece of text as it comes. Options that are None are the
-        contract's own. On an encoder, an answer is the words of the label that the row's adapter chooses.
+        `on_text(row, piece)` is called with each piece of text as it is decoded. Options that are None are
+        the contract's. On an encoder, an answer is the words of the label that the row's adapter chooses.
         """
-        rows = listed(conversations, "conversations")
-        mixes = self._mixes(adapters, [asked(row) for row in rows])
+        rows = as_list(conversations, "conversations")
+        mixes = self._mixes(adapters, [user_texts(row) for row in rows])
         contracts = [self._registry.contract(mix) for mix in mixes]
         changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         requests = replies(self.model, rows, mixes, contracts, seed, changes)
@@ -177,13 +176,13 @@ class AdapterHub:
         previous: str | None = None,
         among: Sequence[str] | None = None,
     ) -> Route:
-        """Return whom a message is for: an adapter or a mix of up to `top`, how sure that is, and why.
+        """Return which adapter, or mix of up to `top`, should answer a message, with confidence and reason.
 
-        The message is what a user types, before any contract's template. It is compared with what each
-        adapter's manifest says of its own messages; where no adapter is close the router abstains, and the
-        mix is empty: the backbone. `previous` is the adapter of the conversation's last turn, which stays
-        unless another is clearly better. `among` are the adapters to choose from (None: all of the pool,
-        and what is loaded). In `chat` and `generate` the choice "auto" does this row by row.
+        The message is a user's text, before any contract's template. It is compared with the prototype of
+        messages in each adapter's manifest; if no adapter is close the router abstains, and the mix is empty:
+        the backbone. `previous` is the adapter of the conversation's last turn, which is kept unless another
+        is clearly better. `among` are the candidates (None: all adapters of the pool, and the loaded ones).
+        In `chat` and `generate` the choice "auto" does this for each row.
         """
         return self.routes([text], top=top, previous=previous, among=among)[0]
 
@@ -195,22 +194,23 @@ class AdapterHub:
         previous: str | None = None,
         among: Sequence[str] | None = None,
     ) -> list[Route]:
-        """Return whom each of several messages is for, in one batch; see `route`."""
-        return self._router.route(listed(texts, "texts"), top=top, previous=previous, among=among)
+        """Route several messages in one batch; see `route`."""
+        return self._router.route(as_list(texts, "texts"), top=top, previous=previous, among=among)
 
     def learn_routes(
         self, names: Sequence[str] | None = None, tasks: Sequence[str | Path | Task] | None = None
     ) -> dict[str, Manifest]:
-        """Learn what the messages of pool members look like, and keep it in their manifests; return those.
+        """Fit message prototypes of pool members and store them in their manifests; return those.
 
-        Training, transfer and adoption do this on their own. `names` None are all of the pool; `tasks` None
-        those that each says it was trained on. Raises UsageError for all whose messages cannot be had.
+        Training, transfer and adoption do this automatically. `names` None takes all of the pool; `tasks`
+        None those that each manifest names. Raises one UsageError for all adapters whose messages are
+        unavailable.
         """
-        chosen = self.pool.names() if names is None else listed(names, "names")
-        given = None if tasks is None else [as_task(task) for task in listed(tasks, "tasks")]
-        return describe_routes(self._registry, chosen, given)
+        chosen = self.pool.names() if names is None else as_list(names, "names")
+        task_list = None if tasks is None else [as_task(task) for task in as_list(tasks, "tasks")]
+        return describe_routes(self._registry, chosen, task_list)
 
-    def generate(  # noqa: PLR0913 - the options of every engine, by their usual names
+    def generate(  # noqa: PLR0913 - keyword options
         self,
         prompts: Sequence[str],
         adapters: Sequence[AdapterChoice] | None = None,
@@ -227,8 +227,8 @@ class AdapterHub:
         """Continue raw prompts (no chat template) in one mixed batch; return the new texts.
 
         Row i does not depend on the other rows, sampled or not: equal prompts under one `seed` give
-        equal texts. `stop` texts end an answer and are no part of it; the other options are `Sampling`'s.
-        Log-probabilities, deadlines and cancelling are asked of `engine`.
+        equal texts. `stop` texts end an answer and are not part of it; the other options are `Sampling`'s.
+        `engine` has log-probabilities, deadlines and cancellation.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         options = (max_new_tokens, temperature, top_p, stops, ignore_eos, seed)
@@ -249,17 +249,17 @@ class AdapterHub:
         task: str | Path | Task | None = None,
         listeners: Listeners = SILENT,
     ) -> list[Prediction]:
-        """Run inputs through a prompt contract: the adapter's own, or that of `task`.
+        """Answer inputs under a prompt contract: the adapter's own, or that of `task`.
 
-        Label tasks are decided by the likelihood of each label, all others by generating the answer.
-        Inputs are texts, or the contract's fields by name; raises one DataError for all that do not fit.
+        For label tasks the most likely label is the answer; for other tasks it is generated. Inputs are
+        texts, or the contract's fields by name; raises one DataError that lists all misfits.
         """
         (mix,) = self._registry.resolve([adapter])
-        own = self._registry.contract(mix)
-        contract = own if task is None else as_task(task).contract
-        contract = checked_contract(self.model, mix, own, contract)
-        told = partial(listeners.on_judged, str(mix))
-        return predictions(self.model, contract, mix, listed(inputs, "inputs"), told)
+        default_contract = self._registry.contract(mix)
+        contract = default_contract if task is None else as_task(task).contract
+        contract = checked_contract(self.model, mix, default_contract, contract)
+        on_judged = partial(listeners.on_judged, str(mix))
+        return predictions(self.model, contract, mix, as_list(inputs, "inputs"), on_judged)
 
     # -- learning ----------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ class AdapterHub:
         return self.run(spec, listeners)
 
     def run(self, spec: TrainSpec, listeners: Listeners = SILENT) -> dict[str, Manifest]:
-        """Carry out a training run, as `train` and the command line describe it; see `train`."""
+        """Carry out a training run that a TrainSpec describes; see `train`."""
         return make_adapters(self._registry, spec, with_picture(listeners, spec.run_dir))
 
     def evaluate(
@@ -314,18 +314,18 @@ class AdapterHub:
     ) -> list[Score]:
         """Score adapters on the test splits of tasks, with intervals and the backbone's own value.
 
-        Without `adapters`: all of the pool, but those that are refused here: `listeners.on_refused` is told
-        of each, and AdapterError is raised when no other is left. Without `tasks`: each adapter on the
-        tasks it was trained on. `limit` bounds the items (0: all). With `save`, adapters of the pool keep
-        their scores in manifest and card.
+        Without `adapters`: all of the pool that can be loaded here; `listeners.on_refused` is called for each
+        of the others, and AdapterError is raised when all are refused. Without `tasks`: each adapter on the
+        tasks it was trained on. `limit` bounds the items (0: all). With `save`, the scores are stored in the
+        manifests and cards of pool members.
         """
-        named = None if adapters is None else listed(adapters, "adapters")
-        given = None if tasks is None else [as_task(task) for task in listed(tasks, "tasks")]
+        choices = None if adapters is None else as_list(adapters, "adapters")
+        task_list = None if tasks is None else [as_task(task) for task in as_list(tasks, "tasks")]
         return evaluate_adapters(
-            self._registry, named, given, limit, save=save, listeners=listeners
+            self._registry, choices, task_list, limit, save=save, listeners=listeners
         )
 
-    def transfer(  # noqa: PLR0913 - what a transfer is made of, each by its name
+    def transfer(  # noqa: PLR0913 - keyword options
         self,
         source: str,
         target: str | Path | Task,
@@ -362,7 +362,7 @@ class AdapterHub:
         `stack_layers` slices ("0:8": the first eight; None: as `layers` says); `layer` is the block whose
         states the discriminator and the entropy balancing look at.
         """
-        order = transfer_spec(
+        spec = transfer_spec(
             source,
             target,
             shots,
@@ -370,18 +370,18 @@ class AdapterHub:
             method=method,
             name=name,
             source_task=None if source_task is None else as_task(source_task),
-            unlabelled=None if unlabelled is None else listed(unlabelled, "unlabelled"),
+            unlabelled=None if unlabelled is None else as_list(unlabelled, "unlabelled"),
             force=force,
             level=level,
             stack_layers=stack_layers,
             layer=layer,
         )
-        return make_transfer(self._registry, order, listeners)
+        return make_transfer(self._registry, spec, listeners)
 
     def rank_sources(
         self, target: str | Path | Task, names: Sequence[str] | None = None, *, limit: int = 100
     ) -> list[Ranked]:
-        """Return adapters of the pool by how promising they are as sources, without training.
+        """Rank adapters of the pool as sources of a transfer, without training; the most promising first.
 
         Judged by LogME and LEEP on up to `limit` labelled training examples of the target, and by the proxy
         A-distance to each source whose tasks are here. `names` None: all of the pool. Raises DataError for a
@@ -392,7 +392,7 @@ class AdapterHub:
     def flatten(self, name: str, flat_name: str | None = None) -> Manifest:
         """Keep a stack as one plain PEFT adapter with equal logits, under NAME-flat or `flat_name`.
 
-        Raises UsageError for what is no stack, AdapterError when what it stands on is gone or has changed.
+        Raises UsageError for a plain adapter, AdapterError when the stack's source is missing or has changed.
         """
         return flatten(self._registry, name, flat_name)
 
@@ -416,8 +416,8 @@ class AdapterHub:
         all that does not fit at once, AdapterError when a source alone does not come out as itself or
         "auto" finds no method that keeps the floor.
         """
-        order = merge_spec(listed(names, "names"), method, weights, name, options)
-        return merge_adapters(self._registry, order, tasks or {}, listeners)
+        spec = merge_spec(as_list(names, "names"), method, weights, name, options)
+        return merge_adapters(self._registry, spec, tasks or {}, listeners)
 
     def export(
         self,
@@ -465,7 +465,7 @@ class AdapterHub:
         endpoint: str | None = None,
         token: str | None = None,
     ) -> Published:
-        """Publish a pool member as `user/name`, in one commit, under a version that never moves.
+        """Publish a pool member as `user/name`, in one commit, under a new version tag.
 
         `version` is a new tag (None: the next of v1, v2, ...). Refused are adapters that were never
         measured or lose to the backbone, unless `force`; then the card says so. `sign` is a private key
@@ -473,11 +473,11 @@ class AdapterHub:
         HF_TOKEN at that endpoint. Raises HubError with nothing half published.
         """
         hub, key = HubClient(endpoint, token), None if sign is None else Path(sign)
-        done = push(
+        published = push(
             self.pool, name, repo, hub, version=version, private=private, force=force, key=key
         )
         self._registry.refresh(name)
-        return done
+        return published
 
     def pull(
         self,
@@ -490,7 +490,7 @@ class AdapterHub:
         endpoint: str | None = None,
         token: str | None = None,
     ) -> Pulled:
-        """Bring an adapter from a Hub into the pool, checked as a stranger's, and pin it in the lock.
+        """Download an adapter from a Hub into the pool, verified as untrusted, and pin it in the lock.
 
         `revision` is a branch, tag or commit (None: main); `name` None takes the repository's. Raises
         AdapterError, HubError or UsageError with the pool as it was: for what the guard or this backbone
@@ -503,7 +503,7 @@ class AdapterHub:
         )
 
     def pull_locked(self, token: str | None = None) -> list[Pulled]:
-        """Bring the pool to what its `adapters.lock.json` says, to the byte."""
+        """Restore the pool to the exact files of its `adapters.lock.json`."""
         return pull_locked(self._registry, token)
 
     def search(
@@ -515,7 +515,7 @@ class AdapterHub:
         endpoint: str | None = None,
         token: str | None = None,
     ) -> list[Found]:
-        """Return adapters on a Hub for this backbone: those made for its very weights first."""
+        """Return adapters on a Hub for this backbone; those with its exact fingerprint come first."""
         return search(self.backbone, HubClient(endpoint, token), text, author, limit)
 
     # -- inside ------------------------------------------------------------------------------------
@@ -523,16 +523,18 @@ class AdapterHub:
     def _mixes(
         self, adapters: Sequence[AdapterChoice] | None, rows: Sequence[Sequence[str]]
     ) -> list[Mix]:
-        """Return one mix a row, by what its user has said for "auto"; without `adapters`, the default."""
+        """Return one mix a row; "auto" is routed by the row's texts. Without `adapters`: the default mix."""
         if adapters is None:
             return self._registry.resolve([self._default.get()]) * len(rows)
-        return self._registry.resolve(self._router.choose(listed(adapters, "adapters"), rows))
+        return self._registry.resolve(
+            self._router.resolve_auto(as_list(adapters, "adapters"), rows)
+        )
 
     def _raw(
         self, prompts: Sequence[str], adapters: Sequence[AdapterChoice] | None, sampling: Sampling
     ) -> list[Request]:
         check_writes(self.model)
-        texts = [text(p, f"prompt {i}") for i, p in enumerate(listed(prompts, "prompts"))]
+        texts = [checked_text(p, f"prompt {i}") for i, p in enumerate(as_list(prompts, "prompts"))]
         mixes = self._mixes(adapters, [[text] for text in texts])
         ids = self.backbone.tokenizer(texts).input_ids if texts else []
         return [Request(tuple(i), mix, sampling) for i, mix in zip(ids, mixes, strict=True)]

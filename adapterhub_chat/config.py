@@ -1,18 +1,18 @@
-"""Every setting once: TOML files, command-line flags and saved JSON all derive from these fields."""
+"""All settings as pydantic models: TOML files, command-line flags and saved JSON derive from their fields."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from adapterhub_chat.errors import ConfigError
-from adapterhub_chat.validation import explain, read_settings
+from adapterhub_chat.validation import read_settings
 
 
 class TrainConfig(BaseModel):
-    """How one adapter is trained."""
+    """Settings of the training of one adapter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
         256, ge=16, description="Tokens of a packed row, and of the longest example."
     )
     eval_every: int = Field(0, ge=0, description="Steps between validations; 0 makes eight.")
-    eval_examples: int = Field(200, ge=0, description="Validation examples looked at each time.")
+    eval_examples: int = Field(200, ge=0, description="Validation examples of each validation.")
     patience: int = Field(
         3, ge=0, description="Validations without improvement before it stops; 0 never stops early."
     )
@@ -67,14 +67,14 @@ class TrainConfig(BaseModel):
 
 
 class RunOptions(BaseModel):
-    """How the adapters of one run go together, and what is kept on the way."""
+    """Settings of a training run: how its adapters are combined, measured and checkpointed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     how: Literal["joint", "sequence", "shared"] = Field(
         "joint",
         description="joint: all in every batch; sequence: one after another; "
-        "shared: joint, with one more adapter that acts on and learns from everybody's rows.",
+        "shared: joint, with one more adapter that acts on and learns from all rows.",
     )
     test_examples: int = Field(200, ge=0, description="Test items measured per task.")
     shared_name: str = Field("shared", description="Name of the shared adapter.")
@@ -96,12 +96,13 @@ class RunOptions(BaseModel):
         "a device. The adapters are then saved without probe and scores; measure them with eval.",
     )
     checkpointing: bool = Field(
-        False, description="Keep no activations inside the blocks: less memory, a third more work."
+        False,
+        description="Recompute activations inside the blocks: less memory, a third more work.",
     )
 
 
 class MergeOptions(BaseModel):
-    """How several adapters become one."""
+    """Settings of a merge of several adapters into one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -112,7 +113,9 @@ class MergeOptions(BaseModel):
         None,
         description="Share of numbers kept, by methods that drop some; none: the method's own.",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of what is dropped, and of the search.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of random dropping, and of the search for weights."
+    )
     limit: int = Field(
         50, ge=0, description="Items per task to choose and measure by; 0 takes all."
     )
@@ -126,45 +129,50 @@ class MergeOptions(BaseModel):
 
 
 class EngineOptions(BaseModel):
-    """What decoding and loaded adapters may take: rows, waiting requests, bytes."""
+    """Limits of decoding and of loaded adapters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rows: int = Field(32, ge=1, description="Requests that are decoded together, at most.")
-    queue: int = Field(4096, ge=1, description="Requests that may wait.")
-    chunk: int = Field(512, ge=1, description="Prompt tokens of one step, at most.")
+    rows: int = Field(32, ge=1, description="Maximum number of requests decoded together.")
+    queue: int = Field(4096, ge=1, description="Maximum number of waiting requests.")
+    chunk: int = Field(512, ge=1, description="Maximum prompt tokens of one step.")
     cache_bytes: int = Field(
-        2 * 2**30, ge=0, description="Bytes of keys and values; one request may always run."
+        2 * 2**30, ge=0, description="Maximum bytes of the KV cache; one request may always run."
     )
     prefix_bytes: int = Field(
-        64 * 2**20, ge=0, description="Bytes of finished requests' keys and values kept for others."
+        64 * 2**20,
+        ge=0,
+        description="Bytes of finished requests' keys and values kept as a prefix cache.",
     )
     adapter_bytes: int | None = Field(
-        None, ge=0, description="Bytes of loaded adapters; None sets no bound."
+        None, ge=0, description="Maximum bytes of loaded adapters; default: no limit."
     )
     ram_bytes: int | None = Field(
         None,
         ge=0,
-        description="Bytes of read adapters kept in the host's memory; None: 1 GiB beside a GPU, else 0.",
+        description="Bytes of read adapters kept in the host's memory; default: 1 GiB with a GPU, else 0.",
     )
-    graphs: bool = Field(False, description="Record steps of one token a row, and play them again.")
+    graphs: bool = Field(
+        False,
+        description="Record decoding steps once (CUDA graphs; torch.compile on a CPU) and replay them.",
+    )
 
 
-def engine_options(given: EngineOptions | None, options: Mapping[str, Any]) -> EngineOptions:
-    """Return `given`, or the options by their names; raise ConfigError for both, or one that is none."""
-    if given is None:
+def engine_options(engine: EngineOptions | None, options: Mapping[str, Any]) -> EngineOptions:
+    """Return `engine`, else EngineOptions from keywords; raise ConfigError for both."""
+    if engine is None:
         return read_settings(EngineOptions, options, "AdapterHub")
     if options:
         raise ConfigError("AdapterHub", [f"give engine=... or {', '.join(options)}, not both"])
-    return given
+    return engine
 
 
 class RunConfig(RunOptions):
-    """A training run: which adapters, on what, and how. The TOML of `train --config`.
+    """The TOML file of `train --config`: the adapters of a run, their tasks and settings.
 
-    `settings` holds TrainConfig fields for all adapters. Each table of `adapters` names its `task` (or
-    `tasks`, mixed) and may set TrainConfig fields of its own; in its table `sweep` a field has a list of
-    values, and the combination that is best on validation is kept.
+    `settings` holds TrainConfig fields for all adapters. Each table of `adapters` names a `task` (or `tasks`,
+    which are mixed) and may override TrainConfig fields; its table `sweep` lists values of fields, and the
+    combination with the best validation loss is kept.
     """
 
     backbone: str = Field("smollm2-135m", description="Packaged name, folder, .gguf or Hub id.")
@@ -174,34 +182,3 @@ class RunConfig(RunOptions):
     device: str | None = Field(None, description="Default: CUDA when there is one.")
     settings: dict[str, Any] = Field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-
-def sweep_misfits(where: str, sweep: Any) -> list[str]:
-    """Return what is wrong with lists of values to try, by setting."""
-    if not _is_table(sweep) or not all(_is_list(values) for values in sweep.values()):
-        return [f"{where} needs a list of values for each setting, as in rank = [4, 8]"]
-    found: list[str] = []
-    for key, values in sweep.items():
-        if len(set(map(repr, values))) < len(values):
-            found.append(f"{where}.{key}: a value is given twice in {values}")
-        misfits = [m for value in values for m in _setting_misfits(where, {key: value})]
-        found += dict.fromkeys(misfits)
-    return found
-
-
-def _is_list(value: Any, kind: type = object) -> bool:
-    return (
-        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, kind) for v in value)
-    )
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _setting_misfits(where: str, values: Mapping[str, Any]) -> list[str]:
-    try:
-        TrainConfig.model_validate(dict(values))
-    except ValidationError as error:
-        return [f"{where}.{sentence}" for sentence in explain(error, TrainConfig)]
-    return []

@@ -1,4 +1,4 @@
-"""What a long job reports while it runs: events, candidates, the ledger of a sequence, and who listens."""
+"""What a long job reports while it runs: events, sweep candidates, the ledger of a sequence; callbacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of a sweep and what it reached."""
+    """One setting of a sweep and its result."""
 
     adapter: str
     settings: Mapping[str, Any]
@@ -21,10 +21,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Who was how good at what, when: the record of a sequence.
+    """The scores on all tasks after each stage of a sequence.
 
-    `matrix[i][j]` is the score on task j after stage i (None where nothing could be measured), and
-    `start[j]` the backbone's. Differences are given so that more is better, whatever the metric.
+    `matrix[i][j]` is the score on task j after stage i (None if it could not be measured), `start[j]` that of
+    the bare backbone. In the transfers below, larger is better whatever the metric.
     """
 
     tasks: tuple[str, ...]
@@ -35,20 +35,23 @@ class Ledger:
 
     @property
     def backward_transfer(self) -> float | None:
-        """Mean of score(last stage) - score(own stage) over the earlier tasks (arXiv 1706.08840)."""
+        """Mean over the earlier tasks of score(last stage) - score(the task's stage) (arXiv 1706.08840)."""
         last = len(self.matrix) - 1
         return _mean([self._gain(self.matrix[j][j], self.matrix[last][j], j) for j in range(last)])
 
     @property
     def forward_transfer(self) -> float | None:
-        """Mean of score(stage before its own) - score(backbone) over the later tasks."""
+        """Mean over the later tasks of score(the stage before the task's) - score(backbone)."""
         later = range(1, len(self.matrix))
         return _mean([self._gain(self.start[j], self.matrix[j - 1][j], j) for j in later])
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plain form, with the transfers worked out."""
-        transfer = {"backward_transfer": self.backward_transfer}
-        return {**asdict(self), **transfer, "forward_transfer": self.forward_transfer}
+        """Return the ledger as JSON values, with both transfers."""
+        return {
+            **asdict(self),
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+        }
 
     def _gain(self, before: float | None, after: float | None, task: int) -> float | None:
         if before is None or after is None:
@@ -63,7 +66,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to one adapter at one step."""
+    """A step, a validation or the end of one adapter's training."""
 
     adapter: str
     kind: str
@@ -76,14 +79,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who hears of progress."""
+    """Progress callbacks."""
 
     on_event: Callable[[Event], None] = lambda _: None
     on_judged: Callable[[str, int], None] = lambda _what, _n: None
     on_sweep: Callable[[Sequence[Candidate]], None] = lambda _: None
     on_ledger: Callable[[Ledger], None] = lambda _: None
     on_refused: Callable[[str, str], None] = lambda _name, _reason: None
-    """Is told of each adapter of the pool that may not be used here, and why; the others are used."""
+    """Called with the name of each refused adapter of the pool and the reason; the others are used."""
 
 
 SILENT = Listeners()

@@ -1,4 +1,4 @@
-"""The nouns that travel between modules: small, frozen, without behaviour that needs torch."""
+"""Value types shared by all modules: small, frozen, independent of torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 BACKBONE = "backbone"
 """Reserved adapter name: no adapter at all."""
 AUTO = "auto"
-"""Reserved adapter name: the one that the message is for."""
+"""Reserved adapter name: the router chooses by the message."""
 HEAD = "classifier"
-"""What PEFT and transformers call the module that makes label logits of an encoder's features."""
+"""The name, in PEFT and transformers, of the module that computes label logits from an encoder's features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class PromptContract:
-    """How a task speaks to the model; kept in the manifest and applied per row of a mixed batch."""
+    """How a task prompts the model; stored in the manifest and applied to each row of a mixed batch."""
 
     template: str = "{text}"
     """The user's turn; `{name}` stands for a field of the example."""
@@ -41,7 +41,7 @@ class PromptContract:
     stop: tuple[str, ...] = ()
     """Strings that end an answer (besides the end-of-turn token)."""
     max_new_tokens: int = 64
-    """Longest answer, in tokens."""
+    """Maximum tokens of an answer."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -50,29 +50,29 @@ class PromptContract:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One item of a task: fields for the template, earlier turns, and what counts as right."""
+    """One item of a task: fields for the template, earlier turns, and the accepted answers."""
 
     fields: Mapping[str, str]
     answer: str
     """The text (or, in a label task, the label) that training teaches."""
     references: tuple[str, ...] = ()
-    """All accepted answers; the judge takes the best. Empty: `(answer,)`."""
+    """All accepted answers; the metric takes the best. Empty: `(answer,)`."""
     history: tuple[Message, ...] = ()
-    """Turns before the user's last one."""
+    """Turns before the last user turn."""
     group: str = ""
-    """Examples of one group (a conversation, say) stay in one split. Empty: on its own."""
+    """Examples of one group (for example a conversation) stay in one split. Empty: no group."""
     contract: PromptContract | None = None
-    """Its own contract, where examples of several tasks are mixed; else the task's."""
+    """The contract of this example in a mixture of tasks. None: the task's."""
 
     @property
     def accepted(self) -> tuple[str, ...]:
-        """Every answer that the judge accepts."""
+        """All accepted answers."""
         return self.references or (self.answer,)
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A measured number with its 95 % bootstrap interval, beside the backbone's own."""
+    """A measured metric with its 95 % bootstrap interval, and the backbone's value on the same items."""
 
     adapter: str
     task: str
@@ -84,22 +84,22 @@ class Score:
     backbone_value: float | None = None
     details: Mapping[str, float] = field(default_factory=dict)
     precision: str = ""
-    """Of the backbone when it was measured: `bfloat16`, `nf4`, ..."""
+    """Of the backbone during the measurement: `bfloat16`, `nf4`, ..."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How much of a source's score on its task is left in what was made of it, on the same items."""
+    """Share of a source's score on its task that a derived adapter keeps, on the same items."""
 
     adapter: str
     """The source."""
     task: str
     metric: str
     single: float
-    """The source's own score."""
+    """The source's score."""
     merged: float
     value: float
-    """merged / single; single / merged where lower is better; 1 where the source had nothing to lose."""
+    """merged / single; single / merged for metrics where lower is better; 1 for a source with score 0."""
     low: float
     high: float
     """The 95 % interval, by paired bootstrap."""
@@ -114,7 +114,7 @@ class Mix:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters with a weight."""
+        """The adapters that have a weight."""
         return tuple(name for name, _ in self.weights)
 
     def __str__(self) -> str:
@@ -128,7 +128,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What an adapter needs to find again in a backbone: short hashes, and its precision."""
+    """Identity of a backbone: short hashes of its parts, and its precision."""
 
     architecture: str
     config: str
@@ -139,20 +139,20 @@ class Fingerprint:
     dtype: str = "float32"
 
     def differences(self, other: Fingerprint) -> tuple[str, ...]:
-        """Return the fields, precision apart, in which `other` differs."""
+        """Return the fields, except the precision, in which `other` differs."""
         fields = ("architecture", "config", "tokenizer", "template", "weights")
         return tuple(f for f in fields if getattr(self, f) != getattr(other, f))
 
 
 NO_ADAPTER = Mix()
-"""The mix of a row that is the bare backbone."""
+"""The mix of a row without an adapter."""
 
 Turn = Message | Mapping[str, str]
-"""What callers may write for a message: a Message, or {"role": ..., "content": ...}."""
+"""A message as callers may write it: a Message, or {"role": ..., "content": ...}."""
 
 
 def as_message(turn: Turn) -> Message:
-    """Return `turn` as a Message; raise UsageError when it has no known role or no text."""
+    """Return `turn` as a Message; raise UsageError for an unknown role or a missing text."""
     if isinstance(turn, Message):
         return turn
     role, content = turn.get("role"), turn.get("content")
@@ -164,11 +164,11 @@ def as_message(turn: Turn) -> Message:
 
 
 AdapterChoice = str | Mapping[str, float] | Mix | None
-"""What callers may write for a row: a name, weights by name, a Mix, or None for the backbone."""
+"""A row's adapter as callers may write it: a name, weights by name, a Mix, or None for the backbone."""
 
 
 def as_mix(choice: AdapterChoice) -> Mix:
-    """Return the Mix that `choice` means; zero weights drop out."""
+    """Return `choice` as a Mix, without zero weights."""
     if isinstance(choice, Mix):
         return choice
     if choice is None or choice == BACKBONE:

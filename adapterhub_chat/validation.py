@@ -1,4 +1,4 @@
-"""pydantic's errors as sentences, and settings read strictly from a table."""
+"""Sentences for pydantic's errors, and strict reading of settings from a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 SHOWN = 100
-"""Misfits in one message."""
+"""Maximum number of misfits in one message."""
 
 
 def read_settings(model: type[Model], values: Mapping[str, Any], source: str) -> Model:
@@ -41,7 +41,7 @@ def explain(error: ValidationError, model: type) -> list[str]:
 
 
 def _printable(part: int | str) -> str:
-    """Return a key as a message may hold it, whoever wrote it."""
+    """Return a key of a file as at most 60 printable characters."""
     text = "".join(c if c.isprintable() else "?" for c in str(part))
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -57,17 +57,17 @@ def _sentence(detail: ErrorDetails, model: type) -> str:
     if detail["type"] in _MISSING_KEY:
         return f"{where}: is missing"
     message = detail["msg"].removeprefix("Value error, ")
-    given = repr(detail["input"])
-    given = given if len(given) <= 60 else given[:57] + "..."
-    return f"{where}: {message[:1].lower()}{message[1:]}; got {given}"
+    value_text = repr(detail["input"])
+    value_text = value_text if len(value_text) <= 60 else value_text[:57] + "..."
+    return f"{where}: {message[:1].lower()}{message[1:]}; got {value_text}"
 
 
 def _fields_at(model: type, path: list[int | str]) -> Mapping[str, Any]:
     """Return the fields of the model at `path` inside `model`; none where there is no model."""
     fields: Mapping[str, Any] = getattr(model, "__pydantic_fields__", {})
     for part in path:
-        found = fields.get(str(part))
-        options = _options(found.annotation) if found else ()
+        field = fields.get(str(part))
+        options = _options(field.annotation) if field else ()
         inner = (getattr(option, "__pydantic_fields__", {}) for option in options)
         fields = next((f for f in inner if f), {})
     return fields

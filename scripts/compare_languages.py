@@ -64,8 +64,8 @@ def compare(
     }
     found = []
     for source, target in pairs:
-        setting = make_problem(learnt[source.name], source, target, shots, budget)
-        outcome = transfer(hub.model, setting, "auto", on_event=listeners.on_event)
+        problem = make_problem(learnt[source.name], source, target, shots, budget)
+        outcome = transfer(hub.model, problem, "auto", on_event=listeners.on_event)
         made = outcome.candidates
         ways = {
             "zero": learnt[source.name],

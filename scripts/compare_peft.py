@@ -41,7 +41,7 @@ from adapterhub_chat.data.splits import sample
 from adapterhub_chat.data.task import Task, load_task
 from adapterhub_chat.evaluation.scoring import judge
 from adapterhub_chat.events import SILENT, Listeners
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.lora.weights import AdapterWeights, initial_weights
 from adapterhub_chat.model.backbone import Backbone, load_backbone
 from adapterhub_chat.training.job import Job, make_job
@@ -143,7 +143,7 @@ def compare(
 def first_weights(hub: AdapterHub, config: TrainConfig) -> AdapterWeights:
     """Return the weights that an adapter starts from here."""
     return initial_weights(
-        targeted(hub.model.shapes, config.targets),
+        select_targets(hub.model.shapes, config.targets),
         rank=config.rank,
         alpha=config.alpha,
         rslora=config.rslora,

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.data.splits import sample
@@ -28,7 +29,6 @@ from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.pool.stored import read_stored
 from adapterhub_chat.training.loop import train
 from adapterhub_chat.transfer.methods import few_shot_jobs
-from adapterhub_chat.transfer.ranking import spearman
 from adapterhub_chat.transfer.setting import make_problem
 from adapterhub_chat.transfer.spec import transfer_config
 from adapterhub_chat.types import as_mix
@@ -49,8 +49,14 @@ def compare(hub: AdapterHub, target: Task, shots: int, steps: int, limit: int) -
         "LEEP": {one.adapter: one.leep for one in ranked},
         "A-distance": {o.adapter: -o.distance for o in ranked if o.distance is not None},
     }
-    agree = {how: spearman(values, after) for how, values in estimates.items() if len(values) > 2}
+    agree = {how: _spearman(values, after) for how, values in estimates.items() if len(values) > 2}
     return {"target": target.name, "after": after, "estimates": estimates, "spearman": agree}
+
+
+def _spearman(estimates: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Return the rank correlation of two values by the same names; NaN if one is constant."""
+    names = list(estimates)
+    return float(spearmanr([estimates[n] for n in names], [after[n] for n in names]).statistic)
 
 
 def _after(
@@ -62,9 +68,9 @@ def _after(
     )
     jobs = []
     for name, path in names.items():
-        setting = make_problem(read_stored(path, name).weights, target, target, shots, config)
-        few = few_shot_jobs(hub.backbone.tokenizer, setting, ["finetune"])
-        jobs += [replace(job, name=name) for job in few if job.name == "finetune"]
+        problem = make_problem(read_stored(path, name).weights, target, target, shots, config)
+        shot_jobs = few_shot_jobs(hub.backbone.tokenizer, problem, ["finetune"])
+        jobs += [replace(job, name=name) for job in shot_jobs if job.name == "finetune"]
     items, values = sample(target.split("test"), limit), {}
     for name, done in train(hub.model, jobs).items():
         hub.model.load("tested", done.weights)

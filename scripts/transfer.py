@@ -139,14 +139,14 @@ class Bench:
                 "eval_every": steps,
             }
         )
-        setting = make_problem(self.weights, self.source, self.target, shots, config)
-        outcome = transfer(self.hub.model, setting, AUTO, on_event=self.listeners.on_event)
+        problem = make_problem(self.weights, self.source, self.target, shots, config)
+        outcome = transfer(self.hub.model, problem, AUTO, on_event=self.listeners.on_event)
         rows = dict(self.fixed)
         for name in METHODS:
             if name in outcome.candidates:
                 rows[name] = self.test_rows(outcome.candidates[name].weights)
         rows[AUTO] = rows[outcome.chosen]
-        weighting, game = outcome.weighting, outcome.game
+        weighting, discriminator = outcome.weighting, outcome.discriminator
         return {
             "pair": self.pair.name,
             "backbone": self.pair.backbone,
@@ -155,14 +155,16 @@ class Bench:
             "shots": shots,
             "seed": seed,
             "steps": steps,
-            "judged_on": len(setting.validation),
+            "judged_on": len(problem.validation),
             "measured_on": len(self.items),
             "baseline": outcome.baseline,
             "chosen": outcome.chosen,
             "effective": weighting.effective if weighting else None,
             "weighting_note": weighting.note if weighting else "",
-            "discriminator": game.recent if game else None,
-            "discriminator_course": [round(a, 3) for a in game.accuracy] if game else [],
+            "discriminator": discriminator.recent_accuracy if discriminator else None,
+            "discriminator_course": [round(a, 3) for a in discriminator.accuracy]
+            if discriminator
+            else [],
             "methods": {name: self._row(name, rows, outcome) for name in rows},
             "transfer_seconds": round(outcome.seconds, 1),
             "seconds": round(time.perf_counter() - started, 1),

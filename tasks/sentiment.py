@@ -16,9 +16,9 @@ CONTRACT = PromptContract(
     max_new_tokens=4,
 )
 LONG_REVIEWS = 2_000
-"""About half as many words as all short reviews have together; chosen by hash."""
+"""Number of long reviews, chosen by hash: about half as many words as the short reviews have."""
 LONG_WORDS = 40
-"""The end of a long review is kept: the verdict is often there."""
+"""Only the last words of a long review are used, which often hold the verdict."""
 
 
 def examples() -> Iterator[Example]:
@@ -35,7 +35,7 @@ def examples() -> Iterator[Example]:
 
 
 def clean(text: str) -> str:
-    """Return the text without line breaks of the web page."""
+    """Return the text without HTML line breaks and extra spaces."""
     return " ".join(text.replace("<br />", " ").split())
 
 

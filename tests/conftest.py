@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
+import io
+import json
 import os
-from dataclasses import replace
+import sys
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,9 +27,10 @@ from pico import (
 )
 
 from adapterhub_chat import AdapterHub, api
+from adapterhub_chat.assets.fetch import cache_dir
+from adapterhub_chat.cli.app import main
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
-from adapterhub_chat.route import learn
 
 settings.register_profile("house", deadline=None)  # a busy machine is no failure
 settings.load_profile("house")
@@ -61,23 +65,15 @@ def encoder_folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imagined_once():
-    """What a backbone makes up for routing is made up once a session: it takes seconds, and never differs.
-
-    Modules that import `imagined` itself have the real one.
-    """
-    make, kept = learn.sample_background, {}
-
-    @functools.wraps(make)
-    def imagined(model, count, seed=0):
-        key = (model.backbone.fingerprint, model.backbone.device, count, seed)
-        if key not in kept:
-            kept[key] = make(model, count, seed)
-        return list(kept[key])
-
+def session_cache(tmp_path_factory):
+    """The product's cache folder is the session's own; downloaded assets are those of the user's cache."""
+    users, folder = cache_dir(), tmp_path_factory.mktemp("cache")
+    for name in ("assets", "downloads", "dequantized", "native"):
+        (users / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(users / name)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(learn, "sample_background", imagined)
-        yield
+        patched.setenv("ADAPTERHUB_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -147,6 +143,48 @@ def hub_server(online, tmp_path):
 
     with HubServer(tmp_path / "hub", {"alice": "hf_alice", "bob": "hf_bob"}) as server:
         yield server
+
+
+@dataclass
+class Result:
+    """What a verb of the command line has done."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+    @property
+    def rows(self):
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def run_verb(monkeypatch, capsys, pico_folder):
+    """run_verb("verb", "--flag", ..., stdin="...") -> Result, in this process, on the pico backbone."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(verb, *args, stdin=b"", backbone=True):
+        words = [verb, *map(str, args)]
+        if backbone:
+            words += ["--backbone", str(pico_folder), "--dtype", "fp32", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["adapterhub-chat", *words])
+        raw = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

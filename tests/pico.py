@@ -212,6 +212,13 @@ def job(model, task, name=None, **settings):
     return make_job(model.backbone.tokenizer, name or task.name, task, config)
 
 
+def overlap(new, old):
+    """The sum over modules of |A_old A_new^T|^2: the reference for `overlap_gradient`."""
+    shared = [m for m in new.factors if m in old.factors]
+    pairs = [(old.factors[m][0].float(), new.factors[m][0]) for m in shared]
+    return sum((a_old @ a_new.T).square().sum() for a_old, a_new in pairs)
+
+
 def close(one, other, tolerance=TOLERANCE):
     assert set(one.factors) == set(other.factors)
     for module, pair in one.factors.items():

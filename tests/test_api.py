@@ -73,7 +73,7 @@ ROWS = (
 )
 
 
-def test_chat_gives_each_row_what_it_gets_alone(hub):
+def test_each_row_of_a_chat_batch_equals_a_single_request(hub):
     choices = [choice for choice, _ in ROWS]
     conversations = [asked(text) for _, text in ROWS]
     together = hub.chat(conversations, adapters=choices, max_new_tokens=12)
@@ -83,7 +83,7 @@ def test_chat_gives_each_row_what_it_gets_alone(hub):
     assert len(set(together)) == len(ROWS) - 1
 
 
-def test_raw_rows_and_logits_equal_each_alone(hub):
+def test_raw_rows_and_logits_equal_single_requests(hub):
     choices, prompts = [c for c, _ in ROWS], [t for _, t in ROWS]
     texts = hub.generate(prompts, adapters=choices, max_new_tokens=9, ignore_eos=True)
     logits = hub.next_token_logits(prompts, adapters=choices)
@@ -96,7 +96,7 @@ def test_raw_rows_and_logits_equal_each_alone(hub):
     assert len({tuple(row.tolist()) for row in logits}) >= 6
 
 
-def test_rows_without_an_adapter_are_transformers_own(hub, reference):
+def test_rows_without_an_adapter_equal_transformers(hub, reference):
     prompts = ["good film", "a", "Which song is it then?"]
     found = hub.next_token_logits([*prompts, "good"], adapters=[None, "backbone", None, "toy"])
     tokenizer = hub.backbone.tokenizer
@@ -106,7 +106,7 @@ def test_rows_without_an_adapter_are_transformers_own(hub, reference):
         torch.testing.assert_close(row, wanted, atol=2e-5, rtol=1e-5)
 
 
-def test_each_row_is_asked_and_ended_by_its_own_contract(hub):
+def test_each_row_is_prompted_and_stopped_by_its_contract(hub):
     """What chat sends is the adapter's own template, system turn and stops: as raw prompts, the same."""
     render = hub.backbone.tokenizer.apply_chat_template
     system = {"toy": "Judge.", "answers": "Answer."}
@@ -197,7 +197,7 @@ def test_use_ends_when_an_error_leaves_the_block(hub):
     assert torch.equal(hub.backbone.model(ids).logits, bare)
 
 
-def test_use_reaches_transformers_own_object(hub):
+def test_use_acts_on_the_transformers_model(hub):
     tokenizer, model = hub.backbone.tokenizer, hub.backbone.model
     ids = torch.tensor([tokenizer("good film").input_ids] * 3)
     bare = model(ids).logits
@@ -258,7 +258,7 @@ def test_the_usual_sampling_options(hub):
     assert hub.generate(["good film"], repetition_penalty=1e4, **options) != greedy
 
 
-def test_others_come_and_go_while_one_generates(hub):
+def test_adapters_load_and_unload_during_generation(hub):
     """Load, unload and replace in one thread; the rows of another stay what they are."""
     wanted = hub.generate(["good film"] * 2, ["toy", None], max_new_tokens=16, ignore_eos=True)
     stop = threading.Event()
@@ -290,7 +290,7 @@ def test_others_come_and_go_while_one_generates(hub):
         assert churning.result() > 3
 
 
-def test_an_adapter_that_is_unloaded_while_it_speaks_ends_its_sentence(hub):
+def test_unloading_an_adapter_lets_running_requests_finish(hub):
     """The rows of `toy` end first (4 tokens, by its contract); the other one's slot is then another's."""
     conversations = [asked(p) for p in ("good film", "a", "Hello")]
     names = ["toy", "toy", "talk"]
@@ -383,7 +383,7 @@ def test_predict_names_every_input_that_does_not_fit(hub):
         hub.predict(None, ["x"])
 
 
-def test_predict_tells_of_its_progress(hub):
+def test_predict_reports_progress(hub):
     for name in ("toy", "answers"):
         told = []
         hub.predict(name, ["x"] * 40, listeners=Listeners(on_judged=lambda *w, t=told: t.append(w)))
@@ -450,7 +450,7 @@ def test_predict_tells_of_its_progress(hub):
         (lambda h: h.train([toy_task()], targets="q_prj"), "no linear layer named q_prj; allowed"),
     ],
 )
-def test_wrong_input_is_a_sentence_and_changes_nothing(hub, call, wanted):
+def test_invalid_input_is_an_error_without_effect(hub, call, wanted):
     before = snapshot(hub.pool.root)
     with pytest.raises(UsageError, match=wanted):
         call(hub)
@@ -458,7 +458,7 @@ def test_wrong_input_is_a_sentence_and_changes_nothing(hub, call, wanted):
     assert hub.model.names == () or all(n in hub.pool for n in hub.model.names)
 
 
-def test_all_misfits_of_the_settings_come_at_once(hub):
+def test_misfits_of_settings_are_listed_together(hub):
     with pytest.raises(ConfigError) as caught:
         hub.train([toy_task()], rank=0, lr=3, schedule="square")
     assert len(caught.value.misfits) == 3
@@ -530,7 +530,7 @@ def test_evaluate_measures_what_it_is_asked_to(hub):
     assert all(s.backbone_value == found[3 * (i // 3) + 1].value for i, s in enumerate(found))
 
 
-def test_scores_are_kept_by_the_pool_members_that_they_belong_to(hub, tmp_path):
+def test_scores_are_stored_in_the_manifests_of_their_adapters(hub, tmp_path):
     shutil.copytree(hub.pool.root / "talk", tmp_path / "mine")
     hub.load(tmp_path / "mine")
     before = {name: hub.pool.manifest(name) for name in hub.pool.names()}
@@ -551,7 +551,7 @@ def test_a_task_file_that_is_elsewhere_must_be_named(hub):
         hub.evaluate(["toy"])
 
 
-def test_an_empty_pool_has_nothing_to_evaluate(pico_folder, tmp_path):
+def test_evaluating_an_empty_pool_is_an_error(pico_folder, tmp_path):
     hub = AdapterHub(str(pico_folder), tmp_path / "new", dtype="fp32", device="cpu")
     with pytest.raises(UsageError, match="nothing to evaluate: name adapters, or train some into"):
         hub.evaluate()
@@ -643,7 +643,7 @@ def test_ctrl_c_in_the_second_of_a_sequence_keeps_the_first(hub):
     assert {"a", "b"} <= set(hub.pool.names())
 
 
-def test_what_learnt_nothing_never_replaces_what_is_there(hub, monkeypatch):
+def test_an_untrained_adapter_never_replaces_a_stored_one(hub, monkeypatch):
     before = snapshot(hub.pool.root)
     with pytest.warns(UserWarning, match="'toy' is not saved: diverged before it learnt anything"):
         found = hub.train(
@@ -682,7 +682,7 @@ def test_ctrl_c_while_measuring_keeps_the_adapters(hub):
     assert [len(hub.pool.manifest(name).scores) for name in ("a", "b")] == [1, 0]
 
 
-def test_examples_that_cannot_be_learnt_from_leave_the_pool_alone(hub):
+def test_unusable_examples_leave_the_pool_unchanged(hub):
     before = snapshot(hub.pool.root)
     wrong = replace(
         toy_answers("fine"),
@@ -700,7 +700,7 @@ def test_engine_options_reach_the_engine(pico_folder, tmp_path):
     options = EngineOptions(rows=3, queue=5, ram_bytes=1000)
     hub = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", engine=options)
     assert (hub.engine.max_rows, hub.engine.max_queue) == (3, 5)
-    assert hub._registry.ram.budget == 1000
+    assert hub._registry.host_cache.budget == 1000
     again = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu", rows=2)
     assert again.engine.max_rows == 2
 

@@ -26,7 +26,7 @@ def misfits_of(*args, **kwargs):
     return caught.value.misfits
 
 
-def test_every_setting_says_what_it_is_and_its_default_is_allowed():
+def test_every_setting_has_a_description_and_a_valid_default():
     for model in (TrainConfig, RunConfig):
         for name, field in model.model_fields.items():
             assert field.description or name in ("settings", "adapters")
@@ -71,7 +71,7 @@ def test_tasks_on_the_command_line_join_those_of_the_file(tmp_path):
     assert run.adapters == {"a": {"task": "qa"}, "sentiment": {"task": "sentiment"}}
 
 
-def test_all_misfits_of_a_file_come_at_once_with_what_is_allowed(tmp_path):
+def test_misfits_of_a_file_are_listed_with_allowed_values(tmp_path):
     text = """
         how = "both"
         quantise = "nf4"
@@ -176,3 +176,20 @@ def test_any_settings_are_either_taken_or_refused_key_by_key(values):
 def test_settings_come_back_from_what_is_saved():
     config = TrainConfig(rank=4, targets="q_proj", schedule="constant")
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_sweep_of_the_file_that_is_no_table_is_a_misfit_even_with_a_sweep_of_the_command_line(
+    tmp_path,
+):
+    path = tmp_path / "run.toml"
+    path.write_text('[adapters.a]\ntask = "qa"\nsweep = 3\n')
+    with pytest.raises(ConfigError, match=r"adapters\.a\.sweep needs a list of values"):
+        read_run(path, [], [], {}, {}, {"rank": [2, 4]})
+
+
+def test_a_sweep_of_the_command_line_joins_those_of_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[adapters.a]\ntask = "qa"\n[adapters.a.sweep]\nalpha = [1.0, 2.0]\n')
+    run = read_run(path, ["sentiment"], [], {}, {}, {"rank": [2, 4]})
+    assert run.adapters["a"]["sweep"] == {"alpha": [1.0, 2.0], "rank": [2, 4]}
+    assert run.adapters["sentiment"]["sweep"] == {"rank": [2, 4]}

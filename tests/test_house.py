@@ -38,12 +38,14 @@ DOORS = {
     "accelerate": "training.distributed",
     "cmaes": "merge.weight_search",
     "datasets": "data.readers data.task_file",
+    "filelock": "assets.fetch files pool.transaction",
     "gguf": "export.gguf_adapter",
     "huggingface_hub": "remote.client remote.limits",
     "numpy": "artifact.guard artifact.prototype artifact.safetensors_header data.metrics "
     "merge.weight_search model.e5s1",
+    "psutil": "model.devices",
     "pydantic": "artifact.manifest artifact.prototype cli.options config data.task_file pool.lockfile "
-    "remote.signing training.run_file validation",
+    "remote.signing validation",
     "pydantic_core": "validation",
     "rich": "cli.output",
     "safetensors": "artifact.folder training.checkpoint",

@@ -1,7 +1,7 @@
-"""An adapter as files: PEFT's folder format, both ways.
+"""Read and write adapter folders in PEFT's format.
 
-`adapter_config.json` and `adapter_model.safetensors` are what peft, vLLM, LoRAX and SGLang read. What is read
-has passed the guard, wherever it comes from.
+peft, vLLM, LoRAX and SGLang read the same `adapter_config.json` and `adapter_model.safetensors`. Every folder
+that is read passes the guard's checks, wherever it comes from.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from adapterhub_chat.artifact.guard import MAX_CONFIG, MAX_WEIGHTS, Checked, LayerShapes, check
+from adapterhub_chat.artifact.guard import (
+    MAX_CONFIG,
+    MAX_WEIGHTS,
+    CheckedAdapter,
+    LayerShapes,
+    check_files,
+)
 from adapterhub_chat.artifact.peft_config import CONFIG, plain_config
 from adapterhub_chat.artifact.safetensors_header import (
-    HEAD_PLACES,
+    HEAD_KEYS,
     PEFT_PREFIX,
     WEIGHTS,
     TensorSpan,
 )
-from adapterhub_chat.artifact.untrusted import opened, read_bytes
+from adapterhub_chat.artifact.untrusted import open_regular_file, read_bytes
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.lora.weights import AdapterWeights, Factors, Head, Packed
+from adapterhub_chat.lora.weights import AdapterWeights, Factors, Head, PackedFactors
 from adapterhub_chat.types import HEAD
 
 TORCH_DTYPES = {
@@ -38,14 +44,14 @@ TORCH_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""Numbers that a factor may be made of, by their names in a safetensors file."""
-MOST_SPARE = 64 * 2**20
-"""Bytes of the memory that is kept for the next file."""
+"""Allowed dtypes of a factor, by their names in a safetensors file."""
+MAX_SPARE_BYTES = 64 * 2**20
+"""Largest buffer, in bytes, that is kept for the next file."""
 
 Allocator = Callable[[int], torch.Tensor]
-"""Gives a vector of so many bytes, uint8."""
-Arrived = Callable[[AdapterWeights], object]
-"""Is given weights whose form was checked; whether their file is the right one is not known yet."""
+"""Maps a number of bytes to a uint8 vector of that size."""
+OnWeights = Callable[[AdapterWeights], object]
+"""Called with weights that passed the guard, before their file's sha256 is known."""
 
 
 def config_of(
@@ -68,10 +74,10 @@ def config_of(
 
 
 def _target_modules(weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Return last names (`q_proj`) when they say exactly which modules are meant, else full names."""
-    last = {m.rpartition(".")[2] for m in weights.factors}
-    meant = {m for m in shapes if m.rpartition(".")[2] in last}
-    return sorted(last if meant == set(weights.factors) else weights.factors)
+    """Return last names (`q_proj`) when they identify exactly the adapter's modules, else full names."""
+    last_names = {m.rpartition(".")[2] for m in weights.factors}
+    matching = {m for m in shapes if m.rpartition(".")[2] in last_names}
+    return sorted(last_names if matching == set(weights.factors) else weights.factors)
 
 
 def write_weights(path: Path, weights: AdapterWeights) -> None:
@@ -90,55 +96,55 @@ def write_weights(path: Path, weights: AdapterWeights) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file hides the OSError
 
 
-def fresh(size: int) -> torch.Tensor:
-    """Return memory for so many bytes."""
+def new_buffer(size: int) -> torch.Tensor:
+    """Return a new uint8 vector of this size."""
     return torch.empty(size, dtype=torch.uint8)
 
 
 class BufferPool:
-    """Memory that files are read into again and again: new memory's pages cost more than the bytes."""
+    """Reuses one buffer for reading files: page faults of new memory cost more than the read itself."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Start without a buffer."""
         self._spare: list[torch.Tensor] = []
 
     @contextmanager
     def lent(self) -> Iterator[Allocator]:
-        """Lend memory for one file at a time; nothing may look at what was read when the block has ended."""
-        held = self._spare.pop() if self._spare else fresh(0)
+        """Yield an allocator for one file; its memory must not be used after the block."""
+        buffer = self._spare.pop() if self._spare else new_buffer(0)
 
-        def memory(size: int) -> torch.Tensor:
-            nonlocal held
-            if len(held) < size:
-                held = fresh(size)
-            return held[:size]
+        def allocate(size: int) -> torch.Tensor:
+            nonlocal buffer
+            if len(buffer) < size:
+                buffer = new_buffer(size)
+            return buffer[:size]
 
         try:
-            yield memory
+            yield allocate
         finally:
-            if len(held) <= MOST_SPARE:
-                self._spare[:] = [held]
+            if len(buffer) <= MAX_SPARE_BYTES:
+                self._spare[:] = [buffer]
 
 
 @dataclass(frozen=True)
 class ReadTarget:
-    """Where an adapter's numbers go while its file is read."""
+    """Where an adapter's weights are read to, and a callback for when they are complete."""
 
-    memory: Allocator = fresh
-    arrived: Arrived = lambda _: None
+    allocate: Allocator = new_buffer
+    on_weights: OnWeights = lambda _: None
 
 
 DEFAULT_TARGET = ReadTarget()
 
 
 def read_folder(
-    folder: Path, layers: LayerShapes | None = None, landing: ReadTarget = DEFAULT_TARGET
+    folder: Path, layers: LayerShapes | None = None, target: ReadTarget = DEFAULT_TARGET
 ) -> tuple[AdapterWeights, dict[str, Any], str]:
-    """Return a folder's weights, its config built anew, and the sha256 of the very bytes that were read.
+    """Return a folder's weights, its rebuilt config (plain LoRA), and the sha256 of the weights file.
 
-    Raises AdapterError naming everything that does not fit, with a backbone's `layers` also those. No other
-    file in the folder is looked at. The weights are views of what `landing.memory` gives; `landing.arrived`
-    has them while the hash is still worked out.
+    Raises AdapterError naming all misfits; with a backbone's `layers`, modules and sizes are checked too. No
+    other file in the folder is opened. The weights are views of memory from `target.allocate`;
+    `target.on_weights` is called with them while the hash is still being computed.
     """
     if not os.path.isdir(folder):
         raise AdapterError(f"{folder} is not a folder")
@@ -149,55 +155,57 @@ def read_folder(
             " (pickled .bin weights are never opened; save with safetensors)"
         )
     config = read_bytes(folder / CONFIG, MAX_CONFIG)
-    data = _read_numbers(folder / WEIGHTS, landing.memory)
+    data = _read_numbers(folder / WEIGHTS, target.allocate)
     digest = hashlib.sha256()
-    # On another core, in one call: for each piece it would wait for its turn at the interpreter.
+    # In a thread, by one call: hashing in pieces would wait for the GIL before each of them.
     hasher = Thread(target=digest.update, args=(_buffer(data),))
     hasher.start()
     try:
-        checked = check(f"{folder} cannot be loaded", config, _buffer(data), layers)
+        checked = check_files(f"{folder} cannot be loaded", config, _buffer(data), layers)
         weights = _weights(data, checked)
-        landing.arrived(weights)
+        target.on_weights(weights)
     finally:
         hasher.join()
     return weights, dict(checked.config), digest.hexdigest()
 
 
-def _read_numbers(path: Path, memory: Allocator) -> torch.Tensor:
-    """Return a file's bytes in memory of their own: a mapped file could change, or end, under us."""
-    with opened(path, MAX_WEIGHTS) as (file, size):
-        data, read = memory(size), 0
-        whole = _buffer(data)
-        while count := file.readinto(whole[read:]):
-            read += count
-        return data[:read]
+def _read_numbers(path: Path, allocate: Allocator) -> torch.Tensor:
+    """Return a file's bytes as a copy: a memory-mapped file could change or shrink while it is used."""
+    with open_regular_file(path, MAX_WEIGHTS) as (file, size):
+        data, num_read = allocate(size), 0
+        view = _buffer(data)
+        while count := file.readinto(view[num_read:]):
+            num_read += count
+        return data[:num_read]
 
 
 def _buffer(data: torch.Tensor) -> memoryview:
-    """Return the memory of a vector of bytes, for calls that do not know torch."""
+    """Return a uint8 vector as a memoryview."""
     array: Any = data.numpy()
     return memoryview(array)
 
 
-def _weights(data: torch.Tensor, checked: Checked) -> AdapterWeights:
-    """Return the factors of a checked file, as views of its bytes where these lie on their boundary."""
-    layout, start = checked.layout, checked.start
-    dtype = TORCH_DTYPES[layout.runs[0].kind]
+def _weights(data: torch.Tensor, checked: CheckedAdapter) -> AdapterWeights:
+    """Return the factors of a checked file, as views of its bytes where these are aligned."""
+    layout, numbers_start = checked.layout, checked.start
+    dtype = TORCH_DTYPES[layout.runs[0].dtype]
     factors: Factors
-    if len(layout.runs) == 1 and start % dtype.itemsize == 0:
-        factors = Packed(data[start:].view(dtype), layout.shapes, layout.offsets)
+    if len(layout.runs) == 1 and numbers_start % dtype.itemsize == 0:
+        factors = PackedFactors(data[numbers_start:].view(dtype), layout.shapes, layout.offsets)
     else:
         factors = {
-            m: (_tensor(data, start, a), _tensor(data, start, b))
+            m: (_tensor(data, numbers_start, a), _tensor(data, numbers_start, b))
             for m, (a, b) in layout.pairs.items()
         }
     alphas = {m: float(alpha) for m, alpha in checked.alphas.items()}
-    parts = [_tensor(data, start, layout.places[p]).float() for p in HEAD_PLACES if layout.head]
-    head = Head(*parts) if parts else None
+    head_tensors = [
+        _tensor(data, numbers_start, layout.spans[p]).float() for p in HEAD_KEYS if layout.head
+    ]
+    head = Head(*head_tensors) if head_tensors else None
     return AdapterWeights(factors, alphas, checked.config["use_rslora"], head, checked=True)
 
 
-def _tensor(data: torch.Tensor, start: int, place: TensorSpan) -> torch.Tensor:
-    first, dtype = start + place.start, TORCH_DTYPES[place.kind]
-    part = data[first : start + place.end]
-    return (part if first % dtype.itemsize == 0 else part.clone()).view(dtype).view(place.shape)
+def _tensor(data: torch.Tensor, start: int, span: TensorSpan) -> torch.Tensor:
+    begin, dtype = start + span.start, TORCH_DTYPES[span.dtype]
+    raw = data[begin : start + span.end]
+    return (raw if begin % dtype.itemsize == 0 else raw.clone()).view(dtype).view(span.shape)

@@ -1,4 +1,4 @@
-"""`adapterhub.json`: what an adapter is, where it comes from, how it must be used, and what it measured."""
+"""`adapterhub.json`: an adapter's identity, training, prompt contract and scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adapterhub_chat.errors import AdapterError, join_misfits
 from adapterhub_chat.types import Fingerprint, PromptContract, Retention, Score
 from adapterhub_chat.validation import explain
 
-FILE, MAX_BYTES, MAX_VALUES = "adapterhub.json", 2**20, 10_000
+MANIFEST, MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES = "adapterhub.json", 2**20, 10_000
 How = Literal["joint", "sequence", "shared", "merge", "transfer", "foreign"]
 
 
@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Training(BaseModel):
-    """How the adapter was made."""
+    """How the adapter was trained."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,7 +57,7 @@ class Training(BaseModel):
 
 
 class TransferReport(BaseModel):
-    """What a transfer was judged to be, on the target's validation examples."""
+    """Result of a transfer on the target's validation examples."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,7 +93,7 @@ class TransferReport(BaseModel):
 
 
 class Probe(BaseModel):
-    """A prompt and what the adapter answers to it: proof, on load, that the adapter does something."""
+    """A prompt and its recorded next-token log-probabilities, checked when the adapter is loaded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,14 +117,16 @@ class Probe(BaseModel):
 
     @model_validator(mode="after")
     def _same_length(self) -> Probe:
-        for found in (self.logprobs, self.backbone_logprobs or self.logprobs):
-            if len(found) != len(self.tokens):
-                raise ValueError(f"{len(self.tokens)} tokens have {len(found)} log-probabilities")
+        for logprobs in (self.logprobs, self.backbone_logprobs or self.logprobs):
+            if len(logprobs) != len(self.tokens):
+                raise ValueError(
+                    f"{len(self.tokens)} tokens have {len(logprobs)} log-probabilities"
+                )
         return self
 
 
-class Tried(BaseModel):
-    """A method that a merge by `auto` looked at, on validation items."""
+class TriedMethod(BaseModel):
+    """Validation results of a merge method that `auto` tried."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -134,7 +136,7 @@ class Tried(BaseModel):
 
 
 class MergeReport(BaseModel):
-    """How an adapter was merged, and what of its sources is left in it."""
+    """How an adapter was merged, and how much of its sources' scores it keeps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -157,12 +159,12 @@ class MergeReport(BaseModel):
         default_factory=dict,
         description="Mean KL (nats) of each source's next tokens on the probe prompts to the merged ones.",
     )
-    tried: tuple[Tried, ...] = ()
+    tried: tuple[TriedMethod, ...] = ()
     verdict: str = ""
 
 
 class StackBase(BaseModel):
-    """An adapter that a stack stands on."""
+    """A base adapter of a stack."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -209,37 +211,39 @@ class Manifest(BaseModel):
         asset = ASSETS.get(self.backbone)
         return (asset and asset.upstream) or self.backbone
 
-    def shown(self) -> dict[str, Any]:
-        """Return what a person or a program is shown: all but the long rows of prototypes' numbers."""
+    def summary(self) -> dict[str, Any]:
+        """Return the manifest as JSON values, without the prototypes' encoded numbers."""
         return self.model_dump(
             mode="json", exclude={"routing": {"numbers": True, "glance": {"numbers": True}}}
         )
 
     def score(self, task: str) -> Score | None:
-        """Return the score on a task, if it was measured."""
+        """Return the score on a task, None if it was not measured."""
         return next((s for s in self.scores if s.task == task), None)
 
     def with_scores(self, scores: Sequence[Score]) -> Manifest:
         """Return the manifest with these scores, replacing older ones of the same task and precision."""
-        new = {(s.task, s.precision) for s in scores}
-        kept = tuple(
-            s for s in self.scores if (s.task, s.precision or scores[0].precision) not in new
+        replaced = {(s.task, s.precision) for s in scores}
+        others = tuple(
+            s for s in self.scores if (s.task, s.precision or scores[0].precision) not in replaced
         )
-        return self.model_copy(update={"scores": (*kept, *scores)})
+        return self.model_copy(update={"scores": (*others, *scores)})
 
 
-def hurt(manifest: Manifest | None) -> str:
-    """Return how a transfer was judged to hurt, empty where it was not; such an adapter is not passed on."""
+def transfer_problem(manifest: Manifest | None) -> str:
+    """Return a sentence when the adapter's transfer was judged to hurt, else an empty string."""
     report = manifest.transfer if manifest else None
     if manifest is None or report is None or report.verdict != "hurts":
         return ""
     return f"adapter {manifest.name!r} was judged to hurt beside {report.baseline} (gain {report.gain:.3f})"
 
 
-def losses(manifest: Manifest) -> list[Score]:
-    """Return the scores on an adapter's own tasks (on all, when it names none) that the backbone beats."""
-    own = [s for s in manifest.scores if s.task in manifest.training.tasks] or manifest.scores
-    return [s for s in own if _is_worse(s)]
+def scores_below_backbone(manifest: Manifest) -> list[Score]:
+    """Return the scores that the backbone beats, on the adapter's own tasks (on all if it names none)."""
+    own_scores = [
+        s for s in manifest.scores if s.task in manifest.training.tasks
+    ] or manifest.scores
+    return [s for s in own_scores if _is_worse(s)]
 
 
 def _is_worse(score: Score) -> bool:
@@ -250,17 +254,17 @@ def _is_worse(score: Score) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return a folder's manifest, None when it has none; raise AdapterError listing every misfit."""
-    path = folder / FILE
+    """Return a folder's manifest, None if it has none; raise AdapterError naming all misfits."""
+    path = folder / MANIFEST
     if not os.path.lexists(path):
         return None
-    data = read_bytes(path, MAX_BYTES)
+    data = read_bytes(path, MAX_MANIFEST_BYTES)
     try:
-        return Manifest.model_validate(parse_json(data, MAX_VALUES))
+        return Manifest.model_validate(parse_json(data, MAX_MANIFEST_VALUES))
     except ValidationError as error:
         misfits = explain(error, Manifest)
         message = join_misfits(str(path), misfits)
-        raise AdapterError(message, [f"{FILE}: {misfit}" for misfit in misfits]) from error
+        raise AdapterError(message, [f"{MANIFEST}: {misfit}" for misfit in misfits]) from error
     except ValueError as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What a manifest keeps of the messages that an adapter is for: its prototype, as text."""
+"""Prototype of an adapter's messages: Gaussian mixtures, stored as base64 text in the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Numbers = npt.NDArray[np.float64]
 
 
 class MixtureNumbers(NamedTuple):
-    """Gaussians with one covariance: K centres of W numbers, and R factors."""
+    """A Gaussian mixture with a shared covariance: K centres of width W, R covariance factors."""
 
     centres: Numbers
     """(K, W)"""
@@ -24,12 +24,12 @@ class MixtureNumbers(NamedTuple):
     """(K,)"""
     factors: Numbers
     """(R, W)"""
-    rest: Numbers
+    variances: Numbers
     """(W,)"""
 
 
 class PrototypeNumbers(NamedTuple):
-    """All numbers of a prototype, each in its shape."""
+    """The arrays of a prototype."""
 
     own: MixtureNumbers
     background: MixtureNumbers
@@ -39,16 +39,16 @@ class PrototypeNumbers(NamedTuple):
     """(Q,)"""
 
 
-MAX_TEXT = 800_000
-"""Longest text of numbers: a manifest has at most 1 MB."""
-HALF_BYTES = 2
+MAX_NUMBERS_TEXT = 800_000
+"""Maximal length of the encoded numbers, in characters: a manifest has at most 1 MB."""
+FLOAT16_BYTES = 2
 """Bytes of a float16."""
 
 Size = Annotated[int, Field(ge=1, le=4096)]
 
 
 class StoredPrototype(BaseModel):
-    """A prototype's sizes and numbers."""
+    """The sizes and the encoded numbers of a prototype."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,49 +64,56 @@ class StoredPrototype(BaseModel):
         default=0, description="Messages that it was learnt from."
     )
     numbers: str = Field(
-        max_length=MAX_TEXT,
+        max_length=MAX_NUMBERS_TEXT,
         description="base64 of little-endian float16: own centres, shares, factors, rest; the same of the "
         "background, with one centre; quantiles of ratios and densities.",
     )
 
     @model_validator(mode="after")
     def _is_whole(self) -> StoredPrototype:
-        if self._behind > self.width:
-            raise ValueError(f"background_width is {self._behind}, width only {self.width}")
-        sizes, found = self._sizes(), len(self.numbers)
-        if found != (wanted := -(-HALF_BYTES * sum(sizes) // 3) * 4):
-            raise ValueError(f"numbers: {found} characters, not {wanted}, as the sizes say")
+        if self._background_width > self.width:
+            raise ValueError(
+                f"background_width is {self._background_width}, width only {self.width}"
+            )
+        sizes, length = self._sizes(), len(self.numbers)
+        if length != (expected := -(-FLOAT16_BYTES * sum(sizes) // 3) * 4):
+            raise ValueError(f"numbers: {length} characters, not {expected}, as the sizes say")
         if problem := _problem(self.decoded()):
             raise ValueError(f"numbers: {problem}")
         return self
 
     def _sizes(self) -> tuple[int, ...]:
-        width, centres, behind = self.width, self.centres, self._behind
-        own = (centres * width, centres, self.rank * width, width)
-        background = (behind, 1, self.background_rank * behind, behind)
-        return (*own, *background, self.quantiles, self.quantiles)
+        width, centres, background_width = self.width, self.centres, self._background_width
+        own_sizes = (centres * width, centres, self.rank * width, width)
+        background_sizes = (
+            background_width,
+            1,
+            self.background_rank * background_width,
+            background_width,
+        )
+        return (*own_sizes, *background_sizes, self.quantiles, self.quantiles)
 
     @property
-    def _behind(self) -> int:
+    def _background_width(self) -> int:
         return self.background_width or self.width
 
     def decoded(self) -> PrototypeNumbers:
-        """Return the numbers; raise ValueError where they are no base64."""
+        """Return the decoded arrays; raise ValueError for invalid base64."""
         try:
             raw = base64.b64decode(self.numbers, validate=True)
         except binascii.Error as error:
             raise ValueError(f"numbers: {error}") from error
         sizes = self._sizes()
-        if len(raw) != HALF_BYTES * sum(sizes):
-            raise ValueError(f"numbers: {len(raw)} bytes, not {HALF_BYTES * sum(sizes)}")
+        if len(raw) != FLOAT16_BYTES * sum(sizes):
+            raise ValueError(f"numbers: {len(raw)} bytes, not {FLOAT16_BYTES * sum(sizes)}")
         with np.errstate(invalid="ignore"):  # a signalling NaN, which `_problem` names
             flat = np.frombuffer(raw, "<f2").astype(np.float64)
         parts = np.split(flat, [*accumulate(sizes)][:-1])
-        return PrototypeNumbers(_cloud(parts[:4]), _cloud(parts[4:8]), parts[8], parts[9])
+        return PrototypeNumbers(_mixture(parts[:4]), _mixture(parts[4:8]), parts[8], parts[9])
 
 
 class TokenPrototype(StoredPrototype):
-    """The prototype of what messages are at a glance."""
+    """Prototype of cheap features, computed from token embeddings only."""
 
     features: Literal["token-mean-1"] = Field(
         default="token-mean-1", description="How a message becomes a vector without any block."
@@ -114,7 +121,7 @@ class TokenPrototype(StoredPrototype):
 
 
 class Routing(StoredPrototype):
-    """Prototypes: they hold for the backbone of the manifest's fingerprint, whatever its precision."""
+    """Prototypes for the backbone of the manifest's fingerprint, valid for any precision."""
 
     features: Literal["early-mean-1", "early-mean-2"] = Field(
         default="early-mean-2",
@@ -125,22 +132,22 @@ class Routing(StoredPrototype):
     )
 
 
-def _cloud(parts: Sequence[Numbers]) -> MixtureNumbers:
-    centres, shares, factors, rest = parts
-    width = len(rest)
-    return MixtureNumbers(centres.reshape(-1, width), shares, factors.reshape(-1, width), rest)
+def _mixture(parts: Sequence[Numbers]) -> MixtureNumbers:
+    centres, shares, factors, variances = parts
+    width = len(variances)
+    return MixtureNumbers(centres.reshape(-1, width), shares, factors.reshape(-1, width), variances)
 
 
 def _problem(prototype: PrototypeNumbers) -> str:
-    """Return what numbers of a stranger's prototype cannot be; empty where all is well."""
-    clouds = (prototype.own, prototype.background)
-    ranks = (prototype.ratios, prototype.densities)
-    if not all(np.isfinite(part).all() for part in (*clouds[0], *clouds[1], *ranks)):
+    """Return what is invalid in a prototype's numbers, or an empty string."""
+    mixtures = (prototype.own, prototype.background)
+    quantiles = (prototype.ratios, prototype.densities)
+    if not all(np.isfinite(values).all() for values in (*mixtures[0], *mixtures[1], *quantiles)):
         return "not all are finite"
-    if any((c.rest < 0).any() for c in clouds):
+    if any((mixture.variances < 0).any() for mixture in mixtures):
         return "a variance is negative"
-    if any((c.shares <= 0).any() or c.shares.sum() > 1.01 for c in clouds):
+    if any((mixture.shares <= 0).any() or mixture.shares.sum() > 1.01 for mixture in mixtures):
         return "shares of centres must be above 0 and sum to 1"
-    if any((np.diff(part) < 0).any() for part in ranks):
+    if any((np.diff(values) < 0).any() for values in quantiles):
         return "quantiles do not ascend"
     return ""

@@ -28,13 +28,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
+from filelock import FileLock
+
 from adapterhub_chat.assets.catalogue import ASSETS, Archive, Asset
 from adapterhub_chat.errors import AssetError, UnknownNameError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may both do the work; the atomic rename keeps it right
-    fcntl = None  # type: ignore[assignment]
+from adapterhub_chat.files import new_folder, scratch_prefix
 
 log = logging.getLogger("adapterhub_chat")
 
@@ -71,7 +69,7 @@ def fetch(asset: str | Asset) -> Path:
     entry = cache / "assets" / asset.key
     try:
         if not _is_whole(entry):
-            with _alone(entry):
+            with locked_entry(entry):
                 if not _is_whole(entry):
                     _make(entry, asset, cache / "downloads")
     except AssetError:
@@ -103,35 +101,31 @@ def _is_whole(entry: Path) -> bool:
 
 
 @contextmanager
-def _alone(entry: Path) -> Iterator[None]:
-    """Let one process (or thread) at a time make `entry`; the lock dies with its holder."""
+def locked_entry(entry: Path) -> Iterator[None]:
+    """Let one process (or thread) at a time make `entry`; the lock ends with its process."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{entry}.lock", "wb") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for left_by_killed in entry.parent.glob(f"{entry.name}.tmp-*"):
-                shutil.rmtree(left_by_killed, ignore_errors=True)
+    with FileLock(f"{entry}.lock"):
+        for leftover in entry.parent.glob(f"{scratch_prefix(entry)}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
 def _make(entry: Path, asset: Asset, downloads: Path) -> None:
     """Fill a folder beside `entry`, then rename it: whatever bears the name is whole."""
-    with TemporaryDirectory(prefix=f"{entry.name}.tmp-", dir=entry.parent) as scratch:
-        files = Path(scratch, "entry", "files")
-        files.mkdir(parents=True)
+    with new_folder(entry) as made:
+        files = made / "files"
+        files.mkdir()
         missing = set(asset.members)
         for archive in asset.archives:
-            with TemporaryDirectory(dir=scratch) as folder:
+            with TemporaryDirectory(dir=made.parent) as folder:
                 path = _verified(archive, downloads) or _download(archive, Path(folder), downloads)
                 missing -= _extract(path, asset, files)
         if missing:
             raise AssetError(f"{asset.name}: not in the archive: {', '.join(sorted(missing))}")
         found = (path for path in files.rglob("*") if path.is_file())
         sizes = {path.relative_to(files).as_posix(): path.stat().st_size for path in found}
-        (files.parent / "stamp.json").write_text(json.dumps(sizes), "utf-8")
-        if not _is_whole(entry):  # without fcntl, another process may have been first
-            shutil.rmtree(entry, ignore_errors=True)
-            files.parent.rename(entry)
+        (made / "stamp.json").write_text(json.dumps(sizes), "utf-8")
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def _verified(archive: Archive, folder: Path) -> Path | None:

@@ -1,1 +1,1 @@
-"""Measurements beside peers: the same work, in one run, as ratios."""
+"""Benchmarks against peers: the same work in one run, reported as ratios."""

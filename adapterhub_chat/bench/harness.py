@@ -1,7 +1,7 @@
-"""How benches measure: each way of doing the work in a process of its own, in turn, medians of repeats.
+"""The harness of benches: a process for each way of doing the work, interleaved repeats, medians.
 
-A process of its own keeps one way's memory, caches and settings away from the others; taking turns makes a
-machine whose speed drifts treat them alike. Only one of them works at any time.
+Separate processes keep memory, caches and settings apart; interleaving spreads a drift of the machine's speed
+over all of them. Only one process works at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from adapterhub_chat.lora.processor import processor_name
+
 
 class Worker:
-    """A process that does one way's work each time it is told to."""
+    """A process that does the work of one kind for each request."""
 
     def __init__(self, module: str, kind: str, settings: Mapping[str, Any]) -> None:
-        """Start `python -m module kind settings`; it prepares itself and waits."""
+        """Start `python -m module kind settings`, and wait until it is ready."""
         self.kind = kind
         command = [sys.executable, "-m", module, kind, json.dumps(dict(settings))]
         self._process = subprocess.Popen(
@@ -31,7 +33,7 @@ class Worker:
         self.ready = self._answer()
 
     def measure(self, what: str = "run") -> dict[str, Any]:
-        """Have the work done once; return what the process says of it."""
+        """Have the work done once; return the measurements that the process reports."""
         assert self._process.stdin is not None
         self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
@@ -53,42 +55,34 @@ class Worker:
 
 
 def serve(work: Callable[[str], Mapping[str, Any]], ready: Mapping[str, Any]) -> None:
-    """Be a worker: say what is ready, then do the work for every line on standard input."""
+    """Run as a worker: print `ready`, then do the work for each line of standard input."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    os.dup2(2, 1)  # prints of libraries go to standard error
     print(json.dumps(dict(ready)), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(dict(work(line.strip()))), file=answers, flush=True)
 
 
 def interleaved(workers: Sequence[Worker], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Have every worker work `repeats` times, in turn; return the answers by kind."""
-    found: dict[str, list[dict[str, Any]]] = {worker.kind: [] for worker in workers}
+    """Have every worker work `repeats` times, interleaved; return the answers by kind."""
+    answers_by_kind: dict[str, list[dict[str, Any]]] = {worker.kind: [] for worker in workers}
     for _ in range(repeats):
         for worker in workers:
-            found[worker.kind].append(worker.measure())
-    return found
+            answers_by_kind[worker.kind].append(worker.measure())
+    return answers_by_kind
 
 
 def median(answers: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Return the median of one number."""
+    """Return the median of the answers' values of `key`."""
     return float(statistics.median(answer[key] for answer in answers))
 
 
 def machine() -> dict[str, Any]:
-    """Return what a reader must know of the machine."""
+    """Return processor, threads, device and versions, for the report."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(x.partition(":")[2].strip() for x in file if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

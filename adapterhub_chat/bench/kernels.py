@@ -1,4 +1,4 @@
-"""`bench kernels`: the measurements behind the rule in kernels.py, on the machine at hand."""
+"""`bench kernels`: times of the three forms of the LoRA product, the basis of lora/kernels.py."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from adapterhub_chat.model.devices import pick_device, pick_dtype
 
 WIDTH = 576
 SHAPES = ((16, 1), (16, 8), (32, 32), (512, 1), (512, 8), (1024, 4), (2048, 16))
-"""Rows and adapters: decode, prefill and training shapes of the default backbone."""
+"""(rows, adapters): decode, prefill and training shapes of the default backbone."""
 RANK = 16
 
 
 def bench_kernels(*, repeats: int = 15) -> dict[str, Any]:
-    """Return the median microseconds of every form at every shape, with the linear layer beside them."""
+    """Return the median microseconds of each form and of the linear layer at each shape."""
     device = pick_device(None)
     kind = pick_dtype(None, device)
     rows: list[dict[str, Any]] = []
     for dtype in dict.fromkeys((kind, torch.float32)):
         for train in (False, True):
             for num_rows, groups in SHAPES:
-                timed = _case(num_rows, groups, dtype, device, train=train, repeats=repeats)
+                times_by_form = _case(num_rows, groups, dtype, device, train=train, repeats=repeats)
                 name = f"{str(dtype)[6:]} {'train' if train else 'infer'} rows={num_rows} adapters={groups}"
-                rows.append({"case": name, **timed})
+                rows.append({"case": name, **times_by_form})
     ratios = {f"{r['case']} ragged/batched": r["ragged"] / r["batched"] for r in rows}
     return {
         "bench": "kernels",
@@ -62,13 +62,13 @@ def _case(
     a = normal(groups, RANK, WIDTH).requires_grad_(train)
     b = normal(groups, RANK, WIDTH).requires_grad_(train)
     w = normal(WIDTH, WIDTH)
-    each = rows // groups
+    rows_per_group = rows // groups
     order = torch.arange(rows, device=device)
-    ends = torch.arange(1, groups + 1, device=device, dtype=torch.int32) * each
+    ends = torch.arange(1, groups + 1, device=device, dtype=torch.int32) * rows_per_group
     mask = torch.zeros(rows, 1, groups, 1, dtype=dtype, device=device)
-    mask[order, 0, order // each] = 1
+    mask[order, 0, order // rows_per_group] = 1
     forms: dict[str, Form] = {
-        "batched": Batched(groups, each, None, None, None),
+        "batched": Batched(groups, rows_per_group, None, None, None),
         "ragged": Ragged(order, order, ends, None),
         "dense": Dense(mask),
     }

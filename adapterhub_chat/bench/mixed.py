@@ -1,8 +1,8 @@
-"""`bench mixed`: decoding by the backbone alone and by batches of different adapters, beside the peers.
+"""`bench mixed`: decoding speed of the backbone and of mixed batches of adapters, compared with peers.
 
-Every way continues the same prompts by the same number of tokens, greedily and past every end of turn, with
-random adapters on all linear layers. here: one mixed batch. peft: `generate` with `adapter_names`.
-generate: transformers alone. vllm, llamacpp: where they are installed (peers.py), else their ratios are null.
+Every kind of worker continues the same prompts by the same number of tokens, greedily and ignoring the end of
+turn, with random adapters on all linear layers. here: one mixed batch. peft: `generate` with `adapter_names`.
+generate: transformers alone. vllm, llamacpp: if installed (peers.py), else their ratios are null.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from adapterhub_chat.bench.harness import Worker, machine, median, serve
-from adapterhub_chat.bench.peers import NAMES, able
+from adapterhub_chat.bench.peers import PEER_NAMES, usable_peers
 from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
@@ -29,15 +29,15 @@ from adapterhub_chat.model.backbone import load_backbone
 from adapterhub_chat.types import as_mix
 
 CASES = ((1, 0), (16, 0), (16, 1), (16, 8), (16, 16), (32, 0), (32, 32))
-"""Rows and adapters of a batch; 0 adapters is the backbone."""
-PROMPT, LONG_PROMPT = 16, 128
-"""Tokens of a prompt, and of one whose reading is timed."""
-ASIDE = {"rank8": 8, "rank64": 64, "prefill": 16}
-"""Further ways here, with their ranks; they are measured with 16 rows only."""
+"""(rows, adapters) of a batch; 0 adapters is the backbone."""
+PROMPT_TOKENS, LONG_PROMPT_TOKENS = 16, 128
+"""Tokens of a prompt, and of the long prompt of `prefill`."""
+VARIANT_RANKS = {"rank8": 8, "rank64": 64, "prefill": 16}
+"""Further kinds of workers of this project -> rank; they are measured with 16 rows only."""
 PEER_WORKERS = "adapterhub_chat.bench.peer_workers"
-"""The module of the workers that are other engines' servers."""
-BESIDE = {"mixed8": (16, 8), "mixed32": (32, 32), "backbone": (16, 0), "single": (1, 0)}
-"""The cases whose ratios over the peers are shown."""
+"""The module of the workers that run other engines' servers."""
+PEER_RATIO_CASES = {"mixed8": (16, 8), "mixed32": (32, 32), "backbone": (16, 0), "single": (1, 0)}
+"""Ratio name -> the (rows, adapters) at which this project is compared with each peer."""
 
 Decode = Callable[[int, int], None]
 
@@ -52,38 +52,45 @@ def bench_mixed(
     peers: str | Path | None = None,
     graphs: bool = False,
 ) -> dict[str, Any]:
-    """Return tokens per second of every way at every case, and the ratios.
+    """Return tokens per second of each kind at each case, and the ratios.
 
-    `peers` is the folder of `scripts/install_peers`; None takes ADAPTERHUB_PEERS, if it is set. `graphs`:
-    here also with recorded steps, for which a case's first run takes minutes where they are compiled.
+    `peers` is the folder of `scripts/install_peers`; None takes ADAPTERHUB_PEERS, if it is set. With `graphs`
+    this project is also measured with recorded steps; their compilation on a CPU takes minutes a case.
     """
-    most = max(adapters for _, adapters in cases)
-    settings = {"backbone": backbone, "rank": rank, "tokens": tokens, "adapters": most}
-    kinds = ["here", *["graphs"] * graphs, *ASIDE, "generate"]
+    max_adapters = max(adapters for _, adapters in cases)
+    settings = {"backbone": backbone, "rank": rank, "tokens": tokens, "adapters": max_adapters}
+    kinds = ["here", *["graphs"] * graphs, *VARIANT_RANKS, "generate"]
     kinds += ["peft"] * (importlib.util.find_spec("peft") is not None)
-    served = able(peers, backbone)
-    theirs = {**settings, "rows": max(rows for rows, _ in cases), "peers": peers and str(peers)}
-    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    available_peers = usable_peers(peers, backbone)
+    peer_settings = {
+        **settings,
+        "rows": max(rows for rows, _ in cases),
+        "peers": peers and str(peers),
+    }
+    answers: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         workers = []
-        for module, kind in [*((__name__, k) for k in kinds), *((PEER_WORKERS, k) for k in served)]:
-            workers.append(Worker(module, kind, settings if module == __name__ else theirs))
+        for module, kind in [
+            *((__name__, k) for k in kinds),
+            *((PEER_WORKERS, k) for k in available_peers),
+        ]:
+            workers.append(Worker(module, kind, settings if module == __name__ else peer_settings))
             stack.callback(workers[-1].close)
         for _ in range(repeats):
             for rows, adapters in cases:
                 for worker in workers:
-                    if _does(worker.kind, rows, adapters):
-                        done = worker.measure(json.dumps([rows, adapters]))
-                        found.setdefault((worker.kind, rows, adapters), []).append(done)
+                    if _is_measured(worker.kind, rows, adapters):
+                        answer = worker.measure(json.dumps([rows, adapters]))
+                        answers.setdefault((worker.kind, rows, adapters), []).append(answer)
     speeds = {
-        key: key[1] * done[0].get("tokens", tokens) / median(done, "seconds")
-        for key, done in found.items()
+        key: key[1] * answer[0].get("tokens", tokens) / median(answer, "seconds")
+        for key, answer in answers.items()
     }
     return {
         "bench": "mixed",
         "machine": machine(),
         "settings": {**settings, "repeats": repeats},
-        "peers": served,
+        "peers": available_peers,
         "rows": [
             {"kind": kind, "rows": rows, "adapters": adapters, "tokens_per_second": speed}
             for (kind, rows, adapters), speed in speeds.items()
@@ -92,16 +99,20 @@ def bench_mixed(
     }
 
 
-def _does(kind: str, rows: int, adapters: int) -> bool:
-    """Return whether a way is measured: transformers without adapters, PEFT with, all others both."""
-    if kind in ASIDE:
+def _is_measured(kind: str, rows: int, adapters: int) -> bool:
+    """Return whether a case is measured: by transformers without adapters, by PEFT with, by others always."""
+    if kind in VARIANT_RANKS:
         return (rows, adapters) in ((16, 0), (16, 8))
     return {"generate": adapters == 0, "peft": adapters > 0}.get(kind, True)
 
 
 def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | None]:
-    def ratio(one: tuple[str, int, int], other: tuple[str, int, int]) -> float | None:
-        return speeds[one] / speeds[other] if one in speeds and other in speeds else None
+    def ratio(numerator: tuple[str, int, int], denominator: tuple[str, int, int]) -> float | None:
+        return (
+            speeds[numerator] / speeds[denominator]
+            if numerator in speeds and denominator in speeds
+            else None
+        )
 
     return {
         "mixed8_over_backbone": ratio(("here", 16, 8), ("here", 16, 0)),
@@ -114,8 +125,8 @@ def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | N
         "single_over_generate": ratio(("here", 1, 0), ("generate", 1, 0)),
         **{
             f"{name}_over_{peer}": ratio(("here", *case), (peer, *case))
-            for peer in NAMES
-            for name, case in BESIDE.items()
+            for peer in PEER_NAMES
+            for name, case in PEER_RATIO_CASES.items()
         },
     }
 
@@ -124,38 +135,38 @@ def _ratios(speeds: Mapping[tuple[str, int, int], float]) -> dict[str, float | N
 
 
 def mixed_worker() -> None:
-    """Be a worker of the kind that the command line names."""
+    """Run as the worker whose kind the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
     backbone = load_backbone(settings["backbone"])
-    if kind in ASIDE:
-        settings["rank"], settings["adapters"] = ASIDE[kind], 8
+    if kind in VARIANT_RANKS:
+        settings["rank"], settings["adapters"] = VARIANT_RANKS[kind], 8
     if kind == "prefill":
-        settings["prompt"], settings["tokens"] = LONG_PROMPT, 1
+        settings["prompt"], settings["tokens"] = LONG_PROMPT_TOKENS, 1
     settings["graphs"] = kind == "graphs"
     decode = MIXED_WORKERS[kind](backbone, settings)
-    done: set[str] = set()
+    prepared_cases: set[str] = set()
 
-    def told(what: str) -> Mapping[str, Any]:
-        rows, adapters = json.loads(what)
-        if what not in done:
-            decode(rows, adapters)  # once to set up shapes
-            done.add(what)
+    def answer(case: str) -> Mapping[str, Any]:
+        rows, adapters = json.loads(case)
+        if case not in prepared_cases:
+            decode(rows, adapters)  # a first run sets up shapes
+            prepared_cases.add(case)
         started = time.perf_counter()
         decode(rows, adapters)
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "tokens": settings.get("prompt", settings["tokens"])}
 
-    serve(told, {"dtype": str(backbone.dtype)})
+    serve(answer, {"dtype": str(backbone.dtype)})
 
 
-def prompts_of(backbone: Any, rows: int, length: int = PROMPT) -> torch.Tensor:
-    """Return prompts (rows, length), the same ones each time."""
+def prompts_of(backbone: Any, rows: int, length: int = PROMPT_TOKENS) -> torch.Tensor:
+    """Return prompts (rows, length) of random token ids; equal arguments give equal prompts."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(10, backbone.model.config.vocab_size, (rows, length), generator=generator)
 
 
 def random_adapter(model: AdapterModel, rank: int, seed: int) -> AdapterWeights:
-    """Return an adapter on all linear layers that changes what is said."""
+    """Return an adapter on all linear layers with a non-zero update."""
     start = initial_weights(model.shapes, rank=rank, alpha=2.0 * rank, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     return start.with_factors(
@@ -166,26 +177,28 @@ def random_adapter(model: AdapterModel, rank: int, seed: int) -> AdapterWeights:
     )
 
 
-def ours_mixed(backbone: Any, settings: Mapping[str, Any]) -> Decode:
-    """Decode one mixed batch with this project; nothing is remembered of earlier prompts."""
+def engine_decoder(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+    """Decode one mixed batch with this project's engine, without a prefix cache."""
     model = AdapterModel(backbone)
     engine = Engine(model, prefix_bytes=0, graphs=settings.get("graphs", False))
-    length = settings.get("prompt", PROMPT)
+    length = settings.get("prompt", PROMPT_TOKENS)
     for n in range(settings["adapters"]):
         model.load(f"a{n}", random_adapter(model, settings["rank"], n))
-    rules = Sampling(max_new_tokens=settings["tokens"], ignore_eos=True)
+    sampling = Sampling(max_new_tokens=settings["tokens"], ignore_eos=True)
 
     def decode(rows: int, adapters: int) -> None:
         prompts = prompts_of(backbone, rows, length).tolist()
         names = [f"a{row % adapters}" if adapters else None for row in range(rows)]
-        asked = [Request(tuple(p), as_mix(n), rules) for p, n in zip(prompts, names, strict=True)]
-        for ticket in [engine.submit(request) for request in asked]:
+        requests = [
+            Request(tuple(p), as_mix(n), sampling) for p, n in zip(prompts, names, strict=True)
+        ]
+        for ticket in [engine.submit(request) for request in requests]:
             ticket.result()
 
     return decode
 
 
-def transformers_mixed(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+def transformers_decoder(backbone: Any, settings: Mapping[str, Any]) -> Decode:
     """Decode with transformers alone."""
     backbone.model.set_attn_implementation("sdpa")
 
@@ -195,15 +208,15 @@ def transformers_mixed(backbone: Any, settings: Mapping[str, Any]) -> Decode:
     return decode
 
 
-def peft_mixed(backbone: Any, settings: Mapping[str, Any]) -> Decode:
-    """Decode a mixed batch with `peft_mixed`."""
-    library: Any = importlib.import_module("peft")
+def peft_decoder(backbone: Any, settings: Mapping[str, Any]) -> Decode:
+    """Decode a mixed batch with PEFT."""
+    peft: Any = importlib.import_module("peft")
     backbone.model.set_attn_implementation("sdpa")
     rank = settings["rank"]
-    lora = library.LoraConfig(
+    lora = peft.LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear"
     )
-    model = library.get_peft_model(
+    model = peft.get_peft_model(
         backbone.model, lora, adapter_name="a0", autocast_adapter_dtype=False
     )
     for n in range(1, settings["adapters"]):
@@ -235,11 +248,11 @@ def _generate(model: Any, backbone: Any, rows: int, tokens: int, **options: Any)
 
 
 MIXED_WORKERS: Mapping[str, Callable[[Any, Mapping[str, Any]], Decode]] = {
-    "here": ours_mixed,
-    "graphs": ours_mixed,
-    **dict.fromkeys(ASIDE, ours_mixed),
-    "generate": transformers_mixed,
-    "peft": peft_mixed,
+    "here": engine_decoder,
+    "graphs": engine_decoder,
+    **dict.fromkeys(VARIANT_RANKS, engine_decoder),
+    "generate": transformers_decoder,
+    "peft": peft_decoder,
 }
 
 if __name__ == "__main__":

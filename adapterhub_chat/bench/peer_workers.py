@@ -1,13 +1,13 @@
-"""The workers of `bench mixed` that are other engines' servers: vLLM and llama.cpp, asked over HTTP.
+"""Workers of `bench mixed` that run other engines' servers: vLLM and llama.cpp, over HTTP.
 
-They get the same prompts, as token ids, and the same adapters, in the files that each of them reads. All rows
-of a case are asked for at once, row i for adapter i % adapters, greedily, past every end of turn, and nothing
-is remembered of earlier prompts. Each engine runs two servers, since adapters slow down its backbone even
-where none is asked for: one without, for the backbone's best, and one with all of them. A server goes on only
-for its own measurements and is stopped (SIGSTOP) for all others': it would spin on the cores that they need.
+They get the same prompts, as token ids, and the same adapters, in each engine's file format. All rows of a
+case are requested at once, row i for adapter i % adapters, greedily, ignoring the end of turn, without a
+prefix cache. Each engine runs two servers, since adapters slow down its backbone even for requests without
+one: one server without adapters, and one with all of them. A server runs only during its own measurements and
+is stopped (SIGSTOP) during all others, since an idle one uses the cores.
 
-vllm: the backbone in bf16. llamacpp: the GGUF file of the backbone itself, 4-bit where that is; llama.cpp
-computes requests for different adapters one adapter after another.
+vllm: the backbone in bf16. llamacpp: the backbone's GGUF file, 4-bit if that is; llama.cpp computes requests
+for different adapters one adapter after another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adapterhub_chat.artifact.folder import config_of, write_weights
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.bench.harness import serve
-from adapterhub_chat.bench.mixed import PROMPT, prompts_of, random_adapter
+from adapterhub_chat.bench.mixed import PROMPT_TOKENS, prompts_of, random_adapter
 from adapterhub_chat.bench.peers import Server, free_port, gguf_of, installed, python_of
 from adapterhub_chat.export.gguf_adapter import write_gguf
 from adapterhub_chat.lora.weights import AdapterWeights
@@ -55,23 +55,23 @@ params.lora_init_without_apply = True
 server = xllamacpp.Server(params)
 threading.Event().wait()
 """
-"""What runs in llama.cpp's environment: its own server, as a library."""
+"""The program that runs in llama.cpp's environment: its server, as a library."""
 
 
 class Peer(ABC):
-    """One engine: how it is started and asked."""
+    """An engine: its files, its command line and its requests."""
 
     route: str
     variables: Mapping[str, str] = {}
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Start with `settings`, and write files into `folder`."""
+        """Use `settings`, and write files into `folder`."""
         self.folder, self.settings = folder, settings
         self.python = python_of(settings["peers"], settings["kind"])
 
     @abstractmethod
     def write_backbone(self, backbone: Backbone) -> None:
-        """Write what the server needs of the backbone."""
+        """Write the files of the backbone that the server needs."""
 
     @abstractmethod
     def write_adapter(self, n: int, weights: AdapterWeights, backbone: Backbone) -> None:
@@ -79,7 +79,7 @@ class Peer(ABC):
 
     @abstractmethod
     def command(self, port: int, adapters: int) -> list[str]:
-        """Return the command line of a server with so many adapters."""
+        """Return the command line of a server with `adapters` adapters (0: none)."""
 
     @abstractmethod
     def body(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Peer(ABC):
 
     @abstractmethod
     def count(self, answer: Mapping[str, Any]) -> int:
-        """Return how many tokens an answer has."""
+        """Return the number of tokens of an answer."""
 
 
 class VLLM(Peer):
@@ -96,7 +96,7 @@ class VLLM(Peer):
     route = "/v1/completions"
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Bind it to as many cores as this project computes on; left alone it keeps one of them free."""
+        """Bind it to as many cores as this project uses; by default it leaves one free."""
         super().__init__(folder, settings)
         cores = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
         self.variables = {
@@ -121,8 +121,8 @@ class VLLM(Peer):
         write_weights(target / WEIGHTS, weights.to(backbone.dtype))
 
     def command(self, port: int, adapters: int) -> list[str]:
-        """Start by module: the `vllm` command looks for a package of another name and fails."""
-        tokens = PROMPT + self.settings["tokens"] + 1
+        """Start by module; the `vllm` command fails, since it looks for a package of another name."""
+        tokens = PROMPT_TOKENS + self.settings["tokens"] + 1
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", "backbone", "--served-model-name", "backbone"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
@@ -135,7 +135,7 @@ class VLLM(Peer):
         return command
 
     def body(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> dict[str, Any]:
-        """Name the adapter as the model."""
+        """Return a request that names the adapter as the model."""
         return {
             "model": "backbone" if adapter is None else f"a{adapter}",
             "prompt": list(prompt),
@@ -145,7 +145,7 @@ class VLLM(Peer):
         }
 
     def count(self, answer: Mapping[str, Any]) -> int:
-        """Return what it says it has made."""
+        """Return the number that the server reports."""
         return int(answer["usage"]["completion_tokens"])
 
 
@@ -156,9 +156,9 @@ class LlamaCpp(Peer):
 
     def write_backbone(self, backbone: Backbone) -> None:
         """Find the backbone's GGUF file."""
-        found = gguf_of(backbone.name)
-        assert found is not None, f"{backbone.name} is no GGUF file"
-        self.model = found
+        path = gguf_of(backbone.name)
+        assert path is not None, f"{backbone.name} is no GGUF file"
+        self.model = path
 
     def write_adapter(self, n: int, weights: AdapterWeights, backbone: Backbone) -> None:
         """Write a GGUF file."""
@@ -170,14 +170,14 @@ class LlamaCpp(Peer):
             "model": str(self.model),
             "port": port,
             "rows": self.settings["rows"],
-            "cells": self.settings["rows"] * (PROMPT + self.settings["tokens"] + 1),
+            "cells": self.settings["rows"] * (PROMPT_TOKENS + self.settings["tokens"] + 1),
             "threads": torch.get_num_threads(),
             "adapters": [f"a{n}.gguf" for n in range(adapters)],
         }
         return [self.python, "-c", LLAMACPP, json.dumps(settings)]
 
     def body(self, prompt: Sequence[int], adapter: int | None, tokens: int) -> dict[str, Any]:
-        """Name the adapter by its number; where none is named, all are on."""
+        """Return a request that names the adapter by number; without `lora` all adapters would be active."""
         return {
             "prompt": list(prompt),
             "n_predict": tokens,
@@ -188,7 +188,7 @@ class LlamaCpp(Peer):
         }
 
     def count(self, answer: Mapping[str, Any]) -> int:
-        """Return what it says it has made."""
+        """Return the number that the server reports."""
         return int(answer["tokens_predicted"])
 
 
@@ -207,15 +207,17 @@ def ask_all(
         started = time.perf_counter()
         answers = list(pool.map(lambda body: server.ask(peer.route, body), bodies))
         seconds = time.perf_counter() - started
-    if short := [n for n in map(peer.count, answers) if n != tokens]:
-        raise RuntimeError(f"the {server.name} server made {short[0]} tokens instead of {tokens}")
+    if wrong_counts := [n for n in map(peer.count, answers) if n != tokens]:
+        raise RuntimeError(
+            f"the {server.name} server made {wrong_counts[0]} tokens instead of {tokens}"
+        )
     return seconds
 
 
 def peer_worker() -> None:
-    """Be a worker of the kind that the command line names."""
+    """Run as the worker whose kind the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="adapterhub-peer-")))
         peer = PEERS[kind](folder, {**settings, "kind": kind})
@@ -233,7 +235,7 @@ def peer_worker() -> None:
             server.pause()
             servers[adapters > 0] = server
 
-        def told(what: str) -> Mapping[str, Any]:
+        def answer(what: str) -> Mapping[str, Any]:
             rows, adapters = json.loads(what)
             prompts = prompts_of(backbone, rows).tolist()
             server = servers[adapters > 0]
@@ -245,10 +247,10 @@ def peer_worker() -> None:
                 server.pause()
             return {"seconds": seconds}
 
-        serve(told, {"version": installed(settings["peers"])[kind]})
+        serve(answer, {"version": installed(settings["peers"])[kind]})
 
 
-def _leave(number: int, _frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)  # by way of the servers' ends
 
 

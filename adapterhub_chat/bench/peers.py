@@ -1,7 +1,7 @@
-"""Other engines as servers on the loopback address: where they are installed, how they start, pause and end.
+"""Servers of other engines on the loopback address: installation, start, pause and end.
 
-`scripts/install_peers FOLDER` makes an environment for each; FOLDER is given, or stands in ADAPTERHUB_PEERS.
-A server spins on its cores even when nobody asks anything, so it is stopped (SIGSTOP) while others work.
+`scripts/install_peers FOLDER` makes an environment for each; FOLDER is an argument, or ADAPTERHUB_PEERS. An
+idle server still uses its cores (busy waiting), so it is stopped by SIGSTOP while others are measured.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from adapterhub_chat.assets.catalogue import ASSETS
 from adapterhub_chat.assets.fetch import backbone_path
 from adapterhub_chat.errors import UsageError
 
-FOLDER = "ADAPTERHUB_PEERS"
+FOLDER_VARIABLE = "ADAPTERHUB_PEERS"
 """Environment variable: the folder of `scripts/install_peers`."""
-NAMES = ("vllm", "llamacpp")
+PEER_NAMES = ("vllm", "llamacpp")
 READY_SECONDS, END_SECONDS, ANSWER_SECONDS = 600, 15, 600
-FOREIGN = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-"""Variables of this environment that would lead another one's interpreter astray."""
-LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Asks without a proxy, whatever the environment says: the servers are here."""
+REMOVED_VARIABLES = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+"""Environment variables that would disturb the interpreter of another environment."""
+DIRECT_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs without a proxy, whatever the environment says, since the servers are local."""
 
 
 def installed(folder: str | Path | None = None) -> dict[str, str]:
-    """Return the version of every engine that is installed in `folder`, else in ADAPTERHUB_PEERS, by name."""
-    given = folder or os.environ.get(FOLDER)
-    if not given:
+    """Return name -> version of the engines installed in `folder`, else in ADAPTERHUB_PEERS."""
+    root = folder or os.environ.get(FOLDER_VARIABLE)
+    if not root:
         return {}
-    if not Path(given).is_dir():
+    if not Path(root).is_dir():
         raise UsageError(
-            f"peers: {given} is not a folder; make it with scripts/install_peers {given}"
+            f"peers: {root} is not a folder; make it with scripts/install_peers {root}"
         )
-    found = {}
-    for name in NAMES:
-        version = Path(given, name, "VERSION")  # written last, when all the rest is there
+    versions = {}
+    for name in PEER_NAMES:
+        version = Path(root, name, "VERSION")  # written at the end of an installation
         if version.is_file():
-            found[name] = version.read_text("utf-8").strip()
-    return found
+            versions[name] = version.read_text("utf-8").strip()
+    return versions
 
 
-def able(folder: str | Path | None, backbone: str) -> dict[str, str]:
-    """Return the versions of the installed engines that can serve this backbone, by name."""
+def usable_peers(folder: str | Path | None, backbone: str) -> dict[str, str]:
+    """Return name -> version of the installed engines that can serve this backbone."""
     return {
         name: version
         for name, version in installed(folder).items()
@@ -60,7 +60,7 @@ def able(folder: str | Path | None, backbone: str) -> dict[str, str]:
 
 
 def gguf_of(backbone: str) -> Path | None:
-    """Return the GGUF file behind a backbone's name, None where it is something else."""
+    """Return the GGUF file of a backbone's name, None for other formats."""
     asset = ASSETS.get(backbone)
     path = backbone_path(backbone) if asset and asset.kind == "backbone" else Path(backbone)
     return path.expanduser().absolute() if path.suffix == ".gguf" else None
@@ -68,18 +68,18 @@ def gguf_of(backbone: str) -> Path | None:
 
 def python_of(folder: str | Path | None, name: str) -> str:
     """Return the interpreter of an engine's own environment."""
-    return str(Path(folder or os.environ[FOLDER], name, "bin", "python").absolute())
+    return str(Path(folder or os.environ[FOLDER_VARIABLE], name, "bin", "python").absolute())
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return a free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class Server:
-    """A server process and all that it starts, in a process group of their own; a context manager."""
+    """A server process and its children, in a process group; a context manager."""
 
     def __init__(
         self,
@@ -89,29 +89,31 @@ class Server:
         folder: Path,
         variables: Mapping[str, str],
     ) -> None:
-        """Start `command`, which listens on `port`, in `folder`; what it prints goes into a log there."""
+        """Start `command`, which listens on `port`, in `folder`; its output goes to a log file there."""
         self.name, self.port = name, port
         self.log = folder / f"{name}-{port}.log"
-        kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in REMOVED_VARIABLES
+        }
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**kept, **variables},
+                env={**inherited, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is ours to handle, and one signal reaches them all
+                start_new_session=True,  # Ctrl-C does not reach it, and one signal reaches the group
             )
 
     def wait(self) -> None:
-        """Wait until it answers; raise RuntimeError with the end of its log when it does not."""
-        until = time.monotonic() + READY_SECONDS
-        while time.monotonic() < until:
+        """Wait until it answers; raise RuntimeError with the end of its log on failure."""
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the {self.name} server ended while it started{self._said()}")
             try:
-                with LOCAL.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                with DIRECT_OPENER.open(f"http://127.0.0.1:{self.port}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
@@ -120,34 +122,34 @@ class Server:
         )
 
     def ask(self, route: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Post `body` and return the answer; raise RuntimeError with what the server says against it."""
+        """Post `body` and return the answer; raise RuntimeError with the server's error message."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{route}",
             json.dumps(dict(body)).encode(),
             {"Content-Type": "application/json"},
         )
         try:
-            with LOCAL.open(request, timeout=ANSWER_SECONDS) as answer:
-                found: dict[str, Any] = json.load(answer)
+            with DIRECT_OPENER.open(request, timeout=ANSWER_SECONDS) as answer:
+                result: dict[str, Any] = json.load(answer)
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            raise RuntimeError(f"the {self.name} server refused: {error.code} {said}") from error
+            reason = error.read().decode(errors="replace")
+            raise RuntimeError(f"the {self.name} server refused: {error.code} {reason}") from error
         except OSError as error:
             raise RuntimeError(
                 f"the {self.name} server gave no answer: {error}{self._said()}"
             ) from error
-        return found
+        return result
 
     def pause(self) -> None:
-        """Stop all of its processes where they are."""
+        """Stop all of its processes (SIGSTOP)."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let them go on."""
+        """Continue all of its processes (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """End all of its processes; those that do not end by themselves are killed."""
+        """Terminate all of its processes, and kill those that do not end in time."""
         self._signal(signal.SIGTERM)
         self.resume()
         try:
@@ -171,7 +173,7 @@ class Server:
         self.close()
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # nobody is left in the group
+        with suppress(ProcessLookupError):  # the group has no process any more
             os.killpg(self._process.pid, number)
 
     def _said(self) -> str:

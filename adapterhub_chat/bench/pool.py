@@ -1,10 +1,10 @@
-"""`bench pool`: many adapters on disk and memory for few, beside all of them in memory.
+"""`bench pool`: serving many adapters with memory for few of them, compared with all in memory.
 
-A process fills a pool with adapters; two others answer the same requests in turn: one holds all adapters in
-memory, the other a budget's worth. uniform: each request names any adapter. zipf: the n-th adapter is
-asked for 1/n as often as the first. Nothing is remembered of earlier prompts. Memory: what
-a process had at its peak over what is left without adapters when all is done; of that, the process with a
-budget is charged what the other one does not need as well, for the requests themselves.
+A process fills a pool with adapters; two others answer the same requests in turn: `resident` holds all
+adapters in memory, `budget` as many as its budget allows. uniform: each request names a random adapter. zipf:
+the n-th adapter is requested 1/n times as often as the first. There is no prefix cache. Memory is a process's
+peak minus its memory without adapters at the end; from that of `budget`, the memory that `resident` needs for
+the requests is subtracted.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.model.devices import resident_memory
 from adapterhub_chat.types import as_mix
 
-PROMPT = 16
+NUM_PROMPT_TOKENS = 16
 """Tokens of a prompt."""
-TRAFFIC = ("uniform", "zipf")
-REST = "rest"
-"""Asks a worker what memory it has without adapters, and with how many bytes of them."""
+TRAFFIC_KINDS = ("uniform", "zipf")
+REST_COMMAND = "rest"
+"""Command to a worker: report its memory without adapters, and the bytes of its adapters."""
 
 
 def bench_pool(
@@ -47,7 +47,7 @@ def bench_pool(
     tokens: int = 32,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Return tokens per second with a `budget` (in adapters) over those with all in memory."""
+    """Return tokens per second with a `budget` (in adapters), relative to all in memory."""
     settings = {
         "backbone": backbone,
         "rank": rank,
@@ -57,28 +57,33 @@ def bench_pool(
         "tokens": tokens,
     }
     with tempfile.TemporaryDirectory() as pool:
-        given = {**settings, "pool": pool}
-        saver = Worker("adapterhub_chat.bench.swap", "save", given)
+        worker_settings = {**settings, "pool": pool}
+        saver = Worker("adapterhub_chat.bench.swap", "save", worker_settings)
         saver.close()
         size = saver.ready["parameters"] * saver.ready["itemsize"]
         kinds = {"resident": None, "budget": budget * size}
-        workers = [Worker(__name__, kind, {**given, "bytes": b}) for kind, b in kinds.items()]
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        workers = [
+            Worker(__name__, kind, {**worker_settings, "bytes": b}) for kind, b in kinds.items()
+        ]
+        answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for turn in range(repeats):
-            for traffic in TRAFFIC:
+            for traffic in TRAFFIC_KINDS:
                 for worker in workers:
-                    done = worker.measure(json.dumps([traffic, turn]))
-                    found.setdefault((worker.kind, traffic), []).append(done)
-        left = {worker.kind: worker.measure(REST) for worker in workers}
+                    answer = worker.measure(json.dumps([traffic, turn]))
+                    answers.setdefault((worker.kind, traffic), []).append(answer)
+        rest = {worker.kind: worker.measure(REST_COMMAND) for worker in workers}
         for worker in workers:
             worker.close()
-    table = [
-        _row(kind, traffic, done, requests * tokens) for (kind, traffic), done in found.items()
+    result_rows = [
+        _row(kind, traffic, answer, requests * tokens)
+        for (kind, traffic), answer in answers.items()
     ]
-    speed = {(row["kind"], row["traffic"]): row["tokens_per_second"] for row in table}
-    most = {kind: max(row["bytes"] for row in table if row["kind"] == kind) for kind in kinds}
-    over = {kind: most[kind] - left[kind]["bytes"] for kind in kinds}
-    requests_need = over["resident"] - left["resident"]["adapters"]
+    speed = {(row["kind"], row["traffic"]): row["tokens_per_second"] for row in result_rows}
+    peak_bytes = {
+        kind: max(row["bytes"] for row in result_rows if row["kind"] == kind) for kind in kinds
+    }
+    adapter_bytes = {kind: peak_bytes[kind] - rest[kind]["bytes"] for kind in kinds}
+    request_bytes = adapter_bytes["resident"] - rest["resident"]["adapters"]
     return {
         "bench": "pool",
         "machine": machine(),
@@ -88,26 +93,26 @@ def bench_pool(
             "budget_bytes": budget * size,
             "repeats": repeats,
         },
-        "rows": table,
+        "rows": result_rows,
         "ratios": {
             **{
                 f"{traffic}_over_resident": speed["budget", traffic] / speed["resident", traffic]
-                for traffic in TRAFFIC
+                for traffic in TRAFFIC_KINDS
             },
-            "memory_over_budget": (over["budget"] - requests_need) / (budget * size),
+            "memory_over_budget": (adapter_bytes["budget"] - request_bytes) / (budget * size),
         },
     }
 
 
-def _row(kind: str, traffic: str, done: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    seconds = median(done, "seconds")
+def _row(kind: str, traffic: str, answers: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    seconds = median(answers, "seconds")
     return {
         "kind": kind,
         "traffic": traffic,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "loads": median(done, "loads"),
-        "bytes": max(answer["bytes"] for answer in done),
+        "loads": median(answers, "loads"),
+        "bytes": max(answer["bytes"] for answer in answers),
     }
 
 
@@ -115,14 +120,14 @@ def _row(kind: str, traffic: str, done: list[dict[str, Any]], tokens: int) -> di
 
 
 def pool_worker() -> None:
-    """Be a worker of the kind that the command line names."""
+    """Run as the worker whose kind the command line names."""
     settings = json.loads(sys.argv[2])
     work = answering(settings)
     serve(work, {})
 
 
 def answering(settings: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any]]:
-    """Answer the requests that are described, with as many bytes for adapters as `settings` give."""
+    """Return a worker's function that answers described requests within `settings["bytes"]` of adapters."""
     hub = AdapterHub(settings["backbone"], settings["pool"], adapter_bytes=settings["bytes"])
     engine = Engine(hub.model, rows=settings["rows"], prefix_bytes=0)
     vocabulary = hub.backbone.model.config.vocab_size
@@ -132,28 +137,28 @@ def answering(settings: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any]]
         for name in hub.pool.names():
             hub.load(name)
 
-    def told(what: str) -> Mapping[str, Any]:
-        if what == REST:
+    def answer(what: str) -> Mapping[str, Any]:
+        if what == REST_COMMAND:
             slots = hub.model.slots.nbytes
             return {"bytes": _trimmed_memory() - slots, "adapters": slots}
         traffic, turn = json.loads(what)
         names = draw(traffic, settings["adapters"], settings["requests"], turn)
-        loads = hub.model.slots.loads
-        with _Peak() as peak:
+        loads = hub.model.slots.num_loads
+        with _PeakMemory() as peak:
             started = time.perf_counter()
             _answer(engine, names, vocabulary, settings["tokens"], turn)
             seconds = time.perf_counter() - started
         return {
             "seconds": seconds,
-            "loads": hub.model.slots.loads - loads,
+            "loads": hub.model.slots.num_loads - loads,
             "bytes": peak.most,
         }
 
-    return told
+    return answer
 
 
 def draw(traffic: str, adapters: int, requests: int, seed: int) -> list[str]:
-    """Return the adapter that each request names."""
+    """Return the adapter name of each request."""
     weights = [1.0 if traffic == "uniform" else 1 / (n + 1) for n in range(adapters)]
     chosen = random.Random(f"{traffic} {seed}").choices(range(adapters), weights, k=requests)
     return [f"a{n}" for n in chosen]
@@ -161,27 +166,27 @@ def draw(traffic: str, adapters: int, requests: int, seed: int) -> list[str]:
 
 def _answer(engine: Engine, names: list[Any], vocabulary: int, tokens: int, seed: int) -> None:
     rng = random.Random(seed)
-    rules = Sampling(max_new_tokens=tokens, ignore_eos=True)
+    sampling = Sampling(max_new_tokens=tokens, ignore_eos=True)
     tickets = []
     for name in names:
-        prompt = tuple(rng.randrange(10, vocabulary) for _ in range(PROMPT))
-        tickets.append(engine.submit(Request(prompt, as_mix(name), rules)))
+        prompt = tuple(rng.randrange(10, vocabulary) for _ in range(NUM_PROMPT_TOKENS))
+        tickets.append(engine.submit(Request(prompt, as_mix(name), sampling)))
     for ticket in tickets:
         ticket.result()
 
 
 def _trimmed_memory() -> int:
-    """Return this process's memory after what is free was given back, where the C library can do that."""
+    """Return this process's memory after freed memory was returned to the system, if the C library can."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return resident_memory()
 
 
-class _Peak:
-    """The most memory of this process while the block runs, looked at every few milliseconds."""
+class _PeakMemory:
+    """The peak memory of this process during the block, sampled every 10 ms."""
 
-    def __enter__(self) -> _Peak:
+    def __enter__(self) -> _PeakMemory:
         self.most, self._ended = resident_memory(), threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()

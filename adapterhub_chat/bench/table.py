@@ -1,4 +1,4 @@
-"""The benches by name, and their results as lines for a person."""
+"""The benches by name, and their results as lines of text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`bench train`: several adapters at once, beside plain `peft_train` one after another, and beside the floor.
+"""`bench train`: joint training of several adapters, compared with PEFT in sequence and a lower bound.
 
-here: K adapters jointly. one: one adapter with the same rows a step. floor: the same forward on the same
-packed tokens and the backward to the inputs, with no adapters. peft: PEFT and a plain, competent loop:
-the same examples in the same steps, padded to the longest of each, one adapter after another.
+here: K adapters jointly. one: one adapter with the same number of rows a step. floor: forward and backward to
+the inputs on the same packed tokens without adapters, the lower bound. peft: PEFT with a plain training loop
+on the same examples in the same steps, padded to the longest of a step, one adapter after another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from adapterhub_chat.types import as_mix
 
 BENCH_TASKS = ("sentiment", "qa", "generation")
 PAD_STEP = 16
-"""The reference's batches are padded to a multiple of this: few shapes cost a CPU less."""
+"""PEFT's batches are padded to a multiple of this: few shapes are faster on a CPU."""
 
 TrainWork = Callable[[], Mapping[str, Any]]
 
@@ -54,11 +54,11 @@ def bench_train(  # noqa: PLR0913 - the settings of the run
     repeats: int = 3,
     flat: Sequence[int] = (1, 16),
 ) -> dict[str, Any]:
-    """Return the table and the ratios; `flat`: the numbers of adapters whose cost is compared.
+    """Return rows and ratios; `flat` are the numbers of adapters whose cost of an example is compared.
 
-    `dtype` None is the fastest one; in "fp32" nothing is rounded, so that both must learn alike.
+    `dtype` None is the fastest one; in "fp32" both sides should reach equal losses.
     """
-    pick_dtype(dtype, torch.device("cpu"))  # says what is allowed, before any process starts
+    pick_dtype(dtype, torch.device("cpu"))  # raises for an unknown dtype, before any process starts
     settings = {
         "backbone": backbone,
         "dtype": dtype,
@@ -72,20 +72,22 @@ def bench_train(  # noqa: PLR0913 - the settings of the run
     }
     kinds = ["here", "one", "floor"] + ["peft"] * (importlib.util.find_spec("peft") is not None)
     workers = [Worker(__name__, kind, settings) for kind in kinds]
-    found = interleaved(workers, repeats)
+    answers_by_kind = interleaved(workers, repeats)
     ends = {worker.kind: worker.measure("end") for worker in workers}
     for worker in workers:
         worker.close()
-    rows = [_row(kind, answers, ends[kind]) for kind, answers in found.items()]
-    by = {row["kind"]: row for row in rows}
-    own = by["here"]["seconds"]
+    rows = [_row(kind, answers, ends[kind]) for kind, answers in answers_by_kind.items()]
+    row_by_kind = {row["kind"]: row for row in rows}
+    our_seconds = row_by_kind["here"]["seconds"]
     ratios: dict[str, float | None] = {
-        "speedup_over_peft": by["peft"]["seconds"] / own if "peft" in by else None,
-        "fraction_of_floor": by["floor"]["seconds"] / own,
-        "memory_over_one": by["here"]["peak_bytes"] / by["one"]["peak_bytes"],
+        "speedup_over_peft": row_by_kind["peft"]["seconds"] / our_seconds
+        if "peft" in row_by_kind
+        else None,
+        "fraction_of_floor": row_by_kind["floor"]["seconds"] / our_seconds,
+        "memory_over_one": row_by_kind["here"]["peak_bytes"] / row_by_kind["one"]["peak_bytes"],
     }
     if len(flat) > 1:
-        costs = _flat(settings, flat, repeats)
+        costs = _cost_by_count(settings, flat, repeats)
         rows += costs
         first, last = costs[0]["seconds_per_example"], costs[-1]["seconds_per_example"]
         ratios[f"cost_{flat[-1]}_over_{flat[0]}"] = last / first
@@ -95,27 +97,27 @@ def bench_train(  # noqa: PLR0913 - the settings of the run
         "settings": {**settings, "repeats": repeats},
         "rows": rows,
         "ratios": ratios,
-        "validation": _compared(ends),
+        "validation": _compare_losses(ends),
     }
 
 
-def _compared(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return each adapter's loss on validation, here and with `peft_train`, and the paired difference.
+def _compare_losses(ends: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return each adapter's validation loss, here and with PEFT, and the paired difference.
 
     A loss is the mean over the answers' tokens; intervals of 95 % resample the examples.
     """
     if "peft" not in ends:
         return {}
-    found = {}
-    for name, own in ends["here"]["validation"].items():
+    comparisons = {}
+    for name, ours in ends["here"]["validation"].items():
         theirs = ends["peft"]["validation"][name]
-        difference, low, high = paired_difference(own, theirs, mean_loss)
-        found[name] = {
-            "here": _loss(own),
+        difference, low, high = paired_difference(ours, theirs, mean_loss)
+        comparisons[name] = {
+            "here": _loss(ours),
             "peft": _loss(theirs),
             "difference": {"loss": difference, "low": low, "high": high},
         }
-    return found
+    return comparisons
 
 
 def _loss(rows: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -135,25 +137,33 @@ def _row(kind: str, answers: Sequence[Mapping[str, Any]], end: Mapping[str, Any]
     }
 
 
-def _flat(settings: Mapping[str, Any], counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Return the cost of an example with so many adapters in the run.
+def _cost_by_count(
+    settings: Mapping[str, Any], counts: Sequence[int], repeats: int
+) -> list[dict[str, Any]]:
+    """Return the cost of an example for each number of adapters in the run.
 
-    All learn the first task, and share out the same number of rows: only the number of adapters differs.
+    All learn the first task and share the same number of rows; only the number of adapters differs.
     """
     rows = max(counts)
-    alike = {**settings, "tasks": settings["tasks"][:1]}
-    shares = [{**alike, "adapters": n, "rows_per_step": rows // n} for n in counts]
-    workers = [Worker(__name__, "here", own) for own in shares]
+    base_settings = {**settings, "tasks": settings["tasks"][:1]}
+    settings_by_count = [
+        {**base_settings, "adapters": n, "rows_per_step": rows // n} for n in counts
+    ]
+    workers = [Worker(__name__, "here", each) for each in settings_by_count]
     times: list[list[float]] = [[] for _ in workers]
     for _ in range(repeats):
-        for worker, own in zip(workers, times, strict=True):
+        for worker, each in zip(workers, times, strict=True):
             done = worker.measure()
-            own.append(done["seconds"] / done["examples"])
+            each.append(done["seconds"] / done["examples"])
     for worker in workers:
         worker.close()
     return [
-        {"kind": f"{n} adapters", "adapters": n, "seconds_per_example": sorted(own)[len(own) // 2]}
-        for n, own in zip(counts, times, strict=True)
+        {
+            "kind": f"{n} adapters",
+            "adapters": n,
+            "seconds_per_example": sorted(each)[len(each) // 2],
+        }
+        for n, each in zip(counts, times, strict=True)
     ]
 
 
@@ -161,24 +171,24 @@ def _flat(settings: Mapping[str, Any], counts: Sequence[int], repeats: int) -> l
 
 
 def train_worker() -> None:
-    """Be a worker of the kind that the command line names."""
+    """Run as the worker whose kind the command line names."""
     kind, settings = sys.argv[1], json.loads(sys.argv[2])
     backbone = load_backbone(settings["backbone"], dtype=settings.get("dtype"))
     work, end = TRAIN_WORKERS[kind](backbone, settings)
     work()  # a first step sets up shapes and memory
 
-    def told(what: str) -> Mapping[str, Any]:
+    def answer(what: str) -> Mapping[str, Any]:
         if what == "end":
             return {"peak_bytes": peak_memory(backbone.device), **end()}
         started = time.perf_counter()
-        done = work()
-        return {**done, "seconds": time.perf_counter() - started}
+        result = work()
+        return {**result, "seconds": time.perf_counter() - started}
 
-    serve(told, {"dtype": str(backbone.dtype), "threads": torch.get_num_threads()})
+    serve(answer, {"dtype": str(backbone.dtype), "threads": torch.get_num_threads()})
 
 
 def jobs_of(backbone: Any, settings: Mapping[str, Any]) -> list[Job]:
-    """Return the adapters to train, the tasks in turn."""
+    """Return the training jobs; the tasks take turns."""
     jobs = []
     for n in range(settings["adapters"]):
         task = load_task(settings["tasks"][n % len(settings["tasks"])])
@@ -201,22 +211,22 @@ def jobs_of(backbone: Any, settings: Mapping[str, Any]) -> list[Job]:
 
 
 def tokens_of(examples: Sequence[Encoded]) -> dict[str, int]:
-    """Return how many tokens and examples were learnt from."""
+    """Return the numbers of trained tokens and examples."""
     return {"tokens": sum(e.num_inputs for e in examples), "examples": len(examples)}
 
 
 def ours_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
     """Train all adapters jointly."""
-    run = TrainingRun(AdapterModel(backbone), jobs_of(backbone, settings))
-    return _joint(run, settings["steps"])
+    training_run = TrainingRun(AdapterModel(backbone), jobs_of(backbone, settings))
+    return _joint(training_run, settings["steps"])
 
 
-def one(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
-    """Train one adapter on as many rows a step as all of them have together."""
+def single_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
+    """Train one adapter on as many rows a step as all adapters have together."""
     rows = settings["rows_per_step"] * settings["adapters"]
-    alone = {**settings, "adapters": 1, "rows_per_step": rows}
-    run = TrainingRun(AdapterModel(backbone), jobs_of(backbone, alone))
-    return _joint(run, settings["steps"])
+    single_settings = {**settings, "adapters": 1, "rows_per_step": rows}
+    training_run = TrainingRun(AdapterModel(backbone), jobs_of(backbone, single_settings))
+    return _joint(training_run, settings["steps"])
 
 
 def _joint(run: TrainingRun, steps: int) -> tuple[TrainWork, TrainWork]:
@@ -225,7 +235,7 @@ def _joint(run: TrainingRun, steps: int) -> tuple[TrainWork, TrainWork]:
     run.on_event = lambda event: losses.update({event.adapter: event.values["loss"]})
     learnt: list[Encoded] = []
     for family in run.families:
-        family.draw = _noted(family.draw, learnt)  # type: ignore[method-assign]
+        family.draw = _recording_draw(family.draw, learnt)  # type: ignore[method-assign]
 
     def work() -> Mapping[str, Any]:
         learnt.clear()
@@ -234,13 +244,13 @@ def _joint(run: TrainingRun, steps: int) -> tuple[TrainWork, TrainWork]:
         return {**tokens_of(learnt), "losses": dict(losses)}
 
     def end() -> Mapping[str, Any]:
-        found = {}
+        rows_by_adapter = {}
         for learner in learners:
             name, examples = learner.job.name, learner.job.validation
             run.model.load(name, learner.weights())
             losses = sequence_losses(run.model, examples, as_mix(name)).flatten().tolist()
-            found[name] = _rows(examples, losses)
-        return {"validation": found}
+            rows_by_adapter[name] = _rows(examples, losses)
+        return {"validation": rows_by_adapter}
 
     return work, end
 
@@ -251,7 +261,7 @@ def _rows(examples: Sequence[Encoded], losses: Sequence[float]) -> list[list[flo
     return [list(row) for row in zip(losses, lengths, strict=True)]
 
 
-def _noted(draw: Callable[[], Any], learnt: list[Encoded]) -> Callable[[], Any]:
+def _recording_draw(draw: Callable[[], Any], learnt: list[Encoded]) -> Callable[[], Any]:
     def drawn() -> Any:
         parts = draw()
         learnt.extend(e for part in parts for row in part.rows for e in row)
@@ -260,12 +270,12 @@ def _noted(draw: Callable[[], Any], learnt: list[Encoded]) -> Callable[[], Any]:
     return drawn
 
 
-def floor(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
+def floor_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
     """Run the frozen backbone forward and back to its inputs, on the same packed tokens."""
     model = AdapterModel(backbone)
     embeddings = backbone.model.get_input_embeddings()
     embeddings.register_forward_hook(lambda _module, _inputs, out: out.requires_grad_())
-    streams = _streams(jobs_of(backbone, settings))
+    streams = _row_streams(jobs_of(backbone, settings))
 
     def work() -> Mapping[str, Any]:
         learnt: list[Encoded] = []
@@ -281,11 +291,11 @@ def floor(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainW
 
 
 def peft_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, TrainWork]:
-    """Train the adapters with `peft_train`, one after another, each step's examples padded to the longest."""
+    """Train the adapters with PEFT, one after another, each step's examples padded to the longest."""
     jobs = jobs_of(backbone, settings)
     model = _peft_model(backbone, jobs)
     parts = []
-    for n, stream in enumerate(_streams(jobs)):
+    for n, stream in enumerate(_row_streams(jobs)):
         model.set_adapter(str(n))
         parameters = [p for p in model.parameters() if p.requires_grad]
         parts.append((parameters, stream, torch.optim.AdamW(parameters, weight_decay=0.0)))
@@ -294,16 +304,16 @@ def peft_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, T
         batch = padded(examples, backbone.tokenizer.pad_token_id)
         return {name: tensor.to(backbone.device) for name, tensor in batch.items()}
 
-    done = 0
+    steps_done = 0
 
     def work() -> Mapping[str, Any]:
-        nonlocal done
+        nonlocal steps_done
         learnt: list[Encoded] = []
         losses = {}
         model.train()
         for n, (job, (parameters, stream, optimizer)) in enumerate(zip(jobs, parts, strict=True)):
             model.set_adapter(str(n))
-            for step in range(done, done + settings["steps"]):
+            for step in range(steps_done, steps_done + settings["steps"]):
                 examples = [e for row in next(stream) for e in row]
                 loss = model(**moved(examples)).loss
                 loss.backward()
@@ -315,13 +325,13 @@ def peft_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, T
                 optimizer.zero_grad()
                 learnt += examples
             losses[job.name] = float(loss.detach())
-        done += settings["steps"]
+        steps_done += settings["steps"]
         return {**tokens_of(learnt), "losses": losses}
 
     @torch.no_grad()
     def end() -> Mapping[str, Any]:
         model.eval()
-        found = {}
+        rows_by_adapter = {}
         for n, job in enumerate(jobs):
             model.set_adapter(str(n))
             losses: list[float] = []
@@ -329,21 +339,21 @@ def peft_train(backbone: Any, settings: Mapping[str, Any]) -> tuple[TrainWork, T
                 batch = moved(job.validation[start : start + 16])
                 labels = batch.pop("labels")[:, 1:]
                 logits = model(**batch).logits[:, :-1].float()
-                each = functional.cross_entropy(logits.mT, labels, reduction="none")
-                losses += each.sum(1).tolist()
-            found[job.name] = _rows(job.validation, losses)
-        return {"validation": found}
+                token_loss_rows = functional.cross_entropy(logits.mT, labels, reduction="none")
+                losses += token_loss_rows.sum(1).tolist()
+            rows_by_adapter[job.name] = _rows(job.validation, losses)
+        return {"validation": rows_by_adapter}
 
     return work, end
 
 
 def _peft_model(backbone: Any, jobs: Sequence[Job]) -> Any:
-    """Return the backbone with an adapter for each job, with the initial weights that it has here."""
-    library: Any = importlib.import_module("peft")
+    """Return PEFT's model with an adapter for each job, with the same initial weights as here."""
+    peft: Any = importlib.import_module("peft")
     backbone.model.set_attn_implementation("sdpa")
     shapes, model = linear_shapes(backbone.model), None
     for n, config in enumerate(job.config for job in jobs):
-        lora = library.LoraConfig(
+        lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=config.rank,
             lora_alpha=config.alpha,
@@ -351,7 +361,7 @@ def _peft_model(backbone: Any, jobs: Sequence[Job]) -> Any:
         )
         options = {"adapter_name": str(n), "autocast_adapter_dtype": False}
         if model is None:
-            model = library.get_peft_model(backbone.model, lora, **options)
+            model = peft.get_peft_model(backbone.model, lora, **options)
         else:
             model.add_adapter(peft_config=lora, **options)
         start = initial_weights(shapes, rank=config.rank, alpha=config.alpha, seed=config.seed)
@@ -375,7 +385,7 @@ def padded(examples: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _streams(jobs: Sequence[Job]) -> list[Any]:
+def _row_streams(jobs: Sequence[Job]) -> list[Any]:
     return [
         epochs(
             job.train,
@@ -389,8 +399,8 @@ def _streams(jobs: Sequence[Job]) -> list[Any]:
 
 TRAIN_WORKERS: Mapping[str, Callable[[Any, Mapping[str, Any]], tuple[TrainWork, TrainWork]]] = {
     "here": ours_train,
-    "one": one,
-    "floor": floor,
+    "one": single_train,
+    "floor": floor_train,
     "peft": peft_train,
 }
 

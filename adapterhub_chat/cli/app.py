@@ -9,13 +9,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from adapterhub_chat.cli.output import INTERRUPTED, tell, tell_warnings_and_logs
+from adapterhub_chat.cli.output import INTERRUPTED, print_message, print_warnings_and_logs
 from adapterhub_chat.errors import AdapterHubError
 
 VERBS = {
     "demo": (
         "demo:demo",
-        "Train qa, generation and sentiment jointly, judge them, swap them, mix them in one batch.",
+        "Train qa, generation and sentiment jointly, measure them, swap them, mix them in one batch.",
     ),
     "train": (
         "train:train",
@@ -37,7 +37,7 @@ VERBS = {
     "show": ("pool:show", "Show an adapter's card, or with --json its manifest."),
     "rollback": (
         "rollback:rollback",
-        "Put an adapter's earlier version back; once more returns to the newer one.",
+        "Restore an adapter's earlier version; a second call returns to the newer one.",
     ),
     "verify": (
         "pool:verify",
@@ -47,46 +47,46 @@ VERBS = {
         "bench:bench",
         "Measure this project, and the peers that are installed, in one interleaved run.",
     ),
-    "merge": ("merge:merge", "Make one new adapter of several, and measure what it keeps of each."),
+    "merge": ("merge:merge", "Merge several adapters into one, and measure what it keeps of each."),
     "export": (
         "merge:export",
         "Write the backbone with an adapter merged into it, as a model folder for plain transformers.",
     ),
     "transfer": (
         "transfer:transfer",
-        "Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid.",
+        "Make an adapter for a target from a source: all methods with one budget, each with a verdict.",
     ),
     "flatten": (
         "transfer:flatten",
-        "Keep a stack as one plain PEFT adapter, which needs no source beside it.",
+        "Save a stack as one plain PEFT adapter, which does not need its source.",
     ),
     "route": (
         "route:route",
-        "Say which adapter each message is for, how sure that is, and why; or that the backbone answers.",
+        "Choose the adapter for each message, with confidence and reason; the backbone if none is close.",
     ),
     "push": (
         "remote:push",
-        "Publish an adapter with its card: one commit, and a version that never moves.",
+        "Publish an adapter with its card, in one commit under a new version tag.",
     ),
     "pull": (
         "remote:pull",
-        "Bring an adapter from a Hub into the pool, checked before anything of it is used.",
+        "Download an adapter from a Hub into the pool, after verifying it as untrusted.",
     ),
     "search": ("remote:search", "List adapters on a Hub that fit the backbone."),
     "adopt": (
         "remote:adopt",
-        "Measure an adapter that plain PEFT made, and give it manifest, probe and card.",
+        "Measure an adapter made by plain PEFT, and write its manifest, probe and card.",
     ),
     "keygen": (
         "remote:keygen",
         "Make a key for push --sign, and print the public key for pull --require-signature.",
     ),
 }
-"""Verb -> where its function is, and the first sentence of that function's docstring."""
+"""Verb -> module and function, and the first sentence of the function's docstring."""
 
 
 class VerbGroup(TyperGroup):
-    """Verbs by name and sentence; the one that is called is replaced by its function's command."""
+    """Verbs by name and sentence; the called verb is replaced by the command of its function."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that `args` begin with, its module imported."""
@@ -115,14 +115,14 @@ for verb, (_, sentence) in VERBS.items():
 
 
 def main() -> None:
-    """Run the command line; errors that a person can mend are one message and exit code 2."""
-    tell_warnings_and_logs()
+    """Run the command line; an AdapterHubError is printed as a message with exit code 2."""
+    print_warnings_and_logs()
     try:
         app()
     except AdapterHubError as error:
-        tell("error", str(error))
+        print_message("error", str(error))
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            tell("interrupted", "what was saved by then is kept")
+            print_message("interrupted", "what was saved by then is kept")
         raise

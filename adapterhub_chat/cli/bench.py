@@ -41,8 +41,8 @@ def bench(
         raise UsageError(
             "--dtype: only bench train and bench swap take another dtype; leave it out"
         )
-    given = {"repeats": repeats, "peers": peers, "dtype": dtype, "graphs": graphs}
-    result = BENCHES[kind](**{name: value for name, value in given.items() if value})
+    options = {"repeats": repeats, "peers": peers, "dtype": dtype, "graphs": graphs}
+    result = BENCHES[kind](**{name: value for name, value in options.items() if value})
     if as_json:
         print_json(result)
         return

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from adapterhub_chat.api import AdapterHub
-from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone, with_engine
 from adapterhub_chat.cli.output import Notes
 from adapterhub_chat.errors import AdapterHubError, UsageError
 from adapterhub_chat.types import AUTO, BACKBONE, Message, Mix, as_mix
 
 HELP = """\
-/use NAME           answer with one adapter ('backbone': none, 'auto': the one that each message is for)
+/use NAME           answer with one adapter ('backbone': none, 'auto': chosen for each message)
 /mix a=0.5 b=0.5    answer with a weighted mixture
 /list               the adapters of the pool
 /reset              forget the conversation
@@ -24,7 +24,7 @@ HELP = """\
 
 
 class ChatSession:
-    """One conversation whose adapter can change between turns; Ctrl-C stops an answer, not the session."""
+    """A conversation whose adapter can change between turns; Ctrl-C ends an answer, not the session."""
 
     def __init__(self, hub: AdapterHub, *, write: Callable[[str], None]) -> None:
         """Start with the bare backbone and no history."""
@@ -42,7 +42,7 @@ class ChatSession:
         }
 
     def handle(self, line: str) -> None:
-        """Obey a command or answer a message; errors are told, not raised."""
+        """Run a command or answer a message; errors are written, not raised."""
         line = line.strip()
         word, _, rest = line.partition(" ")
         try:
@@ -58,7 +58,7 @@ class ChatSession:
             self.write("\n(stopped; this turn is forgotten)\n")
 
     def answer(self, text: str) -> str:
-        """Stream the reply to `text` and remember both."""
+        """Stream the reply to `text` and append both to the history."""
         turns = [*self.history, Message("user", text)]
         mix = self.choose(text) if self.auto else self.mix
         (reply,) = self.hub.chat(
@@ -69,14 +69,14 @@ class ChatSession:
         return reply
 
     def choose(self, text: str) -> Mix:
-        """Return who answers a message; who did before stays unless another is clearly better."""
+        """Route a message; the previous adapter is kept unless another is clearly better."""
         previous = self.mix.names[0] if self.mix.names else None
-        found = self.hub.route(text, previous=previous)
-        self.write(f"[{found.adapter}: {found.reason}]\n")
-        return found.mix
+        route = self.hub.route(text, previous=previous)
+        self.write(f"[{route.adapter}: {route.reason}]\n")
+        return route.mix
 
     def use(self, name: str) -> None:
-        """Answer with the adapter `name` (of the pool, or a folder), or by each message, from now on."""
+        """Answer further messages with an adapter of the pool or a folder, or with 'auto' by routing."""
         if not name:
             raise UsageError("/use needs a name, as in /use qa")
         self.mix = Mix() if name == AUTO else as_mix(self._loaded(name))
@@ -91,12 +91,12 @@ class ChatSession:
         self.auto = False
 
     def list(self, _: str = "") -> None:
-        """Show the adapters of the pool and what else is loaded; `*` marks who answers."""
+        """Show the adapters of the pool and the loaded ones; `*` marks the current one."""
         for name in (BACKBONE, *(adapter.name for adapter in self.hub.adapters())):
             self.write(f"{'*' if name in (self.mix.names or (BACKBONE,)) else ' '} {name}\n")
 
     def reset(self, _: str = "") -> None:
-        """Forget the conversation, and with "auto" who answered last."""
+        """Forget the conversation and, with "auto", the last adapter."""
         self.history = []
         if self.auto:
             self.mix = Mix()
@@ -126,14 +126,15 @@ def _weight(part: str) -> tuple[str, float]:
 
 
 @with_backbone
+@with_engine
 def chat(
     adapter: Annotated[
-        str, typer.Option(help="Who answers first, or 'auto'; /use NAME changes it.")
+        str, typer.Option(help="First adapter, or 'auto'; /use NAME changes it.")
     ] = BACKBONE,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
 ) -> None:
     """Talk in the terminal: /use NAME, /mix a=0.5 b=0.5, /list, /reset, /quit."""
-    hub = where.open(Notes(quiet=False))
+    hub = hub_options.open(Notes(quiet=False))
     session = ChatSession(hub, write=lambda text: typer.echo(text, nl=False))
     session.use(adapter)
     typer.echo("Type a message; /help lists the commands.")

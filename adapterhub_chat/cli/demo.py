@@ -1,4 +1,4 @@
-"""The main job in one call: train three adapters jointly, judge them, swap them, mix them in one batch."""
+"""`demo`: train three adapters jointly, measure them, swap them, and mix them in one batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import typer
 from adapterhub_chat.api import AdapterHub
 from adapterhub_chat.artifact.manifest import Manifest
 from adapterhub_chat.cli.options import (
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
     HubOptions,
     JsonOption,
-    PoolOption,
     precision,
+    with_backbone,
+    with_engine,
 )
 from adapterhub_chat.cli.output import Bars, Notes, err, print_json, print_scores, print_table
 from adapterhub_chat.config import TrainConfig
@@ -30,22 +28,22 @@ from adapterhub_chat.training.job import make_job
 from adapterhub_chat.training.loop import train
 from adapterhub_chat.types import BACKBONE
 
-TASKS = ("qa", "generation", "sentiment")
-SETTINGS = {
+DEMO_TASKS = ("qa", "generation", "sentiment")
+DEMO_SETTINGS = {
     "train_examples": 1600,
     "max_steps": 60,
     "eval_every": 30,
     "eval_examples": 32,
     "patience": 0,
 }
-"""At most; a slow machine takes fewer steps. The shipped adapters had far more."""
-TEST_EXAMPLES, FEWEST_TESTS = 80, 8
-SECONDS = 280.0
-"""That the demo may take once its data are there: less than five minutes."""
-REHEARSAL = {"max_steps": 3, "max_minutes": 0, "train_examples": 200, "eval_examples": 0}
-"""The first steps, by which it is told how many will fit."""
-AFTER, ANSWERING = 40, 5
-"""What follows the training, and of it the answers at the end, as long as so many steps of it."""
+"""Upper limits; a slow machine takes fewer steps. The shipped adapters were trained much longer."""
+MAX_TEST_EXAMPLES, MIN_TEST_EXAMPLES = 80, 8
+MAX_SECONDS = 280.0
+"""Time budget of the demo after the data are downloaded: less than five minutes."""
+TIMING_SETTINGS = {"max_steps": 3, "max_minutes": 0, "train_examples": 200, "eval_examples": 0}
+"""Settings of the first steps, which measure the time of a step."""
+STEPS_AFTER_TRAINING, STEPS_FOR_ANSWERS = 40, 5
+"""Time reserved for all that follows the training, and for the last answers alone, in training steps."""
 PROMPTS = (
     ("qa", "What is the capital of France?"),
     ("generation", "Hey! I just got back from a long trip. How was your week?"),
@@ -65,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured."""
+    """The results of the demo."""
 
     manifests: dict[str, Manifest]
     swapped: tuple[Answer, ...]
@@ -73,7 +71,7 @@ class DemoResult:
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plain form that `demo --json` prints."""
+        """Return the JSON object that `demo --json` prints."""
         adapters = {}
         for name, manifest in self.manifests.items():
             score = manifest.scores[0] if manifest.scores else None
@@ -100,38 +98,44 @@ def run_demo(
     *,
     listeners: Listeners = SILENT,
     settings: dict[str, Any] | None = None,
-    tasks: Sequence[str | Path | Task] = TASKS,
-    seconds: float = SECONDS,
+    tasks: Sequence[str | Path | Task] = DEMO_TASKS,
+    seconds: float = MAX_SECONDS,
 ) -> DemoResult:
-    """Train, judge, save, swap and mix; everything lands in the hub's pool.
+    """Train, measure, save, swap and mix adapters; they are saved to the hub's pool.
 
-    It is to be over `seconds` after the data are there: a rehearsal of the first steps tells how long
-    the training may go on, its schedule with it, and the first test items how many there may be. Ctrl-C
-    in training saves what was best and ends the demo.
+    It ends about `seconds` after the data are downloaded: the time of some first steps determines the length
+    of the training and its schedule, and the time of the first test items determines their number. Ctrl-C
+    during training saves the best weights so far and ends the demo.
     """
     chosen = [as_task(task) for task in tasks]
     for task in chosen:
         task.split("train")  # fetches the data
     started = time.monotonic()
-    given = {**SETTINGS, **(settings or {})}
-    step = step_seconds(hub, chosen, given)
-    left = seconds - (time.monotonic() - started)
-    clock = {"max_minutes": max(step, left - AFTER * step, 0.001) / 60}
+    merged_settings = {**DEMO_SETTINGS, **(settings or {})}
+    step = step_seconds(hub, chosen, merged_settings)
+    seconds_left = seconds - (time.monotonic() - started)
+    time_limit = {"max_minutes": max(step, seconds_left - STEPS_AFTER_TRAINING * step, 0.001) / 60}
     manifests = hub.train(
-        chosen, how="joint", test_examples=0, listeners=listeners, **{**clock, **given}
+        chosen,
+        how="joint",
+        test_examples=0,
+        listeners=listeners,
+        **{**time_limit, **merged_settings},
     )
     if any(m.training.stopped == "interrupted" for m in manifests.values()):
         raise KeyboardInterrupt
-    manifests = judged(hub, chosen, manifests, started + seconds - ANSWERING * step, listeners)
-    question = PROMPTS[0][1]
+    manifests = measure_adapters(
+        hub, chosen, manifests, started + seconds - STEPS_FOR_ANSWERS * step, listeners
+    )
+    prompt = PROMPTS[0][1]
     swapped = []
     for name in (*manifests, BACKBONE):
         with hub.use(name):
-            (text,) = hub.chat([_asked(question)], max_new_tokens=24, temperature=0)
-        swapped.append(Answer(name, question, text))
+            (text,) = hub.chat([_user_turn(prompt)], max_new_tokens=24, temperature=0)
+        swapped.append(Answer(name, prompt, text))
     rows = [(name, prompt) for name, prompt in PROMPTS if name in manifests or name == BACKBONE]
     texts = hub.chat(
-        [_asked(prompt) for _, prompt in rows],
+        [_user_turn(prompt) for _, prompt in rows],
         adapters=[name for name, _ in rows],
         max_new_tokens=32,
         temperature=0,
@@ -141,8 +145,8 @@ def run_demo(
 
 
 def step_seconds(hub: AdapterHub, tasks: Sequence[Task], settings: dict[str, Any]) -> float:
-    """Return the seconds of a joint training step, without its first one; what is learnt is thrown away."""
-    config = TrainConfig(**{**settings, **REHEARSAL})
+    """Return the mean seconds of a joint training step after the first; the trained weights are discarded."""
+    config = TrainConfig(**{**settings, **TIMING_SETTINGS})
     jobs = [make_job(hub.backbone.tokenizer, task.name, task, config) for task in tasks]
     times = [time.monotonic()]
 
@@ -151,51 +155,50 @@ def step_seconds(hub: AdapterHub, tasks: Sequence[Task], settings: dict[str, Any
             times.append(time.monotonic())
 
     train(hub.model, jobs, on_event=on_event)
-    first, *others = [later - sooner for sooner, later in pairwise(times)] or [0.0]
-    return sum(others) / len(others) if others else first
+    first_step, *later_steps = [later - sooner for sooner, later in pairwise(times)] or [0.0]
+    return sum(later_steps) / len(later_steps) if later_steps else first_step
 
 
-def judged(
+def measure_adapters(
     hub: AdapterHub,
     tasks: Sequence[Task],
     manifests: Mapping[str, Manifest],
     end: float,
     listeners: Listeners,
 ) -> dict[str, Manifest]:
-    """Measure each adapter on a few test items, then on as many as there is time for until `end`."""
+    """Measure each adapter on a few test items, then on as many as the time until `end` allows."""
     trained = [task for task in tasks if task.name in manifests]
-    found = dict(manifests)
+    measured = dict(manifests)
     for number, task in enumerate(trained):
-        limit = FEWEST_TESTS
+        limit = MIN_TEST_EXAMPLES
         while limit:
             began = time.monotonic()
             scores = hub.evaluate([task.name], [task], limit=limit, save=True, listeners=listeners)
-            found[task.name] = found[task.name].with_scores(scores)
+            measured[task.name] = measured[task.name].with_scores(scores)
             now = time.monotonic()
-            share = (end - now) / (len(trained) - number)
-            more = min(TEST_EXAMPLES, int(limit * share / (now - began)))
-            limit = more if more > limit == FEWEST_TESTS else 0
-    return found
+            seconds_per_task = (end - now) / (len(trained) - number)
+            num_affordable = min(MAX_TEST_EXAMPLES, int(limit * seconds_per_task / (now - began)))
+            limit = num_affordable if num_affordable > limit == MIN_TEST_EXAMPLES else 0
+    return measured
 
 
-def _asked(prompt: str) -> list[dict[str, str]]:
+def _user_turn(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def demo(
-    backbone: BackboneOption = "smollm2-135m",
-    pool: PoolOption = Path("runs/demo"),
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train qa, generation and sentiment jointly, judge them, swap them, mix them in one batch."""
-    say = Notes(quiet=as_json)
-    say(
+DEMO_HUB = HubOptions(pool=Path("runs/demo"))
+
+
+@with_backbone
+@with_engine
+def demo(hub_options: HubOptions = DEMO_HUB, as_json: JsonOption = False) -> None:
+    """Train qa, generation and sentiment jointly, measure them, swap them, mix them in one batch."""
+    notes = Notes(quiet=as_json)
+    notes(
         "The main job, small: three adapters trained jointly on one frozen backbone. "
         "Five minutes at most; the adapters shipped in adapters/ had a larger budget."
     )
-    hub = HubOptions(backbone, pool, None, dtype, device).open(say)
+    hub = hub_options.open(notes)
     with Bars(err, show=not as_json) as bars:
         result = run_demo(hub, listeners=bars.listeners)
     if as_json:
@@ -210,5 +213,7 @@ def demo(
         columns = ("adapter", "prompt", "output")
         print_table(title, columns, [(row.adapter, row.prompt, row.output) for row in rows])
     first = next(iter(result.manifests), BACKBONE)
-    typer.echo(f"Done in {result.seconds:.0f} s. The adapters are in {pool}; talk to one:")
-    typer.echo(f"  adapterhub-chat chat --pool {pool} --adapter {first}")
+    typer.echo(
+        f"Done in {result.seconds:.0f} s. The adapters are in {hub_options.pool}; talk to one:"
+    )
+    typer.echo(f"  adapterhub-chat chat --pool {hub_options.pool} --adapter {first}")

@@ -1,15 +1,16 @@
-"""JSON lines in and out: every bad line is named, and a file appears only when it is complete."""
+"""JSON lines as input and output: all bad lines are listed, and output files appear complete."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 from adapterhub_chat.errors import AdapterHubError, DataError, UsageError
+from adapterhub_chat.files import replaced_file
 
 
 def read_lines(source: str) -> list[dict[str, Any]]:
@@ -22,11 +23,11 @@ def read_lines(source: str) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"--input {source}: {error.strerror or error}") from error
     rows = [_json_object(line) for line in raw.rstrip().splitlines()]
-    bad = [str(number) for number, row in enumerate(rows, 1) if row is None]
-    if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        where = f"--input {source}, line {', '.join(bad[:10])}{more}"
-        raise DataError(f'{where}: not a JSON object like {{"text": ...}}')
+    bad_lines = [str(number) for number, row in enumerate(rows, 1) if row is None]
+    if bad_lines:
+        remaining = f" and {len(bad_lines) - 10} more" if len(bad_lines) > 10 else ""
+        location = f"--input {source}, line {', '.join(bad_lines[:10])}{remaining}"
+        raise DataError(f'{location}: not a JSON object like {{"text": ...}}')
     return [row for row in rows if row is not None]
 
 
@@ -40,22 +41,19 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 
 @contextmanager
 def open_output(output: str) -> Iterator[TextIO]:
-    """Give standard output for `-`, else a file that takes its name only when all is written."""
+    """Yield standard output for `-`, else a file that replaces `output` when all is written."""
     if output == "-":
         yield sys.stdout
         return
     target = Path(output)
-    special = target.exists() and not target.is_file()  # a pipe, a device: nothing to rename over
-    partial = target if special else Path(f"{output}.part")
+    is_special = target.exists() and not target.is_file()  # a pipe or a device: written directly
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with (
+            nullcontext(target) if is_special else replaced_file(target) as path,
+            path.open("w", encoding="utf-8") as file,
+        ):
             yield file
-        partial.replace(target)
     except OSError as error:
         if isinstance(error, AdapterHubError):
             raise
         raise UsageError(f"--output {output}: {error.strerror or error}") from error
-    finally:
-        if not special:
-            with suppress(OSError):
-                partial.unlink()

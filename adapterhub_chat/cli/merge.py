@@ -1,4 +1,4 @@
-"""The verbs of the command line that make one thing of several: an adapter, or a model."""
+"""The verbs `merge` and `export`: several adapters into one, and an adapter into a model folder."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def merge(
         "budget"
     ].default,
     force: Annotated[bool, typer.Option(help=FIELDS["force"].description)] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Make one new adapter of several, and measure what it keeps of each."""
-    given = _weights(weights)
-    judged_by = dict(_pair(text) for text in task or [])
-    hub = where.open(Notes(quiet=as_json))
+    """Merge several adapters into one, and measure what it keeps of each."""
+    weight_list = _weights(weights)
+    judged_by = dict(_adapter_and_task(text) for text in task or [])
+    hub = hub_options.open(Notes(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.merge(
             adapters,
             method,
-            given,
+            weight_list,
             name=name,
             tasks=judged_by,
             listeners=bars.listeners,
@@ -70,11 +70,11 @@ def merge(
         )
     assert manifest.merge is not None
     if as_json:
-        made = {"adapter": manifest.name, "sha256": manifest.sha256}
+        adapter_fields = {"adapter": manifest.name, "sha256": manifest.sha256}
         parents = list(manifest.training.parents)
-        print_json({**made, "parents": parents, **manifest.merge.model_dump(mode="json")})
+        print_json({**adapter_fields, "parents": parents, **manifest.merge.model_dump(mode="json")})
     else:
-        _print(manifest, where.pool)
+        _print_report(manifest, hub_options.pool)
 
 
 @with_backbone
@@ -87,20 +87,24 @@ def export(
     most_drift: Annotated[
         float, typer.Option(min=0, help="How near auto asks for: nats of KL on probe prompts.")
     ] = MOST_DRIFT,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Write the backbone with an adapter merged into it, as a model folder for plain transformers."""
-    hub = where.open(Notes(quiet=as_json))
-    done = hub.export(adapter, folder, form=form, most_drift=most_drift)
+    hub = hub_options.open(Notes(quiet=as_json))
+    exported = hub.export(adapter, folder, form=form, most_drift=most_drift)
     if as_json:
-        print_json({"path": str(done.path), "form": done.form, "drift": dict(done.drift)})
+        print_json(
+            {"path": str(exported.path), "form": exported.form, "drift": dict(exported.drift)}
+        )
         return
-    drifts = ", ".join(f"{name} {value:.4f}" for name, value in done.drift.items())
-    typer.echo(f"{done.path}: {done.form}; drift from {adapter} unmerged (KL, nats): {drifts}")
+    drifts = ", ".join(f"{name} {value:.4f}" for name, value in exported.drift.items())
+    typer.echo(
+        f"{exported.path}: {exported.form}; drift from {adapter} unmerged (KL, nats): {drifts}"
+    )
 
 
-def _print(manifest: Manifest, pool: Path) -> None:
+def _print_report(manifest: Manifest, pool: Path) -> None:
     report = manifest.merge
     assert report is not None
     if report.tried:
@@ -109,16 +113,16 @@ def _print(manifest: Manifest, pool: Path) -> None:
     columns = ("source", "task", "metric", "alone", "merged", "kept", "95 % interval", "mix keeps")
     rows_of_sources = [
         (
-            one.adapter,
-            one.task,
-            one.metric,
-            number(one.single),
-            number(one.merged),
-            number(one.value),
-            f"{number(one.low)} to {number(one.high)}",
-            number(mix.value),
+            retention.adapter,
+            retention.task,
+            retention.metric,
+            number(retention.single),
+            number(retention.merged),
+            number(retention.value),
+            f"{number(retention.low)} to {number(retention.high)}",
+            number(mix_retention.value),
         )
-        for one, mix in zip(report.retention, report.mix, strict=True)
+        for retention, mix_retention in zip(report.retention, report.mix, strict=True)
     ]
     print_table(f"{manifest.name}: what it keeps of its sources", columns, rows_of_sources)
     drifts = ", ".join(f"{name} {value:.4f}" for name, value in report.drift.items())
@@ -140,8 +144,8 @@ def _weights(text: str | None) -> list[float] | Literal["learn"] | None:
         ) from error
 
 
-def _pair(text: str) -> tuple[str, str]:
-    adapter, found, task = text.partition("=")
-    if not found:
+def _adapter_and_task(text: str) -> tuple[str, str]:
+    adapter, separator, task = text.partition("=")
+    if not separator:
         raise UsageError(f"--task {text!r}: say which adapter is judged by it, ADAPTER=TASK")
     return adapter, task

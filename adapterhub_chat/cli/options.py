@@ -1,12 +1,12 @@
-"""Command-line options that several verbs share, and the flags that are made of TrainConfig's fields."""
+"""Command-line options that several verbs share, and flags made from the fields of the settings models."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import BaseModel
@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 import adapterhub_chat
 from adapterhub_chat.cli.output import Notes
-from adapterhub_chat.config import RunOptions, TrainConfig
+from adapterhub_chat.config import EngineOptions, RunOptions, TrainConfig
+from adapterhub_chat.validation import read_settings
 
 if TYPE_CHECKING:
     from adapterhub_chat.api import AdapterHub
@@ -46,42 +47,65 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         "settings": TrainConfig,
     }
     options = {
-        name: _option(name, field, "Training settings" if to == "settings" else "The run")
-        for to, model in panels.items()
+        name: _option(name, field, "Training settings" if parameter == "settings" else "The run")
+        for parameter, model in panels.items()
         for name, field in model.model_fields.items()
     }
 
-    def run(**given: Any) -> None:
-        chosen = {
-            to: {n: v for n in model.model_fields if (v := given.pop(n)) is not None}
-            for to, model in panels.items()
-        }
-        command(**given, **chosen)
+    def run(**values: Any) -> None:
+        chosen = {parameter: _taken(values, model) for parameter, model in panels.items()}
+        command(**values, **chosen)
 
     return with_signature(run, command, {"run_options": [*options.values()], "settings": []})
+
+
+def with_engine(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of EngineOptions; they arrive in `hub_options.engine`.
+
+    `with_backbone` goes around it. Values out of range raise one ConfigError that lists them all.
+    """
+    parameter = inspect.signature(command, eval_str=True).parameters["hub_options"]
+    fields = EngineOptions.model_fields.items()
+    options = [_option(name, field, "Decoding and memory") for name, field in fields]
+
+    def run(*, hub_options: HubOptions, **values: Any) -> None:
+        engine = read_settings(EngineOptions, _taken(values, EngineOptions), "command line")
+        command(**values, hub_options=replace(hub_options, engine=engine))
+
+    return with_signature(run, command, {"hub_options": [parameter, *options]})
+
+
+def _taken(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Remove the fields of `model` from `values`; return those that were set."""
+    taken = {name: values.pop(name) for name in model.model_fields}
+    return {name: value for name, value in taken.items() if value is not None}
 
 
 def with_signature(
     run: Callable[..., None],
     command: Callable[..., None],
-    instead: Mapping[str, Sequence[inspect.Parameter]],
+    replacements: Mapping[str, Sequence[inspect.Parameter]],
 ) -> Callable[..., None]:
-    """Make `run` look like a command, to typer, with options instead of some of its parameters."""
-    own = inspect.signature(command, eval_str=True).parameters
-    shown = [p for name, one in own.items() for p in instead.get(name, [one])]
-    shown = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shown]
-    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in shown}
+    """Give `run` the signature that typer reads: the command's, with some of its parameters replaced."""
+    signature = inspect.signature(command, eval_str=True).parameters
+    parameters = [p for name, old in signature.items() for p in replacements.get(name, [old])]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
 
 
 def _option(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
-    kind = field.annotation if field.annotation in (int, float, bool, str) else str
-    shown = typer.Option(
-        help=field.description, rich_help_panel=panel, show_default=str(field.default)
+    """Return an option of a field; it is None unless it is set. Choices are read as texts."""
+    types = (field.annotation, *get_args(field.annotation))  # of `int | None`, int
+    kind = next((each for each in types if each in (int, float, bool, str)), str)
+    option = typer.Option(
+        help=field.description,
+        rich_help_panel=panel,
+        show_default=False if field.default is None else str(field.default),
     )
-    annotation = Annotated[kind | None, shown]  # type: ignore[valid-type]
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
@@ -89,25 +113,26 @@ def _option(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
 
 @dataclass(frozen=True)
 class HubOptions:
-    """On which backbone, kept in what, and in which pool."""
+    """The arguments of AdapterHub that verbs have in common."""
 
     backbone: BackboneOption = "smollm2-135m"
     pool: PoolOption = Path("adapters")
     quantize: QuantizeOption = None
     dtype: DtypeOption = None
     device: DeviceOption = None
+    engine: EngineOptions | None = None
 
-    def open(self, say: Notes) -> AdapterHub:
-        """Return a hub, after `say` has heard what the backbone is kept in."""
-        given: Any = {"quantize": self.quantize, "dtype": self.dtype, "device": self.device}
-        hub = adapterhub_chat.AdapterHub(self.backbone, self.pool, **given)
+    def open(self, notes: Notes) -> AdapterHub:
+        """Return a hub; write the backbone's precision, device and size as a note."""
+        arguments: Any = {"quantize": self.quantize, "dtype": self.dtype, "device": self.device}
+        hub = adapterhub_chat.AdapterHub(self.backbone, self.pool, engine=self.engine, **arguments)
         shown = precision(hub)
         kind = shown["quantize"] or shown["dtype"]
-        size = hub.backbone.nbytes / 2**20
-        where = f"{kind} on {shown['device']}, {size:.0f} MiB"
-        if hub.backbone.why and not self.quantize:
-            where += f"; {kind}: {hub.backbone.why}"
-        say(f"{self.backbone} in {where} (change with --dtype, --quantize, --device)")
+        mebibytes = hub.backbone.nbytes / 2**20
+        placement = f"{kind} on {shown['device']}, {mebibytes:.0f} MiB"
+        if hub.backbone.dtype_reason and not self.quantize:
+            placement += f"; {kind}: {hub.backbone.dtype_reason}"
+        notes(f"{self.backbone} in {placement} (change with --dtype, --quantize, --device)")
         return hub
 
 
@@ -115,19 +140,23 @@ DEFAULT_HUB = HubOptions()
 
 
 def with_backbone(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every field of Where; they arrive as one, `where`."""
+    """Give a command an option for every field of HubOptions but `engine`.
+
+    They arrive as one argument, `hub_options`, whose default holds theirs.
+    """
+    default = inspect.signature(command, eval_str=True).parameters["hub_options"].default
     fields = inspect.signature(HubOptions, eval_str=True).parameters.values()
-    options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fields]
+    options = [p.replace(default=getattr(default, p.name)) for p in fields if p.name != "engine"]
 
-    def run(**given: Any) -> None:
-        where = HubOptions(**{option.name: given.pop(option.name) for option in options})
-        command(**given, where=where)
+    def run(**values: Any) -> None:
+        hub_options = HubOptions(**{option.name: values.pop(option.name) for option in options})
+        command(**values, hub_options=hub_options)
 
-    return with_signature(run, command, {"where": options})
+    return with_signature(run, command, {"hub_options": options})
 
 
 def precision(hub: AdapterHub) -> dict[str, Any]:
-    """Return the backbone's name and what it computes in."""
+    """Return the backbone's name, dtype, device and quantization."""
     backbone = hub.backbone
     return {
         "backbone": backbone.name,

@@ -1,4 +1,4 @@
-"""What a person sees of a verb: notes on standard error, tables and JSON on standard output."""
+"""Output of the verbs: notes and progress on standard error, tables and JSON on standard output."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ err = Console(stderr=True)
 
 
 class Notes:
-    """Prints notes for a person to standard error, unless quiet."""
+    """Prints notes to standard error, unless quiet."""
 
     def __init__(self, *, quiet: bool) -> None:
-        """Speak, or not."""
+        """Print nothing if `quiet`."""
         self.quiet = quiet
 
     def __call__(self, text: str) -> None:
@@ -43,18 +43,18 @@ class Notes:
             err.print(text, highlight=False, markup=False)
 
 
-def tell(what: str, text: str, style: str = "bold red") -> None:
-    """Print a sentence to standard error in one piece: what it is, in colour, and the text."""
+def print_message(what: str, text: str, style: str = "bold red") -> None:
+    """Print a line to standard error: its kind in colour (error, note, ...), and the text."""
     err.print(Text.assemble((f"{what}:", style), " ", text), soft_wrap=True)
 
 
-def tell_warnings_and_logs() -> None:
-    """Send what the package logs and warns of to standard error, a sentence each."""
+def print_warnings_and_logs() -> None:
+    """Print the package's logs and warnings to standard error, a line each."""
     handler = RichHandler(console=err, show_time=False, show_level=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("adapterhub_chat").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses optional kernels aloud
-    warnings.showwarning = lambda message, *_, **__: tell("note", str(message), "yellow")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
+    warnings.showwarning = lambda message, *_, **__: print_message("note", str(message), "yellow")
 
 
 def print_json(value: Any) -> None:
@@ -71,46 +71,48 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def print_scores(title: str, scores: Iterable[Score]) -> None:
-    """Print scores with their intervals, beside the backbone's; its precision, where they differ in it."""
-    listed = list(scores)
+    """Print scores with intervals and the backbone's values; precisions are printed if they differ."""
+    score_list = list(scores)
     columns = ["adapter", "task", "metric", "score", "95 % interval", "backbone", "n"]
-    rows = [_score_row(score) for score in listed]
-    if len({score.precision for score in listed}) > 1:
+    rows = [_score_row(score) for score in score_list]
+    if len({score.precision for score in score_list}) > 1:
         columns.append("precision")
-        rows = [[*row, s.precision] for row, s in zip(rows, listed, strict=True)]
+        rows = [[*row, s.precision] for row, s in zip(rows, score_list, strict=True)]
     print_table(title, columns, rows)
 
 
 def _score_row(s: Score) -> list[str]:
     interval = f"{number(s.low)} to {number(s.high)}"
-    beside = number(s.backbone_value)
-    return [s.adapter, s.task, s.metric, number(s.value), interval, beside, str(s.n)]
+    backbone_value = number(s.backbone_value)
+    return [s.adapter, s.task, s.metric, number(s.value), interval, backbone_value, str(s.n)]
 
 
-def print_finished(done: Finished, pool: str, folder: Path, say: Notes) -> None:
-    """Print what a training run gave: adapters, scores, and what a sweep or a sequence found."""
-    for title, manifest in done.manifests.items():
+def print_finished(finished: Finished, pool: str, folder: Path, notes: Notes) -> None:
+    """Print the results of a training run: adapters, scores, the sweep's table and the sequence's ledger."""
+    for title, manifest in finished.manifests.items():
         t = manifest.training
-        say(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {pool}")
-    if peak := max((m.training.peak_bytes for m in done.manifests.values()), default=0):
-        say(f"memory at its peak: {peak / 2**20:.0f} MiB")
-    say(f"run log: {folder / 'metrics.jsonl'}")
-    if done.sweep:
-        keys = list(dict.fromkeys(key for c in done.sweep for key in c.settings))
+        notes(f"{title}: {t.steps} steps, best at {t.best_step}, {t.stopped}; saved to {pool}")
+    if peak := max((m.training.peak_bytes for m in finished.manifests.values()), default=0):
+        notes(f"memory at its peak: {peak / 2**20:.0f} MiB")
+    notes(f"run log: {folder / 'metrics.jsonl'}")
+    if finished.sweep:
+        keys = list(dict.fromkeys(key for c in finished.sweep for key in c.settings))
         rows = []
-        for c in done.sweep:
-            tried = [str(c.settings.get(key, "")) for key in keys]
-            rows.append((c.adapter, *tried, number(c.validation_loss), "kept" * c.kept))
+        for c in finished.sweep:
+            values = [str(c.settings.get(key, "")) for key in keys]
+            rows.append((c.adapter, *values, number(c.validation_loss), "kept" * c.kept))
         columns = ("adapter", *keys, "validation loss", "")
         print_table("Settings tried, by validation loss", columns, rows)
-    if scores := [s for m in done.manifests.values() for s in m.scores]:
+    if scores := [s for m in finished.manifests.values() for s in m.scores]:
         print_scores("Test split, beside the backbone", scores)
-    for manifest in done.manifests.values():
+    for manifest in finished.manifests.values():
         if pairs := manifest.training.conflict:
-            found = [(pair.replace("|", " and "), number(c)) for pair, c in pairs.items()]
-            print_table("Agreement of gradients on the shared adapter", ("tasks", "cosine"), found)
-    if done.ledger is not None:
-        print_ledger(done.ledger)
+            rows_of_pairs = [(pair.replace("|", " and "), number(c)) for pair, c in pairs.items()]
+            print_table(
+                "Agreement of gradients on the shared adapter", ("tasks", "cosine"), rows_of_pairs
+            )
+    if finished.ledger is not None:
+        print_ledger(finished.ledger)
 
 
 def print_ledger(ledger: Ledger) -> None:
@@ -128,12 +130,12 @@ def print_ledger(ledger: Ledger) -> None:
 
 
 def number(value: float | None) -> str:
-    """Return a score as a person reads it; nothing where there is none."""
+    """Return a number with three digits, "" for None."""
     return "" if value is None else f"{value:.3f}"
 
 
 def adapter_row(name: str, manifest: Manifest | None) -> tuple[str, ...]:
-    """Return what `list` shows of an adapter."""
+    """Return an adapter's row in the table of `list`."""
     if manifest is None:
         return name, "", "", "", "", "unverified (no manifest)"
     score = manifest.scores[0] if manifest.scores else None
@@ -148,7 +150,7 @@ def adapter_row(name: str, manifest: Manifest | None) -> tuple[str, ...]:
 
 
 class Bars:
-    """Shows training events and judged items as they come; silent when `show` is False."""
+    """Progress bars of training events and judged items; nothing is drawn when `show` is False."""
 
     def __init__(self, console: Console, *, show: bool = True) -> None:
         """Draw on `console`."""
@@ -179,7 +181,7 @@ class Bars:
 
     @property
     def listeners(self) -> Listeners:
-        """What a run calls with its progress."""
+        """The callbacks that update the bars."""
         return Listeners(self.on_event, self.on_judged)
 
     def on_event(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""The verbs over the pool: list, show, eval and verify."""
+"""The verbs of the pool: list, show, eval and verify."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from adapterhub_chat.cli.options import (
     LimitOption,
     PoolOption,
     with_backbone,
+    with_engine,
 )
 from adapterhub_chat.cli.output import (
     Bars,
@@ -24,15 +25,16 @@ from adapterhub_chat.cli.output import (
     adapter_row,
     err,
     print_json,
+    print_message,
     print_scores,
     print_table,
-    tell,
 )
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.pool.index import PoolIndex
 
 
 @with_backbone
+@with_engine
 def evaluate(
     adapter: Annotated[
         list[str] | None,
@@ -46,14 +48,14 @@ def evaluate(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the scores in the adapters' manifests and cards.")
     ] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Score adapters on test splits, with 95 % intervals and the backbone on the same items.
 
-    An adapter of the pool that is refused here is named with its reason; the exit code is 1 then.
+    Adapters that cannot be loaded here are listed with the reason, and the exit code is 1.
     """
-    hub = where.open(Notes(quiet=as_json))
+    hub = hub_options.open(Notes(quiet=as_json))
     refused: dict[str, str] = {}
     with Bars(err, show=not as_json) as bars:
         listeners = replace(bars.listeners, on_refused=refused.__setitem__)
@@ -67,27 +69,27 @@ def evaluate(
     else:
         print_scores("Test split", scores)
     for reason in refused.values():
-        tell("refused", reason)
+        print_message("refused", reason)
     raise typer.Exit(1 if refused else 0)
 
 
 def list_adapters(pool: PoolOption = Path("adapters"), as_json: JsonOption = False) -> None:
     """List the adapters of the pool with their scores."""
-    folder, damaged = PoolIndex(pool), {}
+    pool_index, damaged = PoolIndex(pool), {}
     manifests: dict[str, Manifest | None] = {}
-    for name in folder.names():
+    for name in pool_index.names():
         try:
-            manifests[name] = folder.manifest(name)
+            manifests[name] = pool_index.manifest(name)
         except AdapterError as error:
             damaged[name] = str(error)
     if as_json:
-        dumped = {n: m.shown() if m else None for n, m in manifests.items()}
+        dumped = {n: m.summary() if m else None for n, m in manifests.items()}
         print_json({"adapters": dumped, "damaged": damaged})
         return
     for problem in damaged.values():
-        tell("damaged", problem)
+        print_message("damaged", problem)
     if not manifests:
-        tell("note", f"there are no adapters in {pool}", "yellow")
+        print_message("note", f"there are no adapters in {pool}", "yellow")
         return
     columns = ("adapter", "task", "metric", "score", "backbone", "made on")
     print_table(str(pool), columns, [adapter_row(n, m) for n, m in manifests.items()])
@@ -99,11 +101,11 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an adapter's card, or with --json its manifest."""
-    folder = PoolIndex(pool)
-    path = folder.path(adapter)
-    manifest = folder.manifest(adapter)
+    pool_index = PoolIndex(pool)
+    path = pool_index.path(adapter)
+    manifest = pool_index.manifest(adapter)
     if as_json:
-        print_json(manifest.shown() if manifest else {"status": "unverified"})
+        print_json(manifest.summary() if manifest else {"status": "unverified"})
     elif manifest is None:
         typer.echo(f"{path}: no adapterhub.json; made by plain PEFT, nothing about it is verified")
     else:
@@ -113,11 +115,11 @@ def show(
 @with_backbone
 def verify(
     path: Annotated[str, typer.Argument(help="Adapter of the pool, or a folder.")],
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the backbone: bytes, shapes, fingerprint, probe. Exit 0 only when ok."""
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     verdict = hub.verify(path)
     if as_json:
         print_json(asdict(verdict))

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from adapterhub_chat.cli.json_lines import open_output, read_lines
-from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone
+from adapterhub_chat.cli.options import DEFAULT_HUB, HubOptions, with_backbone, with_engine
 from adapterhub_chat.cli.output import Bars, Notes, err
 
 
 @with_backbone
+@with_engine
 def predict(
     adapter: Annotated[str, typer.Option(help="Adapter, or 'backbone'.")],
     input_: Annotated[str, typer.Option("--input", help="JSON lines; - is standard input.")] = "-",
@@ -21,11 +22,11 @@ def predict(
     task: Annotated[
         str | None, typer.Option(help="Prompt and judge by this task, not by the adapter's own.")
     ] = None,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
 ) -> None:
     """Answer JSON lines {"text": ...} (or the task's own fields), in the same order."""
     rows = read_lines(input_)
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     with open_output(output) as file, Bars(err, show=err.is_terminal) as bars:
-        for found in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
-            file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
+        for prediction in hub.predict(adapter, rows, task=task, listeners=bars.listeners):
+            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The verbs of the command line that speak with a Hub, and those that make an adapter fit to be published."""
+"""The verbs for Hubs: push, pull, search, and adopt and keygen, which prepare an adapter for publishing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import typer
 
 from adapterhub_chat.cli.options import (
     DEFAULT_HUB,
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
     HubOptions,
     JsonOption,
     LimitOption,
     PoolOption,
-    QuantizeOption,
     with_backbone,
 )
 from adapterhub_chat.cli.output import Bars, Notes, err, print_json, print_scores, print_table
@@ -53,8 +49,8 @@ def push(
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish an adapter with its card: one commit, and a version that never moves."""
-    done = publish(
+    """Publish an adapter with its card, in one commit under a new version tag."""
+    published = publish(
         Pool(pool),
         adapter,
         repo,
@@ -65,10 +61,11 @@ def push(
         key=sign,
     )
     if as_json:
-        print_json(asdict(done))
+        print_json(asdict(published))
     else:
         typer.echo(
-            f"{adapter} is {done.repo} {done.version} now (commit {done.commit[:12]}): {done.url}"
+            f"{adapter} is {published.repo} {published.version} now "
+            f"(commit {published.commit[:12]}): {published.url}"
         )
 
 
@@ -91,28 +88,28 @@ def pull(
     locked: Annotated[
         bool, typer.Option("--locked", help="All that adapters.lock.json names, to the byte.")
     ] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring an adapter from a Hub into the pool, checked before anything of it is used."""
-    others = {
+    """Download an adapter from a Hub into the pool, after verifying it as untrusted."""
+    options = {
         "--revision": revision,
         "--name": name,
         "--require-signature": require_signature,
         "--replace": replace,
         "--endpoint": endpoint,
     }
-    given = [flag for flag, value in others.items() if value]
-    if locked == (repo is not None) or (locked and given):
+    set_options = [flag for flag, value in options.items() if value]
+    if locked == (repo is not None) or (locked and set_options):
         raise UsageError(
             "pull takes either user/name, or --locked alone: adapters.lock.json says what is pulled then"
         )
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     if repo is None:
-        found = hub.pull_locked()
+        pulled = hub.pull_locked()
     else:
-        found = [
+        pulled = [
             hub.pull(
                 repo,
                 revision,
@@ -123,42 +120,42 @@ def pull(
             )
         ]
     if as_json:
-        print_json({"pulled": [asdict(one) for one in found]})
+        print_json({"pulled": [asdict(each) for each in pulled]})
         return
-    for one in found:
-        signed = f"signed by {one.signed_by}" if one.signed_by else "not signed"
-        done = "pulled" if one.changed else "there already"
-        typer.echo(f"{one.name}: {done}, {one.repo} at {one.commit[:12]}, {one.status}, {signed}")
+    for each in pulled:
+        signed = f"signed by {each.signed_by}" if each.signed_by else "not signed"
+        action = "pulled" if each.changed else "there already"
+        typer.echo(
+            f"{each.name}: {action}, {each.repo} at {each.commit[:12]}, {each.status}, {signed}"
+        )
 
 
+@with_backbone
 def search(
     text: Annotated[str, typer.Argument(help="Words that its name contains.")] = "",
     author: Annotated[str, typer.Option(help="Only this user's.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=100, help="Most adapters to list.")] = 20,
-    backbone: BackboneOption = "smollm2-135m",
-    quantize: QuantizeOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    hub_options: HubOptions = DEFAULT_HUB,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List adapters on a Hub that fit the backbone."""
-    hub = HubOptions(backbone, Path("adapters"), quantize, dtype, device).open(Notes(quiet=True))
-    found = hub.search(text, author=author, limit=limit, endpoint=endpoint)
+    hub = hub_options.open(Notes(quiet=True))
+    results = hub.search(text, author=author, limit=limit, endpoint=endpoint)
     if as_json:
-        print_json({"adapters": [asdict(one) for one in found]})
+        print_json({"adapters": [asdict(result) for result in results]})
         return
     rows = [
         (
-            one.repo,
-            one.fit,
-            ", ".join(f"{t}: {m} {v:.3f}" for t, m, v in one.scores),
-            str(one.downloads),
+            result.repo,
+            result.fit,
+            ", ".join(f"{t}: {m} {v:.3f}" for t, m, v in result.scores),
+            str(result.downloads),
         )
-        for one in found
+        for result in results
     ]
     print_table(
-        f"Adapters for {backbone}",
+        f"Adapters for {hub_options.backbone}",
         ("repository", "fit", "scores (as published)", "downloads"),
         rows,
     )
@@ -174,17 +171,17 @@ def adopt(
         str | None, typer.Option(help="Its name in the pool.", show_default="the folder's")
     ] = None,
     limit: LimitOption = 0,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure an adapter that plain PEFT made, and give it manifest, probe and card."""
-    hub = where.open(Notes(quiet=as_json))
+    """Measure an adapter made by plain PEFT, and write its manifest, probe and card."""
+    hub = hub_options.open(Notes(quiet=as_json))
     with Bars(err, show=not as_json) as bars:
         manifest = hub.adopt(source, task, name, limit=limit, listeners=bars.listeners)
     if as_json:
-        print_json(manifest.shown())
+        print_json(manifest.summary())
     else:
-        print_scores(f"{manifest.name}, adopted into {where.pool}", list(manifest.scores))
+        print_scores(f"{manifest.name}, adopted into {hub_options.pool}", list(manifest.scores))
 
 
 def keygen(

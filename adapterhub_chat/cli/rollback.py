@@ -1,4 +1,4 @@
-"""`rollback`: an adapter's earlier version is put back. It reads weights, which `list` and `show` do not."""
+"""`rollback`: restore an adapter's earlier version. Unlike `list` and `show` it imports torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def rollback(
     pool: PoolOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
-    """Put an adapter's earlier version back; once more returns to the newer one."""
+    """Restore an adapter's earlier version; a second call returns to the newer one."""
     manifest = Pool(pool).rollback(adapter).manifest
     sha256, created = (manifest.sha256, manifest.created) if manifest else ("", "")
     if as_json:
         print_json({"adapter": adapter, "sha256": sha256, "created": created})
     else:
-        made = f"made {created or 'at a time unknown'}, sha256 {sha256[:12] or 'unknown'}"
-        typer.echo(f"{adapter}: the other version is in its place now ({made})")
+        origin = f"made {created or 'at a time unknown'}, sha256 {sha256[:12] or 'unknown'}"
+        typer.echo(f"{adapter}: the other version is in its place now ({origin})")

@@ -1,4 +1,4 @@
-"""The verb of the command line that says whom messages are for."""
+"""`route`: choose the adapter for each message, or learn prototypes of messages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from adapterhub_chat.cli.output import Notes, print_json, print_table
 from adapterhub_chat.errors import DataError, UsageError, join_misfits
 from adapterhub_chat.route.choice import Route
 
-SHOWN = 10
-"""Misfits listed one by one."""
+MAX_SHOWN = 10
+"""Maximum number of misfits in one message."""
 
 
 @with_backbone
@@ -43,12 +43,12 @@ def route(
         list[str] | None,
         typer.Option(help="Learn from this task, not from the adapter's own (repeat the option)."),
     ] = None,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a message, nothing else.")
     ] = False,
 ) -> None:
-    """Say which adapter each message is for, how sure that is, and why; or that the backbone answers."""
+    """Choose the adapter for each message, with confidence and reason; the backbone if none is close."""
     if task and not learn:
         raise UsageError("--task goes with --learn NAME")
     if learn and text:
@@ -56,10 +56,10 @@ def route(
             "--learn NAME reads the tasks' messages; leave out those of the command line"
         )
     messages = [] if learn else text or _messages(input_)
-    hub = where.open(Notes(quiet=True))
+    hub = hub_options.open(Notes(quiet=True))
     if learn:
-        learnt = hub.learn_routes(learn, task)
-        counts = {name: m.routing.count for name, m in learnt.items() if m.routing}
+        manifests = hub.learn_routes(learn, task)
+        counts = {name: m.routing.count for name, m in manifests.items() if m.routing}
         if as_json:
             print_json({"learnt": counts})
         else:
@@ -68,27 +68,27 @@ def route(
     routes = hub.routes(messages, top=top, among=adapter)
     if as_json or output != "-":
         with open_output(output) as file:
-            for found in routes:
-                file.write(json.dumps(_as_json(found), ensure_ascii=False) + "\n")
+            for choice in routes:
+                file.write(json.dumps(_as_json(choice), ensure_ascii=False) + "\n")
         return
     rows = [
-        (given, str(found.mix), f"{found.confidence:.2f}", found.reason)
-        for given, found in zip(messages, routes, strict=True)
+        (message, str(choice.mix), f"{choice.confidence:.2f}", choice.reason)
+        for message, choice in zip(messages, routes, strict=True)
     ]
     print_table("Routes", ("message", "mix", "confidence", "why"), rows)
 
 
 def _messages(source: str) -> list[str]:
-    """Return the message of each JSON line; raise DataError for all lines without one."""
-    found = [_message(row) for row in read_lines(source)]
-    bad = [
+    """Return the message of each JSON line; raise one DataError for all lines without a message."""
+    messages = [_message(row) for row in read_lines(source)]
+    misfits = [
         f'line {number} has no text; it needs {{"text": ...}}, or a task\'s own fields as texts'
-        for number, message in enumerate(found, 1)
+        for number, message in enumerate(messages, 1)
         if message is None
     ]
-    if bad:
-        raise DataError(join_misfits(f"--input {source}", bad, SHOWN))
-    return [message for message in found if message is not None]
+    if misfits:
+        raise DataError(join_misfits(f"--input {source}", misfits, MAX_SHOWN))
+    return [message for message in messages if message is not None]
 
 
 def _message(row: dict[str, Any]) -> str | None:
@@ -98,12 +98,12 @@ def _message(row: dict[str, Any]) -> str | None:
     return "\n".join(values) if fits else None
 
 
-def _as_json(found: Route) -> dict[str, Any]:
+def _as_json(route: Route) -> dict[str, Any]:
     return {
-        "adapter": found.adapter,
-        "mix": dict(found.mix.weights),
-        "confidence": found.confidence,
-        "abstained": found.abstained,
-        "reason": found.reason,
-        "scores": found.scores,
+        "adapter": route.adapter,
+        "mix": dict(route.mix.weights),
+        "confidence": route.confidence,
+        "abstained": route.abstained,
+        "reason": route.reason,
+        "scores": route.scores,
     }

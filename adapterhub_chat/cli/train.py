@@ -1,4 +1,4 @@
-"""`train`: tasks in, measured adapters out; `--config` and `--resume` read the run from files."""
+"""`train`: train and measure adapters; `--config` and `--resume` read the run from files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train(
     settings: Mapping[str, Any],
 ) -> None:
     """Train one adapter per task, jointly or one after another; save and measure them."""
-    say = Notes(quiet=as_json or not first_process())
+    notes = Notes(quiet=as_json or not first_process())
     flags = {
         **run_options,
         "backbone": backbone,
@@ -71,27 +71,29 @@ def train(
         "device": device,
     }
     if resume:
-        named = {"a task": tasks, "--config": config, "--name": name, "--sweep": sweep}
-        given = [what for what, value in {**named, **flags, **settings}.items() if value]
-        run = resumed(run_dir, given)
+        other_arguments = {"a task": tasks, "--config": config, "--name": name, "--sweep": sweep}
+        set_options = [
+            what for what, value in {**other_arguments, **flags, **settings}.items() if value
+        ]
+        run = resumed(run_dir, set_options)
     else:
         run = read_run(config, tasks or [], name or [], flags, settings, read_sweep(sweep or []))
     folder = run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    hub = HubOptions(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device).open(say)
-    with Bars(err, show=not say.quiet) as bars:
-        done = _train(hub, TrainSpec.of_run(run, folder, resume=resume), bars.listeners)
-    first = first_process()
+    hub = HubOptions(run.backbone, Path(run.pool), run.quantize, run.dtype, run.device).open(notes)
+    with Bars(err, show=not notes.quiet) as bars:
+        finished = _train(hub, TrainSpec.of_run(run, folder, resume=resume), bars.listeners)
+    is_first_process = first_process()
     leave()
-    if first:
+    if is_first_process:
         if as_json:
-            print_json({n: m.shown() for n, m in done.manifests.items()})
+            print_json({n: m.summary() for n, m in finished.manifests.items()})
         else:
-            print_finished(done, run.pool, folder, say)
-        raise typer.Exit(_training_code(run, done.manifests))
+            print_finished(finished, run.pool, folder, notes)
+        raise typer.Exit(_training_code(run, finished.manifests))
 
 
 def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:
-    """Return INTERRUPTED after Ctrl-C, 1 when an adapter learnt nothing and was not saved, else 0."""
+    """Return INTERRUPTED after Ctrl-C, 1 when an adapter was not saved since it learnt nothing, else 0."""
     if any(m.training.stopped == "interrupted" for m in manifests.values()):
         return INTERRUPTED
     grows = run.how == "sequence" and run.grow
@@ -99,14 +101,14 @@ def _training_code(run: RunConfig, manifests: Mapping[str, Manifest]) -> int:
 
 
 def _train(hub: AdapterHub, spec: TrainSpec, listeners: Listeners) -> Finished:
-    """Carry out a run; return its adapters with the sweep's table and the sequence's ledger."""
-    done = Finished()
+    """Carry out a run; return its manifests, the sweep's table and the sequence's ledger."""
+    finished = Finished()
 
     def on_sweep(table: Sequence[Candidate]) -> None:
-        done.sweep = table
+        finished.sweep = table
 
     def on_ledger(ledger: Ledger) -> None:
-        done.ledger = ledger
+        finished.ledger = ledger
 
-    done.manifests = hub.run(spec, replace(listeners, on_sweep=on_sweep, on_ledger=on_ledger))
-    return done
+    finished.manifests = hub.run(spec, replace(listeners, on_sweep=on_sweep, on_ledger=on_ledger))
+    return finished

@@ -1,4 +1,4 @@
-"""The verb that makes an adapter for a target out of a source."""
+"""The verbs `transfer` and `flatten`: an adapter for a target task from a source adapter."""
 
 from __future__ import annotations
 
@@ -74,20 +74,20 @@ def transfer(
         bool, typer.Option("--rank", help="Train nothing: rank the pool's adapters as sources.")
     ] = False,
     force: Annotated[bool, typer.Option(help="Stack on a source that hurts all the same.")] = False,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an adapter for a target out of a source: every method, one budget, judged; never worse unsaid."""
+    """Make an adapter for a target from a source: all methods with one budget, each with a verdict."""
     if source is None and not rank:
         raise UsageError("--source: name an adapter of the pool, or --rank them all as sources")
     if also and not (report or as_json):
         raise UsageError("--also is for a report alone: give --report FOLDER, or --json")
-    hub = where.open(Notes(quiet=as_json))
+    hub = hub_options.open(Notes(quiet=as_json))
     if rank or source is None:
         _print_ranking(hub.rank_sources(target, [source] if source else None), target, as_json)
         return
     with Bars(err, show=not as_json) as bars:
-        done = hub.transfer(
+        transferred = hub.transfer(
             source,
             target,
             method,
@@ -103,22 +103,24 @@ def transfer(
             layer=layer,
             listeners=bars.listeners,
         )
-    written = None if report is None else write_report(done, report)
+    written = None if report is None else write_report(transferred, report)
     if as_json:
-        print_json(_as_json(done))
+        print_json(_as_json(transferred))
         return
     rows = [
         (c.method, f"{c.value:.3f}", c.verdict.word, _interval(c.verdict))
-        for c in done.outcome.candidates.values()
+        for c in transferred.outcome.candidates.values()
     ]
-    title = f"{target} from {source}, {shots} shots, beside {done.outcome.baseline}"
+    title = f"{target} from {source}, {shots} shots, beside {transferred.outcome.baseline}"
     print_table(title, ("candidate", "value", "verdict", "gain (95 % interval)"), rows)
-    if done.outcome.proxy:
-        typer.echo(f"{done.outcome.proxy[0].upper()}{done.outcome.proxy[1:]}.")
-    if done.manifest is None:
+    if transferred.outcome.proxy:
+        typer.echo(f"{transferred.outcome.proxy[0].upper()}{transferred.outcome.proxy[1:]}.")
+    if transferred.manifest is None:
         typer.echo("Nothing is better than the backbone alone; no adapter was made.")
     else:
-        typer.echo(f"{done.manifest.name} ({done.outcome.chosen}) is in {where.pool}.")
+        typer.echo(
+            f"{transferred.manifest.name} ({transferred.outcome.chosen}) is in {hub_options.pool}."
+        )
     if written:
         typer.echo(f"The report is {written}.")
 
@@ -129,30 +131,30 @@ def flatten(
     as_name: Annotated[
         str | None, typer.Option("--name", help="Of the plain adapter.", show_default="NAME-flat")
     ] = None,
-    where: HubOptions = DEFAULT_HUB,
+    hub_options: HubOptions = DEFAULT_HUB,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep a stack as one plain PEFT adapter, which needs no source beside it."""
-    hub = where.open(Notes(quiet=True))
+    """Save a stack as one plain PEFT adapter, which does not need its source."""
+    hub = hub_options.open(Notes(quiet=True))
     manifest = hub.flatten(name, as_name)
     if as_json:
         print_json(manifest.model_dump(mode="json"))
     else:
-        typer.echo(f"{manifest.name} is in {where.pool}.")
+        typer.echo(f"{manifest.name} is in {hub_options.pool}.")
 
 
 def _print_ranking(ranked: Sequence[Ranked], target: str, as_json: bool) -> None:
     if as_json:
-        print_json({"target": target, "sources": [asdict(one) for one in ranked]})
+        print_json({"target": target, "sources": [asdict(each) for each in ranked]})
         return
     rows = [
         (
-            one.adapter,
-            f"{one.logme:.4f}",
-            f"{one.leep:.4f}",
-            "" if one.distance is None else f"{one.distance:.2f}",
+            each.adapter,
+            f"{each.logme:.4f}",
+            f"{each.leep:.4f}",
+            "" if each.distance is None else f"{each.distance:.2f}",
         )
-        for one in ranked
+        for each in ranked
     ]
     heads = ("adapter", "LogME", "LEEP", "A-distance")
     print_table(f"Sources for {target}, the most promising first", heads, rows)
@@ -162,18 +164,18 @@ def _interval(verdict: TransferVerdict) -> str:
     return f"{verdict.gain:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}]"
 
 
-def _as_json(done: Transferred) -> dict[str, object]:
-    weighting, game = done.outcome.weighting, done.outcome.game
+def _as_json(transferred: Transferred) -> dict[str, object]:
+    weighting, discriminator = transferred.outcome.weighting, transferred.outcome.discriminator
     return {
-        "chosen": done.outcome.chosen,
-        "baseline": done.outcome.baseline,
-        "proxy": done.outcome.proxy,
-        "seconds": done.outcome.seconds,
+        "chosen": transferred.outcome.chosen,
+        "baseline": transferred.outcome.baseline,
+        "proxy": transferred.outcome.proxy,
+        "seconds": transferred.outcome.seconds,
         "effective": weighting.effective if weighting else None,
         "lam": weighting.lam if weighting else None,
         "clipped": weighting.clipped if weighting else None,
         "residual": weighting.residual if weighting else None,
-        "discriminator": game.recent if game else None,
+        "discriminator": discriminator.recent_accuracy if discriminator else None,
         "candidates": [
             {
                 "method": c.method,
@@ -184,14 +186,14 @@ def _as_json(done: Transferred) -> dict[str, object]:
                 "high": c.verdict.high,
                 "note": c.note,
             }
-            for c in done.outcome.candidates.values()
+            for c in transferred.outcome.candidates.values()
         ],
         "by_shots": {
             shots: {
                 c.method: {"value": c.value, "verdict": c.verdict.word}
                 for c in outcome.candidates.values()
             }
-            for shots, outcome in done.by_shots.items()
+            for shots, outcome in transferred.by_shots.items()
         },
-        "manifest": done.manifest.shown() if done.manifest else None,
+        "manifest": transferred.manifest.summary() if transferred.manifest else None,
     }

@@ -1,4 +1,4 @@
-"""Messages to token ids: one prompt, and the continuations that the loss or a judge looks at."""
+"""Messages to token ids: a prompt, and the continuations that a loss or a metric scores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from adapterhub_chat.errors import UsageError
 from adapterhub_chat.types import Example, Message, PromptContract
 
 PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-"""For tokenizers without a chat template (base models): the turns, a line each."""
+"""Chat template for tokenizers without one (base models): each turn on a line."""
 
-CLASSIFIES = "{# the answer is a label's number #}"
-"""How the chat template of an encoder's tokenizer begins: answers are no text there, but labels to choose."""
+ENCODER_MARK = "{# the answer is a label's number #}"
+"""First words of an encoder's chat template, which mark that answers are label numbers."""
 ENCODER_TEMPLATE = (
-    CLASSIFIES + "{{ cls_token }}{% for m in messages if m['role'] != 'system' %}"
+    ENCODER_MARK + "{{ cls_token }}{% for m in messages if m['role'] != 'system' %}"
     "{% if not loop.first %}{{ sep_token }}{% endif %}{{ m['content'] }}{% endfor %}{{ sep_token }}"
 )
-"""An encoder reads the turns with its own marks between them; a system turn tells it nothing."""
+"""Chat template of an encoder: the turns with separators between them, without the system turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +29,19 @@ class Encoded:
     prompt: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
     weight: float = 1.0
-    """How much its loss counts in training."""
+    """Weight of the loss in training."""
     domain: int = 0
     """In an adversarial transfer: 0 for the source, 1 for the target."""
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that enter the model: a continuation's last token is only ever predicted."""
+        """Input tokens: all but each continuation's last token, which is only predicted."""
         return len(self.prompt) + sum(len(c) - 1 for c in self.continuations)
 
 
 def messages_of(contract: PromptContract, example: Example) -> list[Message]:
-    """Return the conversation up to the model's turn, by the example's own contract if it has one."""
-    contract = example.contract or contract  # in a mixture every example keeps its own
+    """Return the conversation up to the assistant's turn, by the example's contract, else `contract`."""
+    contract = example.contract or contract  # set in mixtures of tasks
     system = [Message("system", contract.system)] if contract.system else []
     user = Message("user", render_prompt(contract.template, example.fields))
     return [*system, *example.history, user]
@@ -50,7 +50,7 @@ def messages_of(contract: PromptContract, example: Example) -> list[Message]:
 def encode_prompts(
     tokenizer: Any, conversations: Sequence[Sequence[Message]]
 ) -> list[tuple[int, ...]]:
-    """Return the ids of each conversation, opened for the assistant's turn."""
+    """Return the token ids of each conversation, with the start of the assistant's turn."""
     if not conversations:
         return []
     rendered = tokenizer.apply_chat_template(
@@ -65,7 +65,7 @@ def encode_prompts(
 def encode_answers(
     tokenizer: Any, answers: Sequence[str], *, end: bool = True
 ) -> list[tuple[int, ...]]:
-    """Return the ids of each answer, with the end-of-turn token unless `end` is False."""
+    """Return the token ids of each answer, with the end-of-turn token unless `end` is False."""
     if not answers:
         return []
     tail = (int(tokenizer.eos_token_id),) if end else ()
@@ -77,14 +77,15 @@ def encode_examples(
 ) -> list[Encoded]:
     """Return each example with its answer (a label's words) as the one continuation, for training.
 
-    For an encoder's tokenizer the continuation is the label's number. Raises UsageError where there are none.
+    For an encoder's tokenizer the continuation is the label's number; raises UsageError for tasks without
+    labels.
     """
-    listed = list(examples)
-    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in listed])
+    example_list = list(examples)
+    prompts = encode_prompts(tokenizer, [messages_of(contract, e) for e in example_list])
     if classifies(tokenizer):
-        numbers = [label_numbers(e.contract or contract)[e.answer] for e in listed]
+        numbers = [label_numbers(e.contract or contract)[e.answer] for e in example_list]
         return [truncate(p, ((n,),), max_length) for p, n in zip(prompts, numbers, strict=True)]
-    words = [(e.contract or contract).labels.get(e.answer, e.answer) for e in listed]
+    words = [(e.contract or contract).labels.get(e.answer, e.answer) for e in example_list]
     answers = encode_answers(tokenizer, words)
     return [truncate(p, (a,), max_length) for p, a in zip(prompts, answers, strict=True)]
 
@@ -99,9 +100,9 @@ def encode_choices(
 
 
 def encode_labels(tokenizer: Any, contract: PromptContract) -> list[tuple[int, ...]]:
-    """Return the ids of each label's words; for an encoder's tokenizer, each label's number.
+    """Return the token ids of each label's words; for an encoder's tokenizer, each label's number.
 
-    The end-of-turn token takes part only where one label's tokens begin another's.
+    The end-of-turn token is added only if one label's tokens are a prefix of another's.
     """
     if classifies(tokenizer):
         return [(number,) for number in label_numbers(contract).values()]
@@ -113,12 +114,12 @@ def encode_labels(tokenizer: Any, contract: PromptContract) -> list[tuple[int, .
 
 
 def classifies(tokenizer: Any) -> bool:
-    """Return whether a tokenizer is an encoder's: its answers are labels' numbers."""
-    return str(tokenizer.chat_template or "").startswith(CLASSIFIES)
+    """Return whether a tokenizer belongs to an encoder, whose answers are label numbers."""
+    return str(tokenizer.chat_template or "").startswith(ENCODER_MARK)
 
 
 def label_numbers(contract: PromptContract) -> dict[str, int]:
-    """Return each label's number in a head; raise UsageError for a contract of free answers."""
+    """Return each label's row in a classification head; raise UsageError for a contract without labels."""
     if not contract.labels:
         raise UsageError(
             "an encoder chooses among labels and writes no text: give it a task with labels, or use a "
@@ -128,21 +129,27 @@ def label_numbers(contract: PromptContract) -> dict[str, int]:
 
 
 def unknown_token_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """Return the share of the texts' tokens that are no text alone: unknown, or bytes of a letter."""
-    ids = [i for own in tokenizer(list(texts), add_special_tokens=False).input_ids for i in own]
-    alone = {i: tokenizer.decode([i]) for i in set(ids)}
-    bad = {i for i, text in alone.items() if i == tokenizer.unk_token_id or "\ufffd" in text}
-    return sum(i in bad for i in ids) / max(1, len(ids))
+    """Return the share of tokens that are unknown, or only some bytes of a character."""
+    ids = [
+        i
+        for text_ids in tokenizer(list(texts), add_special_tokens=False).input_ids
+        for i in text_ids
+    ]
+    texts_by_id = {i: tokenizer.decode([i]) for i in set(ids)}
+    partial = {
+        i for i, text in texts_by_id.items() if i == tokenizer.unk_token_id or "\ufffd" in text
+    }
+    return sum(i in partial for i in ids) / max(1, len(ids))
 
 
 def truncate(
     prompt: tuple[int, ...], continuations: tuple[tuple[int, ...], ...], max_length: int
 ) -> Encoded:
-    """Return the Encoded cut to `max_length` inputs: answers lose their end, prompts their middle."""
-    room = max(2, max_length // (2 * len(continuations)))
-    kept = tuple(c if len(c) <= room else c[:room] for c in continuations)
-    space = max_length - sum(len(c) - 1 for c in kept)
-    if len(prompt) > space:
-        head = space // 4
-        prompt = prompt[:head] + prompt[len(prompt) - (space - head) :]
-    return Encoded(prompt, kept)
+    """Return an Encoded of at most `max_length` inputs: answers are cut at the end, prompts in the middle."""
+    max_answer = max(2, max_length // (2 * len(continuations)))
+    answers = tuple(c if len(c) <= max_answer else c[:max_answer] for c in continuations)
+    max_prompt = max_length - sum(len(c) - 1 for c in answers)
+    if len(prompt) > max_prompt:
+        head = max_prompt // 4
+        prompt = prompt[:head] + prompt[len(prompt) - (max_prompt - head) :]
+    return Encoded(prompt, answers)

@@ -1,8 +1,8 @@
-"""What right means, as pure functions: texts and likelihoods in, numbers out.
+"""Metrics as pure functions of texts and likelihoods, with bootstrap intervals.
 
-A metric is a row of METRICS: what the evaluator must do for it (its kind), and a statistic over
-rows of per-item numbers. `label_rows`, `answer_rows` and `likelihood_rows` make those rows; the
-reported value and its bootstrap interval are the same statistic of the same rows.
+An entry of METRICS has a kind, which tells the evaluator how to obtain answers, and a statistic over rows of
+per-item numbers. `label_rows`, `answer_rows` and `likelihood_rows` make those rows; the reported value and
+its bootstrap interval are the same statistic of the same rows.
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ from adapterhub_chat.errors import DataError
 Rows = npt.NDArray[np.float64]
 """(..., items, columns): the columns depend on the metric's kind."""
 Statistic = Callable[[Rows], Any]
-"""(..., items, columns) -> (...): one number for every resample in front."""
+"""(..., items, columns) -> (...): one number for each resample."""
 MetricFunction = Callable[[str, Sequence[str]], float]
-"""(guess, accepted answers) -> between 0 and 1."""
+"""(guess, accepted answers) -> a value from 0 to 1."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TOKEN = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
-_CHUNK_NUMBERS = 4_000_000
+_MAX_CHUNK_NUMBERS = 4_000_000
 
 
 def normalize_answer(text: str) -> str:
-    """Return `text` as SQuAD compares it: no case, punctuation, articles or extra white space.
+    """Return `text` normalised as in SQuAD: without case, punctuation, articles and extra white space.
 
-    An answer that is nothing but those ("@", "The The") stays, or every empty guess would match it.
+    A text of nothing else ("@", "The The") is only case-folded, so that an empty guess does not match it.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = (c for c in folded if c not in string.punctuation and unicodedata.category(c)[0] != "P")
-    bare = _ARTICLES.sub(" ", "".join(kept))
-    return " ".join((bare if bare.strip() else folded).split())
+    letters = (
+        c for c in folded if c not in string.punctuation and unicodedata.category(c)[0] != "P"
+    )
+    without_articles = _ARTICLES.sub(" ", "".join(letters))
+    return " ".join((without_articles if without_articles.strip() else folded).split())
 
 
 def answer_tokens(text: str) -> list[str]:
-    """Return the normalised words; Chinese and Japanese characters count one by one."""
+    """Return the normalised words; each Chinese or Japanese character is a token."""
     return _TOKEN.findall(normalize_answer(text))
 
 
@@ -56,7 +58,7 @@ def exact_match(guess: str, accepted: Sequence[str]) -> float:
 
 
 def token_f1(guess: str, accepted: Sequence[str]) -> float:
-    """Return the best harmonic mean of precision and recall, in tokens, over the accepted."""
+    """Return the best F1 of tokens (harmonic mean of precision and recall) over the accepted answers."""
     tokens = Counter(answer_tokens(guess))
     return max((_overlap(tokens, Counter(answer_tokens(a))) for a in accepted), default=0.0)
 
@@ -72,7 +74,7 @@ def accuracy(golds: Sequence[str], guesses: Sequence[str]) -> float:
 
 
 def macro_f1(golds: Sequence[str], guesses: Sequence[str]) -> float:
-    """Return the mean of the labels' F1; a label seen on neither side does not count."""
+    """Return the mean F1 over the labels that occur among golds or guesses."""
     return METRICS["macro_f1"].aggregate(label_rows(golds, guesses))
 
 
@@ -82,14 +84,14 @@ def perplexity(neg_log_likelihoods: Sequence[float], token_counts: Sequence[int]
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float:
-    """Return distinct n-grams over all n-grams: low means repetitive (arxiv.org/abs/1510.03055)."""
-    listed = [answer_tokens(text) for text in texts]
-    grams = [tuple(t[i : i + n]) for t in listed for i in range(len(t) - n + 1)]
+    """Return the share of distinct n-grams; low values mean repetition (arxiv.org/abs/1510.03055)."""
+    tokens_of_texts = [answer_tokens(text) for text in texts]
+    grams = [tuple(t[i : i + n]) for t in tokens_of_texts for i in range(len(t) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def label_rows(golds: Sequence[str], guesses: Sequence[str]) -> Rows:
-    """Return rows of (gold, guess) as numbers of the label."""
+    """Return rows of (gold, guess) as label numbers."""
     number = {label: i for i, label in enumerate(sorted({*golds, *guesses}))}
     return np.array([(number[a], number[b]) for a, b in zip(golds, guesses, strict=True)], float)
 
@@ -97,7 +99,7 @@ def label_rows(golds: Sequence[str], guesses: Sequence[str]) -> Rows:
 def answer_rows(
     judge: MetricFunction, guesses: Sequence[str], accepted: Sequence[Sequence[str]]
 ) -> Rows:
-    """Return rows of one judgement each."""
+    """Return rows of one number: the metric of the guess."""
     return np.array([(judge(g, a),) for g, a in zip(guesses, accepted, strict=True)], float)
 
 
@@ -114,9 +116,9 @@ def _macro_f1_of(rows: Rows) -> Any:
     labels = np.unique(rows)[:, None, None]
     gold, guess = rows[..., 0].reshape(-1, rows.shape[-2]), rows[..., 1].reshape(-1, rows.shape[-2])
     hits = ((gold == labels) & (guess == labels)).sum(axis=-1)
-    seen = (gold == labels).sum(axis=-1) + (guess == labels).sum(axis=-1)
-    f1 = 2 * hits / np.maximum(seen, 1)
-    return (f1.sum(axis=0) / (seen > 0).sum(axis=0)).reshape(rows.shape[:-2])
+    occurrences = (gold == labels).sum(axis=-1) + (guess == labels).sum(axis=-1)
+    f1 = 2 * hits / np.maximum(occurrences, 1)
+    return (f1.sum(axis=0) / (occurrences > 0).sum(axis=0)).reshape(rows.shape[:-2])
 
 
 def _mean_of(rows: Rows) -> Any:
@@ -135,7 +137,7 @@ def _perplexity_of(rows: Rows) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A row of METRICS."""
+    """An entry of METRICS."""
 
     name: str
     kind: Literal["label", "answer", "likelihood"]
@@ -144,10 +146,10 @@ class Metric:
     higher_is_better: bool
     statistic: Statistic
     judge: MetricFunction | None = None
-    """How one answer is compared; only metrics of the answer kind have one."""
+    """Compares one answer; set for metrics of kind "answer" only."""
 
     def aggregate(self, rows: Rows) -> float:
-        """Return the metric of all rows."""
+        """Return the metric of all rows; raise DataError when there are none."""
         if not len(rows):
             raise DataError(f"{self.name}: there is nothing to judge (no items)")
         return float(self.statistic(rows))
@@ -166,7 +168,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def judge_misfits(metric: str, labels: Mapping[str, str]) -> Iterator[str]:
-    """Yield why `metric` cannot judge answers from this label set, if it cannot."""
+    """Yield the reasons why `metric` cannot score answers from this label set."""
     if metric not in METRICS:
         yield f"metric: unknown metric {metric!r}; known: {', '.join(sorted(METRICS))}"
     elif METRICS[metric].kind == "label" and len(labels) < 2:
@@ -191,7 +193,7 @@ def bootstrap_interval(
         raise DataError("bootstrap: there is nothing to resample (no items)")
     rows = rows.reshape(len(rows), -1)
     rng = np.random.default_rng(seed)
-    per_chunk = max(1, _CHUNK_NUMBERS // rows.size)
+    per_chunk = max(1, _MAX_CHUNK_NUMBERS // rows.size)
     values = [
         statistic(
             rows[rng.integers(len(rows), size=(min(per_chunk, resamples - start), len(rows)))]
@@ -208,13 +210,13 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Return statistic(one) - statistic(other) over the same items, and its 95 % interval.
 
-    An item's two rows are resampled together, so that what is hard for both sides cancels out.
+    The two rows of an item are resampled together, so that the difficulty of items cancels out.
     """
-    both = np.stack([np.asarray(one, float), np.asarray(other, float)], axis=1)
-    width = both.shape[-1]
+    pairs = np.stack([np.asarray(one, float), np.asarray(other, float)], axis=1)
+    width = pairs.shape[-1]
 
     def difference(rows: Rows) -> Any:
         return statistic(rows[..., :width]) - statistic(rows[..., width:])
 
-    flat = both.reshape(len(both), -1)
+    flat = pairs.reshape(len(pairs), -1)
     return (float(difference(flat)), *bootstrap_interval(flat, difference))

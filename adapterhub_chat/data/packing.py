@@ -1,8 +1,8 @@
-"""Packing: examples side by side in rows of one fixed length, kept apart by the attention mask.
+"""Packing: several examples in each row of a fixed length, separated by the attention mask.
 
-Few, fixed shapes cost a CPU nothing to set up, and no token is spent on padding short examples. Every
-continuation sees its own prompt and itself alone, at the positions it would have by itself, so that a
-packed loss equals the unpacked one.
+Fixed shapes avoid repeated set-up on a CPU, and little is spent on padding. A continuation attends to its
+prompt and itself, at the same positions as in an unpacked batch, so that a packed loss equals the unpacked
+one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from adapterhub_chat.data.encoding import Encoded
 
 LENGTH_STEP = 16
 LOOKAHEAD = 32
-"""How many examples may be passed over to fill a row; they come first in the next batch."""
+"""Maximum number of examples skipped to fill a row; they come first in the next batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Packed rows, ready for one forward. N rows of L tokens, P predicted positions."""
+    """Packed rows for one forward: N rows of L tokens, P predicted positions."""
 
     ids: Tensor
     """(N, L) token ids."""
@@ -32,7 +32,7 @@ class Batch:
     segments: Tensor
     """(N, L) number of the piece that each token belongs to, -1 for padding."""
     parents: Tensor
-    """(N, L) piece that the token may also look at: its prompt."""
+    """(N, L) the other piece that the token attends to: its prompt; -2 for none."""
     keep: Tensor
     """(P,) flat indices into (N * L) of the positions that predict an answer token."""
     targets: Tensor
@@ -40,39 +40,34 @@ class Batch:
     owners: Tensor
     """(P,) number of the continuation that each target belongs to, counted over the whole batch."""
     weights: Tensor
-    """(P,) float32, how much each target's loss counts in training."""
+    """(P,) float32 weight of each target's loss in training."""
 
     @property
     def num_rows(self) -> int:
         """N."""
         return int(self.ids.shape[0])
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int((self.segments >= 0).sum())
-
     def prompt_tokens(self) -> tuple[Tensor, Tensor]:
         """Return the flat indices (T,) of the prompts' tokens, and the example (T,) each belongs to.
 
         Examples are counted over the whole batch, row by row.
         """
-        own = (self.parents == -2) & (self.segments >= 0)
-        places = own.flatten().nonzero().squeeze(1)
+        is_prompt = (self.parents == -2) & (self.segments >= 0)
+        indices = is_prompt.flatten().nonzero().squeeze(1)
         length = self.ids.shape[1]  # a row has fewer pieces than tokens
-        piece = places // length * length + self.segments.flatten()[places]
-        return places, torch.unique(piece, return_inverse=True)[1]
+        piece = indices // length * length + self.segments.flatten()[indices]
+        return indices, torch.unique(piece, return_inverse=True)[1]
 
     def mask(self, dtype: torch.dtype, *, causal: bool = True) -> Tensor:
-        """Return the additive attention mask (N, 1, L, L): 0 where a token may look, else -inf-like.
+        """Return the additive attention mask (N, 1, L, L): 0 for visible tokens, else the dtype's minimum.
 
-        Unless `causal`, a token also sees those that come after it in its piece.
+        Unless `causal`, a token also attends to later tokens of its piece.
         """
-        seen = self.visible()
+        visible = self.visible()
         if causal:
-            seen &= torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril()
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        mask.masked_fill_(~seen, torch.finfo(dtype).min)
+            visible &= torch.ones(visible.shape[1:], dtype=torch.bool, device=visible.device).tril()
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        mask.masked_fill_(~visible, torch.finfo(dtype).min)
         return mask[:, None]
 
     def visible(self) -> Tensor:
@@ -82,7 +77,7 @@ class Batch:
         return same | (parent[:, :, None] == seg[:, None, :])
 
     def pieces(self) -> Tensor:
-        """Return the number of each token's piece (N, L), counted over the batch; padding has its own."""
+        """Return the number of each token's piece (N, L), over the batch; a row's padding is a piece."""
         length = self.segments.shape[1]
         rows = torch.arange(self.num_rows, device=self.segments.device)
         return rows[:, None] * (length + 1) + self.segments + 1
@@ -105,34 +100,36 @@ def pack(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
     weights: list[float] = []
     owner = 0
     for n, row in enumerate(rows):
-        at = piece = 0
+        position = piece = 0
 
         def put(tokens: Sequence[int], start: int, parent: int, n: int = n) -> None:
-            nonlocal at, piece
-            end = at + len(tokens)
-            ids[n, at:end] = torch.tensor(tokens)
-            positions[n, at:end] = torch.arange(start, start + len(tokens))
-            segments[n, at:end], parents[n, at:end] = piece, parent
-            at, piece = end, piece + 1
+            nonlocal position, piece
+            end = position + len(tokens)
+            ids[n, position:end] = torch.tensor(tokens)
+            positions[n, position:end] = torch.arange(start, start + len(tokens))
+            segments[n, position:end], parents[n, position:end] = piece, parent
+            position, piece = end, piece + 1
 
         for example in row:
             prompt_piece = piece
             put(example.prompt, 0, -2)
-            last = n * length + at - 1
+            last_index = n * length + position - 1
             for continuation in example.continuations:
-                first = n * length + at
+                first_index = n * length + position
                 if len(continuation) > 1:
                     put(continuation[:-1], len(example.prompt), prompt_piece)
-                keep += [last, *range(first, first + len(continuation) - 1)]
+                keep += [last_index, *range(first_index, first_index + len(continuation) - 1)]
                 targets += continuation
                 owners += [owner] * len(continuation)
                 weights += [example.weight] * len(continuation)
                 owner += 1
-    places, wanted, whose = (
+    kept_indices, target_ids, owner_numbers = (
         torch.tensor(values, dtype=torch.long) for values in (keep, targets, owners)
     )
-    counts = torch.tensor(weights)
-    return Batch(ids, positions, segments, parents, places, wanted, whose, counts)
+    loss_weights = torch.tensor(weights)
+    return Batch(
+        ids, positions, segments, parents, kept_indices, target_ids, owner_numbers, loss_weights
+    )
 
 
 def isolated(rows: Sequence[Sequence[Encoded]]) -> list[Sequence[Encoded]]:
@@ -156,42 +153,43 @@ def fill_rows(
 ) -> list[list[Encoded]]:
     """Take examples from the left of `waiting` into at most `num_rows` rows of `length` tokens, first fit.
 
-    Up to `lookahead` examples that no longer fit are passed over and put back, in order.
+    Up to `lookahead` examples that do not fit are skipped and put back, in order.
     """
     rows: list[list[Encoded]] = []
-    space: list[int] = []
-    passed: list[Encoded] = []
-    while waiting and len(passed) < lookahead:
+    free_space: list[int] = []
+    skipped: list[Encoded] = []
+    while waiting and len(skipped) < lookahead:
         example = waiting.popleft()
-        need = example.num_inputs
-        assert need <= length, "encode_examples cuts to the row length"
-        row = next((i for i, free in enumerate(space) if free >= need), None)
+        num_inputs = example.num_inputs
+        assert num_inputs <= length, "encode_examples cuts to the row length"
+        row = next((i for i, space_left in enumerate(free_space) if space_left >= num_inputs), None)
         if row is None and len(rows) < num_rows:
             rows.append([])
-            space.append(length)
+            free_space.append(length)
             row = len(rows) - 1
         if row is None:
-            passed.append(example)
+            skipped.append(example)
             continue
         rows[row].append(example)
-        space[row] -= need
-    waiting.extendleft(reversed(passed))
+        free_space[row] -= num_inputs
+    waiting.extendleft(reversed(skipped))
     return rows
 
 
 def epochs(
     examples: Sequence[Encoded], *, num_rows: int, length: int, seed: int
 ) -> Iterator[list[list[Encoded]]]:
-    """Yield the rows of one training step after another, for ever; each epoch in a new seeded order.
+    """Yield the rows of each training step, without end; each epoch has a new seeded order.
 
-    The stream depends on nothing but its own arguments: an adapter sees the same rows in the same order
-    whatever is trained beside it. A step always has `num_rows` rows, so epochs run into each other.
+    The stream depends on its arguments alone: an adapter gets the same rows in the same order, whichever
+    other adapters are trained. A step always has `num_rows` rows, so it may contain the end of an epoch and
+    the next.
     """
     generator = torch.Generator().manual_seed(seed)
     waiting: deque[Encoded] = deque()
-    enough = LOOKAHEAD + num_rows * length // 2  # an example has at least two tokens
+    min_waiting = LOOKAHEAD + num_rows * length // 2  # an example has at least two tokens
     while True:
-        while len(waiting) < enough:
+        while len(waiting) < min_waiting:
             order = torch.randperm(len(examples), generator=generator).tolist()
             waiting.extend(examples[i] for i in order)
         yield fill_rows(waiting, num_rows=num_rows, length=length)

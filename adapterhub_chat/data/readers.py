@@ -22,22 +22,22 @@ def _file_misfits(file: Path, needed: list[str]) -> Iterator[str]:
         yield f"no file {file}"
     elif file.suffix != ".parquet":  # opening one imports `datasets`: its columns are read later
         try:
-            _examined(_rows(file), needed, str(file), at_most=1)
+            _checked_rows(_rows(file), needed, str(file), at_most=1)
         except DataError as error:
             yield str(error)
 
 
-def _examined(
+def _checked_rows(
     rows: Iterable[Row], needed: list[str], source: str, *, at_most: int | None = None
 ) -> list[Row]:
     """Return the rows, if there are any and the first one has the columns."""
-    listed = list(itertools.islice(rows, at_most))
-    if not listed:
+    row_list = list(itertools.islice(rows, at_most))
+    if not row_list:
         raise DataError(f"{source} holds no rows")
-    if lost := [column for column in needed if column not in listed[0]]:
-        there = ", ".join(map(str, listed[0]))
-        raise DataError(f"{source} has no column {', '.join(lost)}; it has {there}")
-    return listed
+    if missing := [column for column in needed if column not in row_list[0]]:
+        columns = ", ".join(map(str, row_list[0]))
+        raise DataError(f"{source} has no column {', '.join(missing)}; it has {columns}")
+    return row_list
 
 
 # ---- rows of files -------------------------------------------------------------------------------
@@ -45,9 +45,9 @@ def _examined(
 
 def read_rows(file: Path) -> list[Row]:
     """Return the rows of a table in a file; raise DataError when it cannot be read or holds none."""
-    if found := list(_file_misfits(file, [])):
-        raise DataError("; ".join(found))
-    return _examined(_rows(file), [], str(file))
+    if misfits := list(_file_misfits(file, [])):
+        raise DataError("; ".join(misfits))
+    return _checked_rows(_rows(file), [], str(file))
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -92,5 +92,5 @@ _READERS: Mapping[str, Callable[[Path], Iterable[Row]]] = {
     ".jsonl": _json_lines,
     ".parquet": _parquet,
 }
-TABLES = (*_READERS,)
-"""Endings of the files that hold a table."""
+TABLE_EXTENSIONS = (*_READERS,)
+"""File name extensions of tables."""

@@ -1,4 +1,4 @@
-"""Clean, de-duplicated splits: an example lies in the same one whatever else is in the data."""
+"""Clean, de-duplicated splits; the split of an example does not depend on the other examples."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from adapterhub_chat.types import SPLITS, Example, PromptContract, Split
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The examples of a task, cleaned and parted; in each part in a fixed random order."""
+    """The cleaned examples of a task by split, each split in a fixed random order."""
 
     parts: Mapping[Split, tuple[Example, ...]]
     duplicates: int = 0
-    """Examples dropped because their input was there already."""
+    """Examples dropped because their input had occurred before."""
     contradictions: int = 0
-    """Examples dropped because one input came with several labels."""
+    """Examples dropped because their input has several labels."""
 
     def where(self, keep: Callable[[Example], bool]) -> Splits:
-        """Return the examples that `keep` wants, each in its own split."""
-        return Splits({s: tuple(filter(keep, own)) for s, own in self.parts.items()})
+        """Return the examples for which `keep` is true, in their splits."""
+        return Splits({s: tuple(filter(keep, examples)) for s, examples in self.parts.items()})
 
 
 def input_key(example: Example, contract: PromptContract) -> str:
-    """Return what the model reads of an example, without case and layout: equal keys, equal inputs.
+    """Return an example's input without case and layout, as the key of duplicates.
 
-    The template's words take no part, so a task that is asked in new words keeps its splits.
+    The template's own words are left out, so that a task with a changed template keeps its splits.
     """
     turns = [message.content for message in example.history]
     fields = [example.fields.get(name, "") for name in sorted(placeholders(contract.template))]
@@ -40,11 +40,11 @@ def input_key(example: Example, contract: PromptContract) -> str:
 
 
 def split_of(key: str, *, validation: float = 0.1, test: float = 0.1) -> Split:
-    """Return the split in which `key` lies, whatever else is in the data."""
-    place = int.from_bytes(_digest(key)[:8]) / 2**64
-    if place < test:
+    """Return the split of `key`, by its hash alone."""
+    fraction = int.from_bytes(_digest(key)[:8]) / 2**64
+    if fraction < test:
         return "test"
-    return "validation" if place < test + validation else "train"
+    return "validation" if fraction < test + validation else "train"
 
 
 def split_examples(
@@ -55,37 +55,37 @@ def split_examples(
     test: float = 0.1,
     source: str = "examples",
 ) -> Splits:
-    """Clean the examples and part them by the hash of their group or input.
+    """Clean the examples and split them by the hash of their group or input.
 
-    Splits that the source has are kept; a missing one is cut off its train split. One input stays
-    once, and only in the most held-out of the source's splits. If it came with several labels, all
-    of its examples go; with several free answers, the most frequent one is taught and all of them
-    are accepted.
+    Splits that the source has are kept; a missing one is taken from its train split. Each input stays once,
+    in the most held-out of the source's splits (test, validation, train). If an input has several labels, all
+    of its examples are dropped; if it has several free answers, the most frequent one is the training target
+    and all of them are accepted.
     """
     if min(validation, test) < 0 or validation + test >= 1:
         raise ConfigError(source, ["split: validation and test are shares with a sum below 1"])
-    given = examples if isinstance(examples, Mapping) else {"train": examples}
+    sources = examples if isinstance(examples, Mapping) else {"train": examples}
     shares = {
-        "validation": 0.0 if "validation" in given else validation,
-        "test": 0.0 if "test" in given else test,
+        "validation": 0.0 if "validation" in sources else validation,
+        "test": 0.0 if "test" in sources else test,
     }
     parts: dict[Split, dict[str, Example]] = {split: {} for split in SPLITS}
     total = contradictions = 0
     for split in reversed(SPLITS):
-        listed = list(given.get(split, ()))
-        _check(listed, contract, source)
-        unique, clashing = _unique(listed, contract)
-        total, contradictions = total + len(listed), contradictions + clashing
+        source_examples = list(sources.get(split, ()))
+        _check(source_examples, contract, source)
+        unique, num_contradicting = _unique(source_examples, contract)
+        total, contradictions = total + len(source_examples), contradictions + num_contradicting
         for key, example in unique.items():
             if not any(key in part for part in parts.values()):
-                to = split_of(example.group or key, **shares) if split == "train" else split
-                parts[to][key] = example
-    kept = sum(len(part) for part in parts.values())
-    if not kept:
+                target = split_of(example.group or key, **shares) if split == "train" else split
+                parts[target][key] = example
+    num_kept = sum(len(part) for part in parts.values())
+    if not num_kept:
         raise DataError(f"{source}: no examples ({contradictions} had contradicting labels)")
     return Splits(
         {s: tuple(part[key] for key in sorted(part, key=_digest)) for s, part in parts.items()},
-        duplicates=total - kept - contradictions,
+        duplicates=total - num_kept - contradictions,
         contradictions=contradictions,
     )
 
@@ -95,27 +95,35 @@ def _digest(text: str) -> bytes:
 
 
 def _unique(examples: list[Example], contract: PromptContract) -> tuple[dict[str, Example], int]:
-    """Return one example for each input, and how many went because their labels clash."""
-    same: defaultdict[str, list[Example]] = defaultdict(list)
+    """Return one example for each input, and the number of examples dropped for contradicting labels."""
+    examples_by_key: defaultdict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        same[input_key(example, contract)].append(example)
-    clashing = {
+        examples_by_key[input_key(example, contract)].append(example)
+    contradicting = {
         key: len(group)
-        for key, group in same.items()
+        for key, group in examples_by_key.items()
         if contract.labels and len({example.answer for example in group}) > 1
     }
-    unique = {key: _merged(group) for key, group in same.items() if key not in clashing}
-    return unique, sum(clashing.values())
+    unique = {
+        key: _merge_duplicates(group)
+        for key, group in examples_by_key.items()
+        if key not in contradicting
+    }
+    return unique, sum(contradicting.values())
 
 
-def _merged(same: list[Example]) -> Example:
-    """Return the one with the most frequent answer, with everybody's references."""
-    if len(same) == 1:
-        return same[0]
-    count = Counter(e.answer for e in same)
-    same = sorted(same, key=lambda e: (-count[e.answer], e.group, e.answer, [*e.fields.values()]))
-    accepted = tuple(dict.fromkeys(answer for example in same for answer in example.accepted))
-    return replace(same[0], references=accepted if len(accepted) > 1 else same[0].references)
+def _merge_duplicates(duplicates: list[Example]) -> Example:
+    """Return the example with the most frequent answer, and the references of all."""
+    if len(duplicates) == 1:
+        return duplicates[0]
+    count = Counter(e.answer for e in duplicates)
+    duplicates = sorted(
+        duplicates, key=lambda e: (-count[e.answer], e.group, e.answer, [*e.fields.values()])
+    )
+    accepted = tuple(dict.fromkeys(answer for example in duplicates for answer in example.accepted))
+    return replace(
+        duplicates[0], references=accepted if len(accepted) > 1 else duplicates[0].references
+    )
 
 
 def _check(examples: list[Example], contract: PromptContract, source: str) -> None:
@@ -140,7 +148,7 @@ def _misfits(example: Example, contract: PromptContract) -> Iterator[str]:
 
 
 def sample(examples: Sequence[Example], limit: int, seed: int = 0) -> list[Example]:
-    """Return `limit` examples drawn without replacement (all when 0), in their old order."""
+    """Return `limit` examples drawn without replacement (0: all), in their original order."""
     if not limit or limit >= len(examples):
         return list(examples)
     generator = torch.Generator().manual_seed(seed)

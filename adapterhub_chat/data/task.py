@@ -1,4 +1,4 @@
-"""Tasks: a sequence of examples plus a judge. A mixture of tasks is a task.
+"""Tasks: examples with a prompt contract and a metric. A mixture of tasks is a task.
 
 A task is a file: `tasks/NAME.py` with `def task() -> Task`, or, without code, `tasks/NAME.toml` that
 points at the user's data (see task_file.py).
@@ -19,7 +19,7 @@ from types import ModuleType
 
 from adapterhub_chat.data.metrics import judge_misfits
 from adapterhub_chat.data.prompts import placeholders
-from adapterhub_chat.data.readers import TABLES, Row, read_rows
+from adapterhub_chat.data.readers import TABLE_EXTENSIONS, Row, read_rows
 from adapterhub_chat.data.splits import Splits, input_key, split_examples
 from adapterhub_chat.data.task_file import TaskParts, read_task_file
 from adapterhub_chat.errors import ConfigError, DataError, UnknownNameError
@@ -28,14 +28,14 @@ from adapterhub_chat.types import SPLITS, Example, PromptContract, Split
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Examples plus a judge: what an adapter learns, how it is asked, what counts as right."""
+    """Examples, the contract that prompts for them, and the metric that scores the answers."""
 
     name: str
     contract: PromptContract
     metric: str
     """A key of METRICS."""
     load: Callable[[], Splits]
-    """Reads the data; called once, when the first split is asked for."""
+    """Reads the data; called once, on first use."""
     language: str = "en"
     about: str = ""
     licence: str = "unknown"
@@ -44,24 +44,24 @@ class Task:
     """Names of the tasks that a mixture is made of."""
 
     def __post_init__(self) -> None:
-        """Refuse a metric that cannot judge these answers."""
+        """Raise ConfigError for a metric that cannot score these answers."""
         misfits = list(judge_misfits(self.metric, self.contract.labels))
         if misfits:
             raise ConfigError(f"task {self.name!r}", misfits)
 
     @cached_property
     def splits(self) -> Splits:
-        """All splits, with the count of what was dropped."""
+        """All splits, with the numbers of dropped examples."""
         return self.load()
 
     def split(self, split: Split) -> Sequence[Example]:
-        """Return the examples of one split (none where the data leaves none for it)."""
+        """Return the examples of one split, which may be empty."""
         if split not in SPLITS:
             raise UnknownNameError("split", split, SPLITS)
         return self.splits.parts.get(split, ())
 
     def contract_of(self, example: Example) -> PromptContract:
-        """Return how the model is asked for `example`: its own contract in a mixture."""
+        """Return the contract of `example`: its own in a mixture, else the task's."""
         return example.contract or self.contract
 
     def data_hash(self) -> str:
@@ -77,11 +77,11 @@ class Task:
 
 
 def mixture(name: str, tasks: Sequence[Task], weights: Sequence[float] | None = None) -> Task:
-    """Return the task of all examples of `tasks`, each asked by its own contract.
+    """Return the task of all examples of `tasks`, each with the contract of its task.
 
-    `weights` says how often each member's training examples are taken: 0.5 is half of them, 2 all
-    of them twice. An input that members have in different splits stays in the most held-out one.
-    Prompts that come without an example use the first member's contract.
+    `weights` are the shares of each member's training examples: 0.5 takes half of them, 2 all of them twice.
+    An input that occurs in different splits stays in the most held-out one. Prompts without an example use
+    the first member's contract.
     """
     shares = [1.0] * len(tasks) if weights is None else list(weights)
     if not tasks or len(shares) != len(tasks) or min(shares) < 0:
@@ -94,15 +94,19 @@ def mixture(name: str, tasks: Sequence[Task], weights: Sequence[float] | None = 
         parts: dict[Split, tuple[Example, ...]] = {}
         held_out: set[str] = set()
         for split in reversed(SPLITS):
-            taken: list[Example] = []
+            selected: list[Example] = []
             for task, share in zip(tasks, shares, strict=True):
-                own = [replace(e, contract=task.contract_of(e)) for e in task.split(split)]
-                free = [e for e in own if input_key(e, task.contract_of(e)) not in held_out]
-                whole, rest = divmod(share if split == "train" else 1.0, 1)
-                taken += free * int(whole) + free[: round(rest * len(free))]
-            held_out |= {input_key(e, e.contract or tasks[0].contract) for e in taken}
-            random.Random(name + split).shuffle(taken)
-            parts[split] = tuple(taken)
+                with_contracts = [
+                    replace(e, contract=task.contract_of(e)) for e in task.split(split)
+                ]
+                allowed = [
+                    e for e in with_contracts if input_key(e, task.contract_of(e)) not in held_out
+                ]
+                num_copies, remainder = divmod(share if split == "train" else 1.0, 1)
+                selected += allowed * int(num_copies) + allowed[: round(remainder * len(allowed))]
+            held_out |= {input_key(e, e.contract or tasks[0].contract) for e in selected}
+            random.Random(name + split).shuffle(selected)
+            parts[split] = tuple(selected)
         return Splits(parts)
 
     return Task(
@@ -122,14 +126,14 @@ def mixture(name: str, tasks: Sequence[Task], weights: Sequence[float] | None = 
 
 
 def list_tasks() -> dict[str, Path]:
-    """Return the task files by name: those of ./tasks come before the built-in ones."""
-    here = Path(__file__).parent.parent
-    folders = (Path("tasks"), here.parent / "tasks", here / "_shipped" / "tasks")
-    found: dict[str, Path] = {}
+    """Return the task files by name; files of ./tasks take precedence over built-in ones."""
+    package_root = Path(__file__).parent.parent
+    folders = (Path("tasks"), package_root.parent / "tasks", package_root / "_shipped" / "tasks")
+    paths: dict[str, Path] = {}
     for path in (p for folder in folders for p in sorted(folder.glob("*"))):
         if path.suffix in _LOADERS and not path.stem.startswith("_"):
-            found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
+            paths.setdefault(path.stem, path)
+    return dict(sorted(paths.items()))
 
 
 def load_task(name_or_path: str | Path) -> Task:
@@ -157,10 +161,10 @@ def _load_python(path: Path) -> Task:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses of the file look their module up there
     spec.loader.exec_module(module)
-    made = module.task() if callable(getattr(module, "task", None)) else None
-    if not isinstance(made, Task):
+    task = module.task() if callable(getattr(module, "task", None)) else None
+    if not isinstance(task, Task):
         raise ConfigError(str(path), ["the file must define `def task() -> Task`"])
-    return made
+    return task
 
 
 def _package_of(folder: Path) -> str:
@@ -181,39 +185,39 @@ def _load_toml(path: Path) -> Task:
 _LOADERS: Mapping[str, Callable[[Path], Task]] = {".py": _load_python, ".toml": _load_toml}
 
 
-ANSWERS = ("label", "answer")
-"""Names that the column of the answers may have."""
-VALIDATION, TEST = 0.3, 0.2
-"""Shares of the labelled rows, which are few: what is judged on a tenth of them is judged by chance."""
+ANSWER_COLUMNS = ("label", "answer")
+"""Possible names of the column of answers."""
+VALIDATION_SHARE, TEST_SHARE = 0.3, 0.2
+"""Shares of the labelled rows. They are larger than the default since labelled rows are few."""
 
 
 def is_table(path: str | Path) -> bool:
-    """Return whether a path names a table, such as a CSV, and no task file."""
-    return Path(path).suffix in TABLES
+    """Return whether a path names a table, such as a CSV, rather than a task file."""
+    return Path(path).suffix in TABLE_EXTENSIONS
 
 
 def table_task(path: Path, like: Task) -> tuple[Task, list[Example]]:
-    """Return the task of a table's labelled rows, asked as `like` is, and its rows without a label.
+    """Return the task of a table's labelled rows, with the contract of `like`, and its unlabelled rows.
 
-    Its columns are called as the fields of `like`'s prompt are, and `label` (or `answer`). Where no row has
-    a label the task has no examples. Raises DataError for a file that cannot be read or lacks a column.
+    Its columns are the fields of `like`'s prompt, and `label` (or `answer`). If no row has a label, the task
+    has no examples. Raises DataError for a file that cannot be read or lacks a column.
     """
     rows = read_rows(path)
     fields = placeholders(like.contract.template)
-    answer = next((name for name in ANSWERS if name in rows[0]), None)
-    lost = [name for name, required in fields.items() if required and name not in rows[0]]
-    if lost or answer is None:
-        wanted = ", ".join([*lost, *([] if answer else ["label (or answer)"])])
-        raise DataError(f"{path} has no column {wanted}; it has {', '.join(rows[0])}")
-    examples = [_example(row, [*fields], answer) for row in rows]
+    answer_column = next((name for name in ANSWER_COLUMNS if name in rows[0]), None)
+    missing = [name for name, required in fields.items() if required and name not in rows[0]]
+    if missing or answer_column is None:
+        missing_columns = ", ".join([*missing, *([] if answer_column else ["label (or answer)"])])
+        raise DataError(f"{path} has no column {missing_columns}; it has {', '.join(rows[0])}")
+    examples = [_example(row, [*fields], answer_column) for row in rows]
     examples = [e for e in examples if e.answer or e.fields]  # an empty line is no row
-    known = [e for e in examples if e.answer]
+    labelled = [e for e in examples if e.answer]
 
     def load() -> Splits:
-        if not known:
+        if not labelled:
             return Splits(dict.fromkeys(SPLITS, ()))
-        shares = {"validation": VALIDATION, "test": TEST}
-        return split_examples(known, like.contract, **shares, source=str(path))
+        shares = {"validation": VALIDATION_SHARE, "test": TEST_SHARE}
+        return split_examples(labelled, like.contract, **shares, source=str(path))
 
     about = f"The rows of {path.name}, asked as {like.name}."
     task = Task(path.stem, like.contract, like.metric, load, about=about, sources=(path.name,))
@@ -221,10 +225,10 @@ def table_task(path: Path, like: Task) -> tuple[Task, list[Example]]:
 
 
 def _example(row: Row, fields: list[str], answer: str) -> Example:
-    texts = {name: said for name in fields if (said := _said(row.get(name)))}
-    return Example(texts, _said(row.get(answer)).strip())
+    texts = {name: cell_text for name in fields if (cell_text := _cell_text(row.get(name)))}
+    return Example(texts, _cell_text(row.get(answer)).strip())
 
 
-def _said(cell: object) -> str:
-    """Return a cell as text; 0 and False are said, too."""
+def _cell_text(cell: object) -> str:
+    """Return a cell as text, "" for None; 0 and False are texts."""
     return "" if cell is None else str(cell)

@@ -1,4 +1,4 @@
-"""Tasks without code: a TOML file that points at the user's data.
+"""Tasks without code: a TOML file that refers to the user's data.
 
 metric = "accuracy"                             # a key of METRICS
 about = "..."                                   # also: language, licence, sources
@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, Val
 
 from adapterhub_chat.data.metrics import judge_misfits
 from adapterhub_chat.data.prompts import placeholders
-from adapterhub_chat.data.readers import Row, _examined, _file_misfits, _rows
+from adapterhub_chat.data.readers import Row, _checked_rows, _file_misfits, _rows
 from adapterhub_chat.data.splits import Splits, split_examples
 from adapterhub_chat.errors import ConfigError, DataError, join_misfits
 from adapterhub_chat.types import SPLITS, Example, Message, PromptContract, Split
@@ -62,25 +62,25 @@ class _Data(_Section):
 
     @property
     def files(self) -> dict[Split, str]:
-        """The data files by split; a single file is cut up like a train split."""
-        named: dict[Split, str | None] = {
+        """The data files by split; a single file is split like a train file."""
+        files_by_split: dict[Split, str | None] = {
             "train": self.path or self.train,
             "validation": self.validation,
             "test": self.test,
         }
-        return {split: file for split, file in named.items() if file}
+        return {split: file for split, file in files_by_split.items() if file}
 
 
-_ASKED = PromptContract()
+_DEFAULT_CONTRACT = PromptContract()
 
 
 class _Prompt(_Section):
-    template: str = _ASKED.template
-    system: str = _ASKED.system
-    stop: tuple[str, ...] = _ASKED.stop
-    max_new_tokens: PositiveInt = _ASKED.max_new_tokens
-    temperature: Annotated[float, Field(ge=0)] = _ASKED.temperature
-    top_p: Annotated[float, Field(gt=0, le=1)] = _ASKED.top_p
+    template: str = _DEFAULT_CONTRACT.template
+    system: str = _DEFAULT_CONTRACT.system
+    stop: tuple[str, ...] = _DEFAULT_CONTRACT.stop
+    max_new_tokens: PositiveInt = _DEFAULT_CONTRACT.max_new_tokens
+    temperature: Annotated[float, Field(ge=0)] = _DEFAULT_CONTRACT.temperature
+    top_p: Annotated[float, Field(gt=0, le=1)] = _DEFAULT_CONTRACT.top_p
 
 
 class _Shares(_Section):
@@ -101,13 +101,13 @@ class _TaskFile(_Section):
     split: _Shares = _Shares()
 
 
-_NOT_FIELDS = ("answer", "history", "group")
+_SPECIAL_COLUMNS = ("answer", "history", "group")
 _HISTORY = TypeAdapter(tuple[Message, ...])
 
 
 @dataclass(frozen=True, slots=True)
 class TaskParts:
-    """What a task file says: the arguments of a Task besides its name."""
+    """The content of a task file: the arguments of a Task except its name."""
 
     contract: PromptContract
     metric: str
@@ -129,7 +129,7 @@ def read_task_file(path: Path) -> TaskParts:
         file = _TaskFile.model_validate(raw)
     except ValidationError as error:
         misfits = explain(error, _TaskFile)
-    misfits += _disagreements(raw, path.parent)
+    misfits += _cross_table_misfits(raw, path.parent)
     if misfits:
         raise ConfigError(str(path), misfits)
     contract = PromptContract(**file.prompt.model_dump(), labels=file.labels)
@@ -144,17 +144,19 @@ def read_task_file(path: Path) -> TaskParts:
     )
 
 
-def _disagreements(raw: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """Yield what fits by itself but not together; takes raw tables, to say it beside the rest."""
+def _cross_table_misfits(raw: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """Yield misfits between tables; takes the raw tables, so that all misfits are listed together."""
     columns, prompt, labels, data = (
         value if isinstance(value := raw.get(key), dict) else {}
         for key in ("columns", "prompt", "labels", "data")
     )
-    asked = placeholders(str(prompt.get("template", _ASKED.template)))
-    lost = [name for name, required in asked.items() if required and name not in columns]
-    if columns and lost:
+    fields_of_template = placeholders(str(prompt.get("template", _DEFAULT_CONTRACT.template)))
+    missing = [
+        name for name, required in fields_of_template.items() if required and name not in columns
+    ]
+    if columns and missing:
         yield (
-            f"prompt.template: no column for {', '.join(lost)}; [columns] has {', '.join(columns)}"
+            f"prompt.template: no column for {', '.join(missing)}; [columns] has {', '.join(columns)}"
         )
     if columns and "answer" not in columns:
         yield "columns.answer: is missing"
@@ -162,10 +164,10 @@ def _disagreements(raw: Mapping[str, Any], folder: Path) -> Iterator[str]:
         yield from judge_misfits(raw["metric"], {k: str(v) for k, v in labels.items()})
     if len({"path", "train", "hub"} & data.keys()) != 1:
         yield "data: give one of path, train (with validation, test) or hub"
-    extra = {"config", "revision", "split"} & data.keys()
-    if extra and "hub" not in data:
-        yield f"data: {', '.join(sorted(extra))} only goes with hub"
-    needed = _needed(columns, asked)
+    hub_keys = {"config", "revision", "split"} & data.keys()
+    if hub_keys and "hub" not in data:
+        yield f"data: {', '.join(sorted(hub_keys))} only goes with hub"
+    needed = _required_columns(columns, fields_of_template)
     for key in ("path", *SPLITS):
         if isinstance(data.get(key), str):
             yield from (f"data.{key}: {m}" for m in _file_misfits(folder / data[key], needed))
@@ -178,32 +180,36 @@ def _read(file: _TaskFile, contract: PromptContract, path: Path) -> Splits:
         if data.hub
         else {s: (f, _rows(path.parent / f)) for s, f in data.files.items()}
     )
-    needed = _needed(file.columns, placeholders(contract.template))
+    needed = _required_columns(file.columns, placeholders(contract.template))
     examples = {
-        split: [_example(row, file.columns) for row in _examined(rows, needed, source)]
+        split: [_example(row, file.columns) for row in _checked_rows(rows, needed, source)]
         for split, (source, rows) in sources.items()
     }
     splits = split_examples(examples, contract, **file.split.model_dump(), source=str(path))
     return replace(splits, parts={s: part[: data.limit] for s, part in splits.parts.items()})
 
 
-def _needed(columns: Mapping[str, Any], asked: Mapping[str, bool]) -> list[str]:
+def _required_columns(
+    columns: Mapping[str, Any], required_by_field: Mapping[str, bool]
+) -> list[str]:
     """Return the columns that every row must have."""
-    return [str(c) for name, c in columns.items() if asked.get(name, name == "answer")]
+    return [str(c) for name, c in columns.items() if required_by_field.get(name, name == "answer")]
 
 
 def _example(row: Row, columns: Mapping[str, str]) -> Example:
-    """Return a row as an example; what it lacks is left out, for `split_examples` to say so."""
+    """Return a row as an example; missing fields are left out, and `split_examples` reports them."""
     cells = {name: row.get(column) for name, column in columns.items()}
     answers = cells["answer"] if isinstance(cells["answer"], list) else [cells["answer"]]
     texts = tuple(_text(answer) for answer in answers if answer is not None)
     try:
         history = _HISTORY.validate_python(cells.get("history") or ())
     except ValidationError as error:
-        listed = explain(error, Message)
-        raise DataError(join_misfits(f"history {cells['history']!r}", listed)) from error
+        history_misfits = explain(error, Message)
+        raise DataError(join_misfits(f"history {cells['history']!r}", history_misfits)) from error
     return Example(
-        fields={n: _text(v) for n, v in cells.items() if n not in _NOT_FIELDS and v is not None},
+        fields={
+            n: _text(v) for n, v in cells.items() if n not in _SPECIAL_COLUMNS and v is not None
+        },
         answer=texts[0] if texts else "",
         references=texts if len(texts) > 1 else (),
         history=history,

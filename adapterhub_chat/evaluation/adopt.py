@@ -1,4 +1,4 @@
-"""adopt: a plain PEFT adapter is measured, and gets a manifest, a probe and a card."""
+"""Adoption of a plain PEFT adapter: it is measured, and gets a manifest, a probe and a card."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def adopt(
     limit: int,
     listeners: Listeners,
 ) -> Manifest:
-    """Measure and keep an adapter without a manifest; see AdapterHub.adopt."""
-    stored = registry.find(source, name)
+    """Measure and save an adapter without a manifest; see AdapterHub.adopt."""
+    stored = registry.read(source, name)
     if stored.manifest is not None:
         raise UsageError(
             f"adapter {stored.name!r} has a manifest already; adapterhub-chat eval measures it"
@@ -39,12 +39,12 @@ def adopt(
         note="made elsewhere, with PEFT; its backbone was taken on trust, its scores were measured here",
     )
     draft = draft_of(stored.name, registry.model.backbone, [task], training)
-    # nobody knows what it learnt from: the licence of that is not the task's
+    # its training data are unknown, so the task's licence says nothing about them
     changes = {"licence": "", "routing": learn_routing(registry, [task])}
     draft = draft.model_copy(update=changes)
     registry.save_new(stored.weights, draft)
-    registry.record(
+    registry.record_scores(
         judge_task(registry.model, task, [(draft.name, as_mix(draft.name))], limit, listeners)
     )
-    kept = registry.known(draft.name)
-    return kept.manifest if kept and kept.manifest else draft
+    loaded = registry.known(draft.name)
+    return loaded.manifest if loaded and loaded.manifest else draft

@@ -1,4 +1,4 @@
-"""Retention: what is left of a source adapter in whatever was made of it, measured on the same items."""
+"""Retention: the share of a source adapter's score that a derived adapter keeps, on the same items."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from torch import Tensor
 
 from adapterhub_chat.data.encoding import Encoded, encode_examples
 from adapterhub_chat.data.metrics import METRICS, Metric, Rows, mean_loss, paired_difference
+from adapterhub_chat.data.packing import in_order, pack
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.evaluation.scoring import judge
-from adapterhub_chat.inference.likelihood import ROW_LENGTH, next_token_logits, sequence_losses
+from adapterhub_chat.inference.likelihood import (
+    ROW_LENGTH,
+    ROWS,
+    next_token_logits,
+    token_loss_sums,
+)
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Example, Mix, Retention, Split, as_mix
@@ -23,7 +29,7 @@ from adapterhub_chat.types import Example, Mix, Retention, Split, as_mix
 
 @dataclass(frozen=True)
 class SourceResult:
-    """A source's own results on some items of its task: what a merge is held against."""
+    """A source's results on some items of its task, the reference for a derived adapter."""
 
     adapter: str
     task: Task
@@ -36,39 +42,40 @@ def source_results(
     tasks: Mapping[str, Sequence[Task]],
     split: Split,
     limit: int,
-    told: Callable[[str, int], None],
+    on_progress: Callable[[str, int], None],
 ) -> list[SourceResult]:
-    """Judge each source by itself on at most `limit` items of its tasks (0: all); empty splits drop out."""
-    found = []
-    for adapter, own in tasks.items():
-        for task in own:
+    """Measure each source alone on at most `limit` items of its tasks (0: all); empty splits are left out."""
+    results = []
+    for adapter, source_tasks in tasks.items():
+        for task in source_tasks:
             if examples := sample(task.split(split), limit):
-                rows = _rows(model, task, examples, as_mix(adapter), told)
-                found.append(SourceResult(adapter, task, examples, rows))
-    return found
+                rows = _judged_rows(model, task, examples, as_mix(adapter), on_progress)
+                results.append(SourceResult(adapter, task, examples, rows))
+    return results
 
 
 def retentions(
     model: AdapterModel,
-    sticks: Sequence[SourceResult],
+    singles: Sequence[SourceResult],
     mix: Mix,
-    told: Callable[[str, int], None],
+    on_progress: Callable[[str, int], None],
 ) -> list[Retention]:
-    """Return what a mix (of one merged adapter, or of all sources) keeps of every source."""
+    """Return the retention of every source under a mix (of one merged adapter, or of all sources)."""
     return [
-        retention(stick, _rows(model, stick.task, stick.examples, mix, told)) for stick in sticks
+        retention(single, _judged_rows(model, single.task, single.examples, mix, on_progress))
+        for single in singles
     ]
 
 
-def retention(stick: SourceResult, merged: Rows) -> Retention:
-    """Return how much of a source's score is kept by other rows of the same items."""
-    metric = METRICS[stick.task.metric]
-    value, low, high = kept_share(metric, stick.rows, merged)
+def retention(single: SourceResult, merged: Rows) -> Retention:
+    """Return how much of a source's score is kept by another adapter's rows of the same items."""
+    metric = METRICS[single.task.metric]
+    value, low, high = kept_fraction(metric, single.rows, merged)
     return Retention(
-        adapter=stick.adapter,
-        task=stick.task.name,
+        adapter=single.adapter,
+        task=single.task.name,
         metric=metric.name,
-        single=metric.aggregate(stick.rows),
+        single=metric.aggregate(single.rows),
         merged=metric.aggregate(merged),
         value=value,
         low=low,
@@ -77,32 +84,32 @@ def retention(stick: SourceResult, merged: Rows) -> Retention:
     )
 
 
-def kept_share(metric: Metric, single: Rows, merged: Rows) -> tuple[float, float, float]:
+def kept_fraction(metric: Metric, single: Rows, merged: Rows) -> tuple[float, float, float]:
     """Return merged / single with its 95 % interval; for a perplexity single / merged.
 
-    The difference is bootstrapped over paired items, and set against the source's own score.
+    The difference is bootstrapped over paired items, and divided by the source's score.
     """
-    whole, left = metric.aggregate(single), metric.aggregate(merged)
-    if math.isfinite(whole) and not math.isfinite(left):
-        return 0.0, 0.0, 0.0  # numbers that went out of bounds answer nothing
+    single_value, merged_value = metric.aggregate(single), metric.aggregate(merged)
+    if math.isfinite(single_value) and not math.isfinite(merged_value):
+        return 0.0, 0.0, 0.0  # overflowing numbers keep nothing
     if metric.kind == "likelihood":
-        worse, low, high = paired_difference(merged, single, mean_loss)
-        return math.exp(-worse), math.exp(-high), math.exp(-low)
-    if whole == 0:
+        increase, low, high = paired_difference(merged, single, mean_loss)
+        return math.exp(-increase), math.exp(-high), math.exp(-low)
+    if single_value == 0:
         return 1.0, 1.0, 1.0
     gain, low, high = paired_difference(merged, single, metric.statistic)
-    return 1 + gain / whole, max(1 + low / whole, 0.0), 1 + high / whole
+    return 1 + gain / single_value, max(1 + low / single_value, 0.0), 1 + high / single_value
 
 
-def mean_and_lowest(found: Sequence[Retention]) -> tuple[float, float]:
-    """Return the mean retention, and that of the task that suffers most."""
-    values = [one.value for one in found]
+def mean_and_lowest(results: Sequence[Retention]) -> tuple[float, float]:
+    """Return the mean and the lowest retention."""
+    values = [result.value for result in results]
     return fmean(values), min(values)
 
 
 @dataclass(frozen=True)
 class ValidationItems:
-    """A source's validation items as token ids, and its own mean loss of a token on them."""
+    """Validation items of a source's task as token ids, and the source's mean loss per token (nats)."""
 
     encoded: Sequence[Encoded]
     loss: float
@@ -111,49 +118,55 @@ class ValidationItems:
 def validation_items(
     model: AdapterModel, tasks: Mapping[str, Sequence[Task]], limit: int
 ) -> list[ValidationItems]:
-    """Return at most `limit` validation items of every task, with its source's loss on them."""
-    found = []
-    for adapter, own in tasks.items():
-        for task in own:
+    """Return at most `limit` validation items of every task, with the source's loss on them."""
+    items = []
+    for adapter, source_tasks in tasks.items():
+        for task in source_tasks:
             examples = sample(task.split("validation"), limit)
             encoded = encode_examples(
                 model.backbone.tokenizer, task.contract, examples, max_length=ROW_LENGTH
             )
             if encoded:
-                found.append(ValidationItems(encoded, _loss(model, encoded, as_mix(adapter))))
-    return found
+                loss = _mean_loss(model, encoded, as_mix(adapter))
+                items.append(ValidationItems(encoded, loss))
+    return items
 
 
-def excess_loss(model: AdapterModel, learnt: Sequence[ValidationItems], mix: Mix) -> float:
-    """Return by how much a mix's loss of a token is above the sources' own (nats), the mean over tasks."""
-    return fmean(_loss(model, one.encoded, mix) - one.loss for one in learnt)
+def excess_loss(model: AdapterModel, items: Sequence[ValidationItems], mix: Mix) -> float:
+    """Return the loss per token (nats) of a mix above that of the sources, the mean over tasks."""
+    return fmean(_mean_loss(model, task.encoded, mix) - task.loss for task in items)
 
 
 def drift(
-    model: AdapterModel, prompts: Sequence[tuple[int, ...]], source: Mix, other: Mix
+    model: AdapterModel, prompts: Sequence[tuple[int, ...]], source: Mix, derived: Mix
 ) -> float:
-    """Return the mean KL (nats) of the source's next token to the other's, over prompts of token ids."""
-    requests = [Request(prompt, mix) for mix in (source, other) for prompt in prompts]
-    own, its = next_token_logits(model, requests).split(len(prompts))
-    return divergence(own, its)
+    """Return the mean KL (nats) of the source's next token from the derived one's, over token-id prompts."""
+    requests = [Request(prompt, mix) for mix in (source, derived) for prompt in prompts]
+    source_logits, derived_logits = next_token_logits(model, requests).split(len(prompts))
+    return mean_kl(source_logits, derived_logits)
 
 
-def divergence(own: Tensor, its: Tensor) -> float:
-    """Return the mean KL (nats) of next tokens, by logits (prompts, vocab) of both sides."""
-    p, q = (logits.double().log_softmax(-1) for logits in (own, its))
+def mean_kl(p_logits: Tensor, q_logits: Tensor) -> float:
+    """Return the mean KL(p || q) (nats) of next tokens, from logits (prompts, vocab)."""
+    p, q = (logits.double().log_softmax(-1) for logits in (p_logits, q_logits))
     return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
 
 
-def _loss(model: AdapterModel, encoded: Sequence[Encoded], mix: Mix) -> float:
-    count = sum(len(e.continuations[0]) for e in encoded)
-    return float(sequence_losses(model, encoded, mix).double().sum()) / count
+def _mean_loss(model: AdapterModel, encoded: Sequence[Encoded], mix: Mix) -> float:
+    """Return the mean loss per answer token (nats)."""
+    batches = (
+        pack(rows, ROW_LENGTH) for rows, _ in in_order(encoded, num_rows=ROWS, length=ROW_LENGTH)
+    )
+    sums = token_loss_sums(model, batches, lambda num_rows: model.mixing([mix] * num_rows))
+    return float(sums[0] / sums[1])
 
 
-def _rows(
+def _judged_rows(
     model: AdapterModel,
     task: Task,
     examples: Sequence[Example],
     mix: Mix,
-    told: Callable[[str, int], None],
+    on_progress: Callable[[str, int], None],
 ) -> Rows:
-    return judge(model, task, examples, mix, partial(told, task.name), details=False).rows
+    on_judged = partial(on_progress, task.name)
+    return judge(model, task, examples, mix, on_judged, details=False).rows

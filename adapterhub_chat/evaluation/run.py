@@ -1,4 +1,4 @@
-"""Evaluate: adapters of a pool on the tasks they were trained on, or on others."""
+"""Evaluation of a pool's adapters on the tasks that they were trained on, or on others."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def evaluate_adapters(
         raise UsageError(
             f"nothing to evaluate: name adapters, or train some into {registry.pool.root}"
         )
-    chosen = registry.usable(members, listeners.on_refused) if adapters is None else adapters
+    chosen = registry.load_usable(members, listeners.on_refused) if adapters is None else adapters
     named = [(str(mix), mix) for mix in registry.resolve(chosen)]
     pairs = tasks_trained_on(registry, named) if tasks is None else [(t, named) for t in tasks]
     for task, mixes in pairs:
         for _, mix in mixes:
             check_labels(registry.model, registry.contract(mix), task.contract)
-    judged = [judge_task(registry.model, task, group, limit, listeners) for task, group in pairs]
-    scores = [score for group in judged for score in group]
+    by_task = [judge_task(registry.model, task, group, limit, listeners) for task, group in pairs]
+    scores = [score for task_scores in by_task for score in task_scores]
     if save:
-        registry.record(scores)
+        registry.record_scores(scores)
     return scores

@@ -1,7 +1,7 @@
-"""An adapter as llama.cpp's GGUF file: tensors `blk.N.attn_q.weight.lora_a`, one alpha for all of them.
+"""Writes an adapter as llama.cpp's GGUF file: tensors `blk.N.attn_q.weight.lora_a`, one alpha for all.
 
-llama.cpp keeps the rows of q and k of llama models in another order: a head's two halves, which are rotated
-against each other, lie interleaved. B's rows follow the backbone's.
+llama.cpp stores the rows of q and k of llama models in another order: the two halves of a head, which are
+rotated against each other, are interleaved. The rows of B follow the backbone's.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ ROTATED: Mapping[str, str] = {
     "q_proj": "num_attention_heads",
     "k_proj": "num_key_value_heads",
 }
-"""Layer whose rows llama.cpp interleaves -> the setting that holds its number of heads."""
+"""Layer whose rows llama.cpp interleaves -> key of its number of heads in `config.json`."""
 
 
 def write_gguf(path: Path, weights: AdapterWeights, config: Mapping[str, Any]) -> None:
     """Write the adapter in fp16 for a backbone with this config (its `config.json`).
 
-    Raises AdapterError for an encoder's adapter, and where llama.cpp has no such architecture or layer.
+    Raises AdapterError for an encoder's adapter, and if llama.cpp has no such architecture or layer.
     """
     if weights.head:
         raise AdapterError("llama.cpp's adapters have no head: an encoder's cannot be written")
@@ -46,10 +46,10 @@ def write_gguf(path: Path, weights: AdapterWeights, config: Mapping[str, Any]) -
             raise AdapterError(
                 f"llama.cpp has no name for the layer {module!r}: no GGUF is written"
             )
-        # llama.cpp scales by alpha / rank: what this layer's own scale differs by goes into B
+        # llama.cpp scales by alpha / rank; the ratio to this layer's scale is multiplied into B
         b = b.float() * (weights.scale(module) * weights.rank(module) / alpha)
-        if model_type == "llama" and (setting := ROTATED.get(module.rpartition(".")[2])):
-            b = interleaved(b, int(config[setting]))
+        if model_type == "llama" and (key := ROTATED.get(module.rpartition(".")[2])):
+            b = interleaved(b, int(config[key]))
         for factor, tensor in (("a", a), ("b", b)):
             writer.add_tensor(f"{name}.weight.lora_{factor}", tensor.to(torch.float16).numpy())
     try:
@@ -60,8 +60,8 @@ def write_gguf(path: Path, weights: AdapterWeights, config: Mapping[str, Any]) -
         writer.close()
 
 
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Return the rows (heads * width, ...) with the two halves of each head interleaved."""
-    halves = rows.unflatten(0, (heads, 2, -1))
-    found: Tensor = halves.transpose(1, 2).flatten(0, 2).contiguous()
-    return found
+def interleaved(rows: Tensor, num_heads: int) -> Tensor:
+    """Return the rows (num_heads * width, ...) with the two halves of each head interleaved."""
+    halves = rows.unflatten(0, (num_heads, 2, -1))
+    interleaved_rows: Tensor = halves.transpose(1, 2).flatten(0, 2).contiguous()
+    return interleaved_rows

@@ -1,8 +1,8 @@
-"""Export: a mix merged into the backbone's own weights, as a folder that plain transformers loads.
+"""Exports a mix merged into the backbone's weights, as a folder that plain transformers loads.
 
 W' = W + sum_s M_s (alpha_s / r_s) B_s A_s, added in float32 and rounded once. Over a packed backbone (nf4,
-int8) rounding W' again may undo what the adapter learnt. So every form is measured before one is chosen: how
-far, in nats of KL, its next tokens are from those of the mix as it runs, unmerged.
+int8) rounding W' again may undo what the adapter learnt. So the drift of every form is measured before one
+is chosen: the KL divergence, in nats, of its next tokens from those of the unmerged mix.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,13 +21,14 @@ import transformers
 from torch import Tensor, nn
 
 from adapterhub_chat.errors import AdapterError, PoolError, UsageError
-from adapterhub_chat.evaluation.retention import divergence
+from adapterhub_chat.evaluation.retention import mean_kl
+from adapterhub_chat.files import new_folder
 from adapterhub_chat.inference.likelihood import next_token_logits
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import Backbone, Quantize, load_backbone
 from adapterhub_chat.model.quantization import dense, rounded
-from adapterhub_chat.model.resolve import quiet
+from adapterhub_chat.model.resolve import no_progress_bars
 from adapterhub_chat.pool.probe import probe_prompts
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.types import Mix
@@ -36,7 +36,7 @@ from adapterhub_chat.types import Mix
 AUTO, MERGED, PACKED = "auto", "merged", "requantized"
 FORMS = (AUTO, MERGED, PACKED)
 MOST_DRIFT = 0.01
-"""Nats of KL up to which `auto` takes a form for the mix as it runs."""
+"""Largest KL divergence (nats) from the unmerged mix that `auto` accepts."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Exported:
 
     path: Path
     form: str
-    """merged (in the backbone's 16 or 32 bits), or requantized (packed as the backbone is)."""
+    """`merged` (in the backbone's 16 or 32 bits) or `requantized` (quantized as the backbone is)."""
     drift: Mapping[str, float]
-    """Form -> mean KL (nats) of the next token, against the mix unmerged, over probe prompts."""
+    """Form -> mean KL (nats) of the next token from the unmerged mix, over probe prompts."""
 
 
 def export(
@@ -57,41 +57,43 @@ def export(
     backbone = registry.model.backbone
     _check(backbone, mix, folder, form)
     prompts = probe_prompts(backbone.tokenizer, registry.contract(mix))
-    wanted = next_token_logits(registry.model, [Request(prompt, mix) for prompt in prompts])
+    expected = next_token_logits(registry.model, [Request(prompt, mix) for prompt in prompts])
     model = plain_copy(backbone)
-    _add(model, registry.model, mix)
-    drift = {MERGED: divergence(wanted, _logits(model, prompts))}
+    _merge(model, registry.model, mix)
+    drift = {MERGED: mean_kl(expected, _logits(model, prompts))}
     if backbone.quantize is not None:
-        with _packed(model, registry.model.shapes, backbone.quantize):
-            drift[PACKED] = divergence(wanted, _logits(model, prompts))
+        with _rounded(model, registry.model.shapes, backbone.quantize):
+            drift[PACKED] = mean_kl(expected, _logits(model, prompts))
     chosen = _choose(form, drift, most_drift)
     _write(backbone, model, folder, chosen)
     return Exported(folder, chosen, drift)
 
 
 def _check(backbone: Backbone, mix: Mix, folder: Path, form: str) -> None:
-    found = []
+    misfits = []
     if form not in FORMS:
-        found.append(f"form {form!r}: allowed are {', '.join(FORMS)}")
+        misfits.append(f"form {form!r}: allowed are {', '.join(FORMS)}")
     if form == PACKED and backbone.quantize is None:
-        found.append(f"form {PACKED!r}: this backbone is not quantized; load it with quantize=...")
+        misfits.append(
+            f"form {PACKED!r}: this backbone is not quantized; load it with quantize=..."
+        )
     if backbone.encodes:
-        found.append(
+        misfits.append(
             f"{backbone.name} is an encoder: an adapter's head is no part of it; use the folder"
         )
     if not mix.weights:
-        found.append("there is no adapter to merge; name one")
+        misfits.append("there is no adapter to merge; name one")
     if os.path.lexists(folder):
-        found.append(f"{folder} exists; name a new folder")
-    if found:
-        raise UsageError("; ".join(found))
+        misfits.append(f"{folder} exists; name a new folder")
+    if misfits:
+        raise UsageError("; ".join(misfits))
 
 
 @torch.no_grad()
-def _add(merged: Any, model: AdapterModel, mix: Mix) -> None:
+def _merge(merged: Any, model: AdapterModel, mix: Mix) -> None:
     """Add a mix's update to the plain model's weights, in float32."""
-    with model.slots.borrowed(model.source.acquire(mix)) as held:  # with what a stack stands on
-        adapters = [(model.weights(name), weight) for name, weight in held.mix.weights]
+    with model.slots.releasing(model.source.acquire(mix)) as lease:  # includes a stack's bases
+        adapters = [(model.weights(name), weight) for name, weight in lease.mix.weights]
     for adapter, share in adapters:
         for module, (a, b) in adapter.factors.items():
             layer = merged.get_submodule(module)
@@ -105,59 +107,57 @@ def _add(merged: Any, model: AdapterModel, mix: Mix) -> None:
 
 
 @contextmanager
-def _packed(model: Any, modules: Iterable[str], quantize: str) -> Iterator[None]:
-    """Give the linear layers the numbers that they would have once packed, inside the block."""
-    kept = {name: model.get_submodule(name).weight for name in modules}
-    before = {name: weight.data for name, weight in kept.items()}
-    for name, weight in kept.items():
-        weight.data = rounded(before[name], quantize)
+def _rounded(model: Any, modules: Iterable[str], quantize: str) -> Iterator[None]:
+    """Round the linear layers' weights as quantization would, for the duration of the block."""
+    weights = {name: model.get_submodule(name).weight for name in modules}
+    originals = {name: weight.data for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.data = rounded(originals[name], quantize)
     try:
         yield
     finally:
-        for name, weight in kept.items():
-            weight.data = before[name]
+        for name, weight in weights.items():
+            weight.data = originals[name]
 
 
 @torch.inference_mode()
 def _logits(model: Any, prompts: Sequence[tuple[int, ...]]) -> Tensor:
     """Return float32 logits (prompts, vocab) of the token after each prompt, on the CPU."""
-    each = (model(input_ids=torch.tensor([p], device=model.device)).logits[0, -1] for p in prompts)
-    return torch.stack([row.float().cpu() for row in each])
+    rows = (model(input_ids=torch.tensor([p], device=model.device)).logits[0, -1] for p in prompts)
+    return torch.stack([row.float().cpu() for row in rows])
 
 
-def _choose(form: str, drift: Mapping[str, float], most: float) -> str:
-    """Return the form asked for; for `auto` the smallest whose drift is no more than `most`."""
+def _choose(form: str, drift: Mapping[str, float], max_drift: float) -> str:
+    """Return the requested form; for `auto` the smallest form with a drift of at most `max_drift`."""
     if form != AUTO:
         return form
-    for one in (PACKED, MERGED):
-        if drift.get(one, math.inf) <= most:
-            return one
+    for candidate in (PACKED, MERGED):
+        if drift.get(candidate, math.inf) <= max_drift:
+            return candidate
     measured = ", ".join(f"{name} {value:.4f}" for name, value in drift.items())
     raise AdapterError(
-        f"merged into this backbone the adapter changes its answers by more than {most:g} nats ({measured}): "
+        f"merged into this backbone the adapter changes its answers by more than "
+        f"{max_drift:g} nats ({measured}): "
         "keep it unmerged, or name a form"
     )
 
 
 def _write(backbone: Backbone, model: Any, folder: Path, form: str) -> None:
-    """Write the folder under a temporary name, and rename it."""
+    """Write the folder under a temporary name and rename it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-export-") as scratch:
-            made = Path(scratch) / folder.name
-            made.mkdir()
-            save_plain(backbone, model, made, backbone.quantize if form == PACKED else None)
-            os.rename(made, folder)
+        with new_folder(folder) as scratch:
+            save_plain(backbone, model, scratch, backbone.quantize if form == PACKED else None)
     except OSError as error:
         raise PoolError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def plain_copy(backbone: Backbone) -> Any:
-    """Return transformers' own model with the same numbers, unpacked, to which nothing is attached."""
+    """Return transformers' own model with the same weights, dequantized, and nothing attached."""
     config = copy.deepcopy(backbone.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with quiet():
+    with no_progress_bars():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=backbone.dtype, attn_implementation="sdpa"
         )
@@ -173,8 +173,8 @@ def plain_copy(backbone: Backbone) -> Any:
 
 
 def save_plain(backbone: Backbone, model: Any, folder: Path, quantize: Quantize | None) -> None:
-    """Write a plain copy with the backbone's tokenizer, as `from_pretrained` reads it, packed if asked."""
-    with quiet():
+    """Write a plain copy and the tokenizer for `from_pretrained`, quantized if `quantize` is set."""
+    with no_progress_bars():
         model.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
         if quantize is not None:

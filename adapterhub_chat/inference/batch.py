@@ -1,4 +1,4 @@
-"""Running: the rows that are being decoded, their places in the cache, and the two kinds of step.
+"""RunningBatch: the rows that are being decoded, their places in the KV cache, and the two kinds of step.
 
 A row's place in the cache is its index. Rows that are past their prompts come first, so that a step of one
 token each reads one block of the cache; the others follow in the order in which they came.
@@ -17,91 +17,102 @@ from adapterhub_chat.inference.decoder import Decoder, StepInput
 from adapterhub_chat.inference.detokenizer import Detokenizer
 from adapterhub_chat.inference.kv_cache import PrefixCache, round_up
 from adapterhub_chat.inference.requests import Completion, Request, Ticket
-from adapterhub_chat.inference.sampling import TokenLogprob, generator_of, logprob_of, pick
+from adapterhub_chat.inference.sampling import (
+    TokenLogprob,
+    make_generator,
+    sample_token,
+    token_logprob,
+)
 from adapterhub_chat.lora.plan import Plan
-from adapterhub_chat.lora.slots import Lease, plan_of
+from adapterhub_chat.lora.slots import Lease, plan_for
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.types import Mix
 
 CHUNK_STEP = 16
-"""Prompts are fed in chunks of a multiple of this: few shapes."""
+"""Widths of prompt chunks are multiples of this, so that few shapes occur."""
 
 
 class RunningRow:
     """A request while it is being decoded."""
 
-    def __init__(self, ticket: Ticket, held: Lease, tokenizer: object) -> None:
-        """Start with nothing fed."""
-        self.ticket, self.held, self.request = ticket, held, ticket.request
-        self.writing = Detokenizer(tokenizer, self.request.sampling, silent=ticket.on_text is None)
-        self.generator = generator_of(self.request.sampling)
-        self.num_computed = self.reused = 0  # tokens that are in the cache
+    def __init__(self, ticket: Ticket, lease: Lease, tokenizer: object) -> None:
+        """Begin with no computed tokens; `lease` holds the slots of the request's adapters."""
+        self.ticket, self.lease, self.request = ticket, lease, ticket.request
+        self.detokenizer = Detokenizer(
+            tokenizer, self.request.sampling, streaming=ticket.on_text is not None
+        )
+        self.generator = make_generator(self.request.sampling)
+        self.num_computed = 0
+        """Tokens whose keys and values are in the cache."""
+        self.num_reused = 0
+        """Tokens of the prompt that came from the prefix cache."""
         self.logprobs: list[TokenLogprob] = []
-        self.first_token = 0.0
+        self.first_token_time = 0.0
         self.error: Exception | None = None
-        self.unsound = False
-        """What it has left in the cache are not all numbers."""
+        self.is_corrupt = False
+        """Whether its keys and values may hold NaN or infinity."""
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and text so far."""
-        return len(self.request.prompt) + len(self.writing.ids)
+        """Number of tokens of prompt and text so far."""
+        return len(self.request.prompt) + len(self.detokenizer.ids)
 
     @property
     def tokens(self) -> Sequence[int]:
-        """Prompt and text so far."""
-        return (*self.request.prompt, *self.writing.ids)
+        """Token ids of prompt and text so far."""
+        return (*self.request.prompt, *self.detokenizer.ids)
 
     @property
-    def left(self) -> int:
-        """Tokens of the prompt that are still to be fed."""
+    def num_prompt_left(self) -> int:
+        """Tokens of the prompt that are still to be computed."""
         return max(0, len(self.request.prompt) - self.num_computed)
 
-    def take(self, token: int, logits: Tensor | None) -> None:
-        """Accept a token; tell the listener what became certain."""
-        rules = self.request.sampling
-        self.first_token = self.first_token or time.monotonic()
-        count = len(self.writing.ids)
-        piece = self.writing.take(token)
-        if rules.logprobs is not None and logits is not None and len(self.writing.ids) > count:
-            self.logprobs.append(logprob_of(logits, token, rules.logprobs))
-        self.tell(piece)
+    def append(self, token: int, logits: Tensor | None) -> None:
+        """Add a token; pass on the text that can no longer change. `logits` (V,) give its log-probability."""
+        sampling = self.request.sampling
+        self.first_token_time = self.first_token_time or time.monotonic()
+        num_tokens = len(self.detokenizer.ids)
+        piece = self.detokenizer.append(token)
+        added = len(self.detokenizer.ids) > num_tokens
+        if sampling.logprobs is not None and logits is not None and added:
+            self.logprobs.append(token_logprob(logits, token, sampling.logprobs))
+        self.emit(piece)
 
-    def tell(self, piece: str) -> None:
-        """Pass a piece of text on; a listener that fails ends its own request alone."""
+    def emit(self, piece: str) -> None:
+        """Call `on_text` with a piece of text; an exception in it ends this request alone."""
         try:
             if piece and self.ticket.on_text is not None:
                 self.ticket.on_text(piece)
         except Exception as error:
             self.error = error
-            self.writing.close("error")
+            self.detokenizer.finish("error")
 
-    def break_off(self) -> None:
-        """End with an error: what was computed for this row is no answer."""
-        self.unsound = True
+    def fail_not_finite(self) -> None:
+        """End with an error, because the logits are not finite."""
+        self.is_corrupt = True
         self.error = AdapterError(
             f"{self.request.mix}: the logits are not finite after {self.num_computed} tokens; it cannot "
             "be used in this dtype, or with this weight"
         )
-        self.writing.close("error")
+        self.detokenizer.finish("error")
 
     def completion(self) -> Completion:
-        """Return what came of it."""
+        """Return the outcome, with times in seconds since the request was submitted."""
         now, start = time.monotonic(), self.ticket.submitted
         return Completion(
-            self.writing.text,
-            tuple(self.writing.ids),
-            self.writing.ended,
+            self.detokenizer.text,
+            tuple(self.detokenizer.ids),
+            self.detokenizer.finish_reason,
             len(self.request.prompt),
-            self.reused,
+            self.num_reused,
             tuple(self.logprobs),
-            (self.first_token or now) - start,
+            (self.first_token_time or now) - start,
             now - start,
         )
 
 
 class RunningBatch:
-    """All rows, in one cache."""
+    """All rows, in one KV cache."""
 
     def __init__(
         self,
@@ -112,186 +123,190 @@ class RunningBatch:
         cache_bytes: int,
         prefixes: PrefixCache,
     ) -> None:
-        """Start with none; see Engine for the limits."""
+        """Begin without rows; see Engine for the limits."""
         self.model, self.decoder, self.prefixes = model, decoder, prefixes
-        self.chunk = chunk if decoder.takes_chunks else decoder.limit
+        self.chunk = chunk if decoder.takes_chunks else decoder.max_length
         self.cache_bytes = cache_bytes
         self.cache = decoder.new_cache()
         self._token_bytes = self.cache.token_bytes
         self.rows: list[RunningRow] = []
-        self._decoding = 0
+        self._num_decoding = 0
         self._plan: tuple[list[Lease], Plan | None] = ([], None)
+        """The plan of the last decoding step, and the leases that it was made for."""
 
     def step(self) -> None:
         """Feed a chunk of prompts, then one token of every row that is past its prompt."""
-        if len(self.rows) > self._decoding:
-            self._feed_prompts()
-        if self._decoding:
+        if len(self.rows) > self._num_decoding:
+            self._prefill()
+        if self._num_decoding:
             self._decode()
 
-    def abandon(self) -> list[RunningRow]:
-        """Return all rows and forget them: after a failure the cache is not trusted any more."""
-        rows, self.rows, self._decoding = self.rows, [], 0
+    def clear(self) -> list[RunningRow]:
+        """Remove and return all rows, and free the cache: after a failure its content is not valid."""
+        rows, self.rows, self._num_decoding = self.rows, [], 0
         self._plan = ([], None)
         self.cache.clear()
         return rows
 
     def has_room(self, request: Request) -> bool:
         """Return whether the keys and values of one more row fit into the budget."""
-        length = max(self._length_of(request), self.cache.length if self.rows else 0)
-        return (
-            not self.rows or (len(self.rows) + 1) * length * self._token_bytes <= self.cache_bytes
-        )
+        capacity = max(self._max_length_of(request), self.cache.capacity if self.rows else 0)
+        num_rows = len(self.rows) + 1
+        return not self.rows or num_rows * capacity * self._token_bytes <= self.cache_bytes
 
-    def _length_of(self, request: Request) -> int:
-        whole = len(request.prompt) + request.sampling.max_new_tokens
-        return round_up(min(whole, self.decoder.limit) + CHUNK_STEP)
+    def _max_length_of(self, request: Request) -> int:
+        """Return the tokens to reserve for a request, rounded up."""
+        length = len(request.prompt) + request.sampling.max_new_tokens
+        return round_up(min(length, self.decoder.max_length) + CHUNK_STEP)
 
     def start(self, row: RunningRow) -> None:
-        """Give a row a place behind all others, with what is known of its beginning already."""
-        place, length = len(self.rows), self._length_of(row.request)
-        if not self.rows and self.cache.length > 2 * length:
+        """Add a row behind all others; copy the beginning of its prompt from the prefix cache, if there."""
+        index, length = len(self.rows), self._max_length_of(row.request)
+        if not self.rows and self.cache.capacity > 2 * length:
             self.cache.clear()  # after a long row there would be room for few short ones
-        self._reserve(place + 1, length)
-        found = self.prefixes.find(row.held.key, row.request.prompt)
-        if found is not None and self.decoder.takes_chunks:
-            prefix, shared = found
-            row.num_computed = row.reused = min(shared, len(row.request.prompt) - 1)
-            self.cache.put(place, prefix, row.num_computed)
+        self._reserve(index + 1, length)
+        match = self.prefixes.find(row.lease.key, row.request.prompt)
+        if match is not None and self.decoder.takes_chunks:
+            prefix, num_shared = match
+            row.num_computed = row.num_reused = min(num_shared, len(row.request.prompt) - 1)
+            self.cache.write_prefix(index, prefix, row.num_computed)
         self.rows.append(row)
 
-    def _reserve(self, rows: int, length: int) -> None:
-        """Have room for so many rows of so many tokens, and for twice the rows where the budget allows."""
-        if rows > self.cache.rows or length > self.cache.length:
-            row_bytes = max(round_up(length), self.cache.length) * self._token_bytes
-            rows = max(rows, min(2 * rows, self.cache_bytes // row_bytes))
-            self.cache.reserve(rows, length)
+    def _reserve(self, num_rows: int, length: int) -> None:
+        """Reserve rows of `length` tokens, twice as many as asked for where the budget allows it."""
+        if num_rows > self.cache.num_rows or length > self.cache.capacity:
+            row_bytes = max(round_up(length), self.cache.capacity) * self._token_bytes
+            num_rows = max(num_rows, min(2 * num_rows, self.cache_bytes // row_bytes))
+            self.cache.reserve(num_rows, length)
 
-    def _feed_prompts(self) -> None:
-        """Feed a chunk of the first new prompts; rows that are through take their first token."""
-        self._sort_fresh()
-        new = self.rows[self._decoding :]
-        width = _step_up(min(self.chunk, new[0].left))
-        count = 1
-        while count < len(new):
-            wider = max(width, _step_up(min(self.chunk, new[count].left)))
-            if wider * (count + 1) > self.chunk:
+    def _prefill(self) -> None:
+        """Feed a chunk of the first new prompts; rows whose prompt is complete take their first token."""
+        self._group_new_rows_by_mix()
+        rows = self.rows[self._num_decoding :]
+        width = _chunk_width(min(self.chunk, rows[0].num_prompt_left))
+        num_rows = 1
+        while num_rows < len(rows):
+            wider = max(width, _chunk_width(min(self.chunk, rows[num_rows].num_prompt_left)))
+            if wider * (num_rows + 1) > self.chunk:
                 break
-            width, count = wider, count + 1
-        new = new[:count]
-        lengths = [min(row.left, width) for row in new]
+            width, num_rows = wider, num_rows + 1
+        rows = rows[:num_rows]
+        lengths = [min(row.num_prompt_left, width) for row in rows]
         chunks = [
-            row.request.prompt[row.num_computed :][:n] for row, n in zip(new, lengths, strict=True)
+            row.request.prompt[row.num_computed :][:n] for row, n in zip(rows, lengths, strict=True)
         ]
         ids = [[*chunk, *[0] * (width - len(chunk))] for chunk in chunks]
-        starts = [row.num_computed for row in new]
+        starts = [row.num_computed for row in rows]
         self._reserve(len(self.rows), max(starts) + width)
-        plan = plan_of([row.held for row in new])
-        feed = StepInput(self._decoding, self._tensor(ids), starts, lengths)
-        logits = self.decoder.forward(self.cache, feed, plan)
-        through = []
-        for n, (row, length) in enumerate(zip(new, lengths, strict=True)):
+        plan = plan_for([row.lease for row in rows])
+        inputs = StepInput(self._num_decoding, self._tensor(ids), starts, lengths)
+        logits = self.decoder.forward(self.cache, inputs, plan)
+        complete = []
+        for n, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             row.num_computed += length
-            if not row.left:
-                through.append(n)
-        self._choose(new, logits, through)
+            if not row.num_prompt_left:
+                complete.append(n)
+        self._sample(rows, logits, complete)
 
-    def _sort_fresh(self) -> None:
-        """Let rows of one mix lie side by side where nothing of them is in the cache yet.
+    def _group_new_rows_by_mix(self) -> None:
+        """Sort the rows without computed tokens so that rows of one mix are neighbours.
 
-        The mix of the row that has waited longest comes first, so that none waits for ever.
+        The mix of the row that has waited longest comes first, so that no row waits for ever.
         """
-        places = [n for n in range(self._decoding, len(self.rows)) if not self.rows[n].num_computed]
-        fresh = [self.rows[n] for n in places]
+        indices = [
+            n for n in range(self._num_decoding, len(self.rows)) if not self.rows[n].num_computed
+        ]
+        rows = [self.rows[n] for n in indices]
         oldest: dict[Mix, float] = {}
-        for row in fresh:
-            since = row.ticket.submitted
-            oldest[row.request.mix] = min(since, oldest.get(row.request.mix, since))
-        fresh.sort(
+        for row in rows:
+            submitted = row.ticket.submitted
+            oldest[row.request.mix] = min(submitted, oldest.get(row.request.mix, submitted))
+        rows.sort(
             key=lambda row: (oldest[row.request.mix], str(row.request.mix), row.ticket.submitted)
         )
-        for n, row in zip(places, fresh, strict=True):
+        for n, row in zip(indices, rows, strict=True):
             self.rows[n] = row
 
     def _decode(self) -> None:
-        """Feed the last token of every row that is past its prompt, and choose the next."""
-        rows = self.rows[: self._decoding]
-        held = [row.held for row in rows]
-        if self._plan[0] != held:
-            self._plan = held, plan_of(held)
-        ids, starts = [[row.writing.ids[-1]] for row in rows], [row.length - 1 for row in rows]
-        feed = StepInput(0, self._tensor(ids), starts, [1] * len(rows))
-        logits = self.decoder.forward(self.cache, feed, self._plan[1])
+        """Feed the last token of every row that is past its prompt, and sample the next."""
+        rows = self.rows[: self._num_decoding]
+        leases = [row.lease for row in rows]
+        if self._plan[0] != leases:
+            self._plan = leases, plan_for(leases)
+        ids, starts = [[row.detokenizer.ids[-1]] for row in rows], [row.length - 1 for row in rows]
+        inputs = StepInput(0, self._tensor(ids), starts, [1] * len(rows))
+        logits = self.decoder.forward(self.cache, inputs, self._plan[1])
         for row in rows:
             row.num_computed = row.length
-        self._choose(rows, logits, range(len(rows)))
+        self._sample(rows, logits, range(len(rows)))
 
     def _tensor(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, device=self.model.backbone.device)
 
-    def _choose(self, rows: Sequence[RunningRow], logits: Tensor, through: Iterable[int]) -> None:
-        """Let the rows at the places `through` take their next token from (N, V) logits of all rows.
+    def _sample(self, rows: Sequence[RunningRow], logits: Tensor, complete: Iterable[int]) -> None:
+        """Append the next token to the rows at the indices `complete`; `logits` (N, V) are those of all rows.
 
-        A row whose numbers went out of bounds ends with an error, alone.
+        A row whose logits are not finite ends with an error, alone.
         """
-        highest, first = logits.max(-1)  # a NaN is the highest of all
-        sound, likeliest = highest.isfinite().tolist(), first.tolist()
-        for row in (row for row, fine in zip(rows, sound, strict=True) if not fine):
-            row.break_off()
-        for n in (n for n in through if sound[n]):
-            row, own, token = rows[n], logits[n], likeliest[n]
-            rules = row.request.sampling
-            if rules.plain:
-                row.take(token, None)
+        max_logits, argmax = logits.max(-1)  # a NaN counts as the largest
+        finite, likeliest = max_logits.isfinite().tolist(), argmax.tolist()
+        for row in (row for row, fine in zip(rows, finite, strict=True) if not fine):
+            row.fail_not_finite()
+        for n in (n for n in complete if finite[n]):
+            row, sampling = rows[n], rows[n].request.sampling
+            if sampling.is_argmax:
+                row.append(likeliest[n], None)
             else:
-                row.take(pick(own, rules, row.tokens, row.generator), own)
-            if not row.writing.ended and row.length >= self.decoder.limit:
-                row.tell(row.writing.close("length"))
+                token = sample_token(logits[n], sampling, row.tokens, row.generator)
+                row.append(token, logits[n])
+            if not row.detokenizer.finish_reason and row.length >= self.decoder.max_length:
+                row.emit(row.detokenizer.finish("length"))
 
     def retire(self) -> list[RunningRow]:
-        """Take out and return the rows that have ended; those past their prompts stand first again."""
-        ended = [row for row in self.rows if row.writing.ended]
+        """Remove and return the rows that have ended; rows past their prompts come first again."""
+        ended = [row for row in self.rows if row.detokenizer.finish_reason]
         for row in ended:
-            if row.unsound:
-                self.cache.wipe(self.rows.index(row))
+            if row.is_corrupt:
+                self.cache.zero_row(self.rows.index(row))
             else:
-                self._remember(row)
+                self._cache_prefix(row)
         if ended:
-            self._plan = ([], None)  # it keeps the slots of who has ended
-        going = [row for row in self.rows if not row.writing.ended]
-        past = [row for row in going if not row.left]
-        new = [row for row in going if row.left]
-        if [*past, *new] != self.rows[: len(going)]:
-            self._rearrange(past, new)
-        self.rows, self._decoding = self.rows[: len(going)], len(past)
+            self._plan = ([], None)  # it would keep the slots of the ended rows alive
+        going = [row for row in self.rows if not row.detokenizer.finish_reason]
+        decoding = [row for row in going if not row.num_prompt_left]
+        new = [row for row in going if row.num_prompt_left]
+        if [*decoding, *new] != self.rows[: len(going)]:
+            self._rearrange(decoding, new)
+        self.rows, self._num_decoding = self.rows[: len(going)], len(decoding)
         return ended
 
-    def _rearrange(self, past: list[RunningRow], new: list[RunningRow]) -> None:
-        """Move as few rows as possible so that `past` come first and `new` behind them."""
-        places: list[RunningRow | None] = [None] * (len(past) + len(new))
-        homeless = []
-        for begin, group in ((0, past), (len(past), new)):
+    def _rearrange(self, decoding: list[RunningRow], new: list[RunningRow]) -> None:
+        """Move as few rows as possible so that `decoding` come first and `new` behind them."""
+        target: list[RunningRow | None] = [None] * (len(decoding) + len(new))
+        moves = []
+        for begin, group in ((0, decoding), (len(decoding), new)):
             region = range(begin, begin + len(group))
             for row in group:
-                at = self.rows.index(row)
-                if at in region:
-                    places[at] = row
+                index = self.rows.index(row)
+                if index in region:
+                    target[index] = row
                 else:
-                    homeless.append(
-                        (region, row, self.cache.take(at, row.tokens[: row.num_computed]))
-                    )
-        for region, row, kept in homeless:
-            at = next(i for i in region if places[i] is None)
-            places[at] = row
-            self.cache.put(at, kept, row.num_computed)
-        self.rows = [row for row in places if row is not None]
+                    prefix = self.cache.read_prefix(index, row.tokens[: row.num_computed])
+                    moves.append((region, row, prefix))
+        for region, row, prefix in moves:
+            index = next(i for i in region if target[i] is None)
+            target[index] = row
+            self.cache.write_prefix(index, prefix, row.num_computed)
+        self.rows = [row for row in target if row is not None]
 
-    def _remember(self, row: RunningRow) -> None:
+    def _cache_prefix(self, row: RunningRow) -> None:
+        """Keep an ended row's keys and values for requests that begin alike."""
         size = row.num_computed * self._token_bytes
-        if self.decoder.takes_chunks and self.prefixes.wants(size, row.num_computed):
-            place = self.rows.index(row)
-            self.prefixes.keep(row.held.key, self.cache.take(place, row.tokens[: row.num_computed]))
+        if self.decoder.takes_chunks and self.prefixes.accepts(size, row.num_computed):
+            index = self.rows.index(row)
+            prefix = self.cache.read_prefix(index, row.tokens[: row.num_computed])
+            self.prefixes.insert(row.lease.key, prefix)
 
 
-def _step_up(width: int) -> int:
-    return -(-width // CHUNK_STEP) * CHUNK_STEP if width > 1 else 1
+def _chunk_width(length: int) -> int:
+    return -(-length // CHUNK_STEP) * CHUNK_STEP if length > 1 else 1

@@ -1,4 +1,4 @@
-"""Generate: texts for a list of requests, decoded together by the model's engine."""
+"""Texts for a list of requests, decoded together by the model's engine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from adapterhub_chat.types import Example, Mix, PromptContract
 
 
 def engine_of(model: AdapterModel) -> Engine:
-    """Return the model's engine; the first call makes it. Raises UsageError for an encoder."""
+    """Return the model's engine, made at the first call. Raises UsageError for an encoder."""
     check_writes(model)
-    return model.once(_make_engine)
+    return model.cached(_make_engine)
 
 
 def _make_engine(model: AdapterModel) -> Engine:
@@ -49,28 +49,28 @@ def generate(
     *,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """Return the text that continues each request, all of them decoded in mixed batches.
+    """Return the text that continues each request's prompt, decoded in mixed batches.
 
-    `on_text(row, piece)` hears of every new piece of text as it comes (streaming). When one request
-    fails, or the caller is interrupted, all are cancelled.
+    `on_text(row, piece)` is called with each new piece of text (streaming). When one request fails, or
+    the caller is interrupted, all are cancelled.
     """
     engine = engine_of(model)
     engine.check(requests)
     tickets = []
     try:
         for row, request in enumerate(requests):
-            listener = None if on_text is None else partial(on_text, row)
-            tickets.append(engine.submit(request, listener, patient=True))
+            on_piece = None if on_text is None else partial(on_text, row)
+            tickets.append(engine.submit(request, on_piece, block=True))
         return [ticket.result().text for ticket in tickets]
     finally:
         for ticket in tickets:
             ticket.cancel()
-        engine.drive(
-            lambda: all(ticket.done for ticket in tickets)
-        )  # they let go of their adapters
+        # until the cancelled ones have released their adapters
+        engine.drive(lambda: all(ticket.done for ticket in tickets))
 
 
 GENERATE_BATCH = 32
+"""Requests that `answers` submits at a time."""
 
 
 def answers(
@@ -82,28 +82,29 @@ def answers(
     seed: int | None = None,
     on_progress: Progress = lambda _n: None,
 ) -> list[str]:
-    """Return the text that each example's contract gives, row i under mix i.
+    """Return the text generated for each example under its contract, row i under mix i.
 
-    With a `seed`, what is sampled for an example depends on its place in the list alone.
+    With a `seed`, the sampling of an example depends on its index in the list alone.
     """
     prompts = encode_prompts(model.backbone.tokenizer, [messages_of(contract, e) for e in examples])
-    rules = [
+    samplings = [
         sampling_of(e.contract or contract, None if seed is None else seed + i)
         for i, e in enumerate(examples)
     ]
-    requests = [Request(*row) for row in zip(prompts, mixes, rules, strict=True)]
+    requests = [Request(*row) for row in zip(prompts, mixes, samplings, strict=True)]
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
     texts = [""] * len(requests)
     for start in range(0, len(order), GENERATE_BATCH):
-        chosen = order[start : start + GENERATE_BATCH]
-        for i, text in zip(chosen, generate(model, [requests[i] for i in chosen]), strict=True):
+        indices = order[start : start + GENERATE_BATCH]
+        batch = generate(model, [requests[i] for i in indices])
+        for i, text in zip(indices, batch, strict=True):
             texts[i] = text
-        on_progress(len(chosen))
+        on_progress(len(indices))
     return texts
 
 
 def sampling_of(contract: PromptContract, seed: int | None = None) -> Sampling:
-    """Return a contract's own decoding rules."""
+    """Return the sampling that a contract asks for."""
     return Sampling(
         max_new_tokens=contract.max_new_tokens,
         temperature=contract.temperature,

@@ -1,4 +1,4 @@
-"""KeyValues: static memory for the keys and values of the rows that are being decoded.
+"""KVCache: static memory for the keys and values of the rows that are being decoded; PrefixCache.
 
 Shapes change only when more rows or longer ones are needed than ever before: a row joins and leaves by
 copies of its own numbers. Legend: N rows, C capacity in tokens, K key-value heads, D width of a key, E width
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterhub_chat.model.cache_shape import CacheShape
+from adapterhub_chat.model.kv_shapes import KVShapes
 
 LENGTH_STEP = 64
-"""Capacities, and what attention looks at, are whole multiples of this: few shapes."""
+"""Capacities, and the lengths that attention reads, are multiples of this, so that few shapes occur."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The first tokens of a row and what the backbone made of them."""
+    """The first tokens of a row with their keys and values."""
 
     tokens: tuple[int, ...]
     keys: Sequence[Tensor]
@@ -32,69 +32,69 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Size of the keys and values in bytes."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
 
-class KeyValues:
+class KVCache:
     """Keys (N, K, C, D) and values (N, K, C, E) of every layer."""
 
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        """Start with room for nothing."""
-        self.rows, self.length = 0, 0
+    def __init__(self, shapes: KVShapes, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate nothing yet."""
+        self.num_rows, self.capacity = 0, 0
         empty = torch.empty(0, dtype=dtype, device=device)
-        self.keys = [empty.new_empty(0, heads, 0, width) for heads, width, _ in shape]
-        self.values = [empty.new_empty(0, heads, 0, width) for heads, _, width in shape]
-        numbers = sum(heads * (key + value) for heads, key, value in shape)
-        self.token_bytes = numbers * empty.element_size()
-        """Bytes of one token of one row."""
+        self.keys = [empty.new_empty(0, heads, 0, width) for heads, width, _ in shapes]
+        self.values = [empty.new_empty(0, heads, 0, width) for heads, _, width in shapes]
+        self.token_bytes = sum(heads * (key + value) for heads, key, value in shapes)
+        """Size of one token of one row in bytes."""
+        self.token_bytes *= empty.element_size()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the memory takes."""
+        """Size of the memory in bytes."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Have room for `rows` rows of `length` tokens; the first `rows` rows stay as they are."""
-        if rows <= self.rows and length <= self.length:
+    def reserve(self, num_rows: int, length: int) -> None:
+        """Reserve `num_rows` rows of `length` tokens; the first `num_rows` rows keep their content."""
+        if num_rows <= self.num_rows and length <= self.capacity:
             return
-        length = round_up(max(length, self.length))
+        capacity = round_up(max(length, self.capacity))
         keys, values = (
-            [self._larger(old, rows, length) for old in tensors]
+            [self._enlarged(old, num_rows, capacity) for old in tensors]
             for tensors in (self.keys, self.values)
         )  # all of them or, where there is no memory, none
-        self.keys, self.values, self.rows, self.length = keys, values, rows, length
+        self.keys, self.values, self.num_rows, self.capacity = keys, values, num_rows, capacity
 
-    def _larger(self, old: Tensor, rows: int, length: int) -> Tensor:
-        kept = min(rows, self.rows)
-        new = old.new_zeros(rows, old.shape[1], length, old.shape[3])
-        new[:kept, :, : self.length] = old[:kept]
+    def _enlarged(self, old: Tensor, num_rows: int, capacity: int) -> Tensor:
+        num_copied = min(num_rows, self.num_rows)
+        new = old.new_zeros(num_rows, old.shape[1], capacity, old.shape[3])
+        new[:num_copied, :, : self.capacity] = old[:num_copied]
         return new
 
     def clear(self) -> None:
-        """Let go of the memory."""
+        """Free the memory."""
         for tensors in (self.keys, self.values):
             tensors[:] = [t.new_empty(0, t.shape[1], 0, t.shape[3]) for t in tensors]
-        self.rows = self.length = 0
+        self.num_rows = self.capacity = 0
 
-    def wipe(self, row: int) -> None:
-        """Forget a row's numbers: attention weighs what is hidden by zero, and zero times a NaN is one."""
+    def zero_row(self, row: int) -> None:
+        """Set a row to zero: masked positions get weight zero, but zero times NaN is NaN."""
         for t in (*self.keys, *self.values):
             t[row].zero_()
 
-    def take(self, row: int, tokens: Sequence[int]) -> Prefix:
-        """Return a copy of a row's first tokens."""
+    def read_prefix(self, row: int, tokens: Sequence[int]) -> Prefix:
+        """Return a copy of the keys and values of a row's first tokens, which are `tokens`."""
         length = len(tokens)
         keys, values = (
             [t[row, :, :length].clone() for t in tensors] for tensors in (self.keys, self.values)
         )
         return Prefix(tuple(tokens), keys, values)
 
-    def put(self, row: int, prefix: Prefix, length: int) -> None:
-        """Start a row with the first `length` tokens of a prefix."""
-        for tensors, own in ((self.keys, prefix.keys), (self.values, prefix.values)):
-            for t, part in zip(tensors, own, strict=True):
-                t[row, :, :length] = part[:, :length]
+    def write_prefix(self, row: int, prefix: Prefix, length: int) -> None:
+        """Copy the first `length` tokens of a prefix to the beginning of a row."""
+        for tensors, sources in ((self.keys, prefix.keys), (self.values, prefix.values)):
+            for t, source in zip(tensors, sources, strict=True):
+                t[row, :, :length] = source[:, :length]
 
 
 def round_up(length: int) -> int:
@@ -102,52 +102,52 @@ def round_up(length: int) -> int:
     return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
-SHORTEST = 16
-"""Tokens below which copying is no gain."""
+MIN_PREFIX_TOKENS = 16
+"""Shorter prefixes are not worth a copy."""
 
-Key = tuple[tuple[str, float], ...]
-"""Contents and weights of a row's mix: never names, whose content may change."""
+MixKey = tuple[tuple[str, float], ...]
+"""Content hashes and weights of a row's mix: never names, whose content may change."""
 
 
 class PrefixCache:
-    """Finished rows by the content of their mix; the least recently used go first."""
+    """Prefixes of finished rows by the content of their mix; the least recently used are evicted."""
 
-    def __init__(self, budget: int) -> None:
-        """Keep at most `budget` bytes; 0 keeps nothing."""
-        self.budget, self.nbytes = budget, 0
-        self._kept: OrderedDict[tuple[Key, tuple[int, ...]], Prefix] = OrderedDict()
+    def __init__(self, max_bytes: int) -> None:
+        """Keep at most `max_bytes` bytes; 0 keeps nothing."""
+        self.max_bytes, self.nbytes = max_bytes, 0
+        self._prefixes: OrderedDict[tuple[MixKey, tuple[int, ...]], Prefix] = OrderedDict()
 
-    def find(self, key: Key, tokens: Sequence[int]) -> tuple[Prefix, int] | None:
-        """Return what shares the longest beginning with `tokens`, and how long that is."""
+    def find(self, key: MixKey, tokens: Sequence[int]) -> tuple[Prefix, int] | None:
+        """Return the prefix that shares the most first tokens with `tokens`, and their number."""
         best: tuple[Prefix, int] | None = None
-        for (own, _), prefix in self._kept.items():
-            if own == key:
-                length = shared_length(prefix.tokens, tokens)
-                if length >= SHORTEST and (best is None or length > best[1]):
+        for (prefix_key, _), prefix in self._prefixes.items():
+            if prefix_key == key:
+                length = common_prefix_length(prefix.tokens, tokens)
+                if length >= MIN_PREFIX_TOKENS and (best is None or length > best[1]):
                     best = prefix, length
         if best is not None:
-            self._kept.move_to_end((key, best[0].tokens))
+            self._prefixes.move_to_end((key, best[0].tokens))
         return best
 
-    def wants(self, nbytes: int, length: int) -> bool:
+    def accepts(self, nbytes: int, length: int) -> bool:
         """Return whether a prefix of that size would be kept."""
-        return length >= SHORTEST and nbytes <= self.budget
+        return length >= MIN_PREFIX_TOKENS and nbytes <= self.max_bytes
 
-    def keep(self, key: Key, prefix: Prefix) -> None:
-        """Remember a row's beginning; those that it begins with are not needed any more."""
-        for own, tokens in [k for k in self._kept if k[0] == key]:
-            if shared_length(tokens, prefix.tokens) == len(tokens):
-                self.nbytes -= self._kept.pop((own, tokens)).nbytes
-        self._kept[key, prefix.tokens] = prefix
+    def insert(self, key: MixKey, prefix: Prefix) -> None:
+        """Keep a prefix; remove those of the same mix that it begins with."""
+        for old_key, tokens in [k for k in self._prefixes if k[0] == key]:
+            if common_prefix_length(tokens, prefix.tokens) == len(tokens):
+                self.nbytes -= self._prefixes.pop((old_key, tokens)).nbytes
+        self._prefixes[key, prefix.tokens] = prefix
         self.nbytes += prefix.nbytes
-        while self.nbytes > self.budget:
-            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+        while self.nbytes > self.max_bytes:
+            self.nbytes -= self._prefixes.popitem(last=False)[1].nbytes
 
 
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many first tokens two sequences share."""
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of first tokens that two sequences share."""
     length = 0
-    for a, b in zip(one, other, strict=False):
+    for a, b in zip(first, second, strict=False):
         if a != b:
             break
         length += 1

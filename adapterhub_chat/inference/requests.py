@@ -1,4 +1,4 @@
-"""Requests: what is asked, the ticket for it, and what came of it."""
+"""Request, its Ticket while it waits and runs, and its Completion."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from adapterhub_chat.types import NO_ADAPTER, Mix
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row: prompt ids, who answers, and how."""
+    """One row to decode: prompt token ids, a mix of adapters, and sampling."""
 
     prompt: tuple[int, ...]
     mix: Mix = NO_ADAPTER
     sampling: Sampling = GREEDY
     deadline: float | None = None
-    """Seconds from its submission after which it ends with what there is."""
+    """Seconds after submission at which it ends with the text so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What came of a request."""
+    """The outcome of a request."""
 
     text: str
     ids: tuple[int, ...]
@@ -32,43 +32,46 @@ class Completion:
     """"stop", "length", "cancelled" or "deadline"."""
     prompt_tokens: int
     reused_tokens: int
-    """Tokens of the prompt that an earlier request had computed."""
+    """Tokens of the prompt taken from the prefix cache."""
     logprobs: tuple[TokenLogprob, ...] = ()
     first_token_seconds: float = 0.0
+    """From submission to the first token."""
     seconds: float = 0.0
+    """From submission to the end."""
 
 
 class Driver(Protocol):
-    """What makes requests go on."""
+    """Makes steps until a condition holds: an Engine."""
 
     def drive(self, until: Callable[[], bool]) -> None:
-        """Work, or wait for whoever works, until `until()` holds."""
+        """Make steps, or wait while another thread makes them, until `until()` holds."""
         ...
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A submitted request."""
+    """A submitted request: cancel it, or wait for its result."""
 
     request: Request
     engine: Driver
     on_text: Callable[[str], None] | None = None
     submitted: float = field(default_factory=time.monotonic)
+    """Time of `time.monotonic`."""
     cancelled: bool = False
     completion: Completion | None = None
     error: BaseException | None = None
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has a completion or an error."""
         return self.completion is not None or self.error is not None
 
     def cancel(self) -> None:
-        """End it before its next token, with what there is."""
+        """End it before its next token, with the text so far."""
         self.cancelled = True
 
     def result(self) -> Completion:
-        """Wait for the end, driving the engine; raise what went wrong."""
+        """Return the completion once it is there, driving the engine; raise the request's error, if any."""
         self.engine.drive(lambda: self.done)
         if self.error is not None:
             raise self.error
@@ -77,9 +80,9 @@ class Ticket:
 
     @property
     def end_reason(self) -> str:
-        """Why it should not go on ("cancelled", "deadline"), or an empty string."""
-        limit = self.request.deadline
+        """Why it must end now ("cancelled", "deadline"); empty if it may go on."""
+        deadline = self.request.deadline
         if self.cancelled:
             return "cancelled"
-        late = limit is not None and time.monotonic() - self.submitted > limit
+        late = deadline is not None and time.monotonic() - self.submitted > deadline
         return "deadline" if late else ""

@@ -1,4 +1,4 @@
-"""Sampling: the rules by which one row chooses its next token, and when its text ends."""
+"""Sampling: how a row's next token is chosen from its logits, and when its text ends."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from adapterhub_chat.errors import UsageError
 
-COLD = 1e-5
-"""Temperatures that would only overflow."""
-MOST_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-5
+"""Lower temperatures count as 0: the logits would overflow."""
+MAX_LOGPROBS = 20
+"""Alternatives whose log-probabilities are reported, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,48 +23,50 @@ class Sampling:
 
     max_new_tokens: int = 64
     temperature: float = 0.0
-    """0 is greedy; below COLD there is no difference."""
+    """0 is greedy; so is anything below MIN_TEMPERATURE."""
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are no part of it."""
     ignore_eos: bool = False
     seed: int | None = None
-    """Equal prompts with equal seeds give equal texts, whatever is decoded beside them."""
+    """Equal prompts with equal seeds give equal texts, whatever else is in the batch."""
     strip: bool = False
-    """Leave out white space at both ends."""
+    """Remove white space at both ends."""
     top_k: int = 0
     """Choose among the k likeliest tokens; 0 among all."""
     repetition_penalty: float = 1.0
     """Divides the positive logits, and multiplies the negative ones, of tokens seen before (1909.05858)."""
     logprobs: int | None = None
-    """Report each token's log-probability, and those of so many likeliest ones; None reports nothing."""
+    """Report each token's log-probability and those of this many likeliest tokens; None reports nothing."""
 
     def __post_init__(self) -> None:
         """Refuse values that have no meaning, all in one message."""
-        found = []
+        problems = []
         if self.max_new_tokens < 1:
-            found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < math.inf:
-            found.append(f"temperature={self.temperature} must be a number from 0 on")
+            problems.append(f"temperature={self.temperature} must be a number from 0 on")
         if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p} must lie in (0, 1]")
+            problems.append(f"top_p={self.top_p} must lie in (0, 1]")
         if self.top_k < 0:
-            found.append(f"top_k={self.top_k} must be at least 1, or 0 for no limit")
+            problems.append(f"top_k={self.top_k} must be at least 1, or 0 for no limit")
         if not 0 < self.repetition_penalty < math.inf:
-            found.append(f"repetition_penalty={self.repetition_penalty} must be a positive number")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            found.append(f"logprobs={self.logprobs} must lie between 0 and {MOST_LOGPROBS}")
+            problems.append(
+                f"repetition_penalty={self.repetition_penalty} must be a positive number"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            problems.append(f"logprobs={self.logprobs} must lie between 0 and {MAX_LOGPROBS}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            found.append(f"seed={self.seed} must fit into 64 bits")
+            problems.append(f"seed={self.seed} must fit into 64 bits")
         if "" in self.stop:
-            found.append("stop must not hold an empty text: it would end every answer at once")
-        if found:
-            raise UsageError("; ".join(found))
+            problems.append("stop must not hold an empty text: it would end every answer at once")
+        if problems:
+            raise UsageError("; ".join(problems))
 
     @property
-    def plain(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
-        greedy = self.temperature < COLD
+    def is_argmax(self) -> bool:
+        """Whether the next token is the argmax of the logits and no log-probabilities are reported."""
+        greedy = self.temperature < MIN_TEMPERATURE
         return greedy and self.repetition_penalty == 1.0 and self.logprobs is None
 
 
@@ -72,15 +75,16 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token's log-probability under the model, beside the likeliest ones."""
+    """A sampled token's log-probability under the model, and those of the likeliest tokens."""
 
     token: int
     logprob: float
     likeliest: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability), the likeliest first."""
 
 
-def generator_of(sampling: Sampling) -> torch.Generator:
-    """Return a row's own generator: seeded by the request, else anew."""
+def make_generator(sampling: Sampling) -> torch.Generator:
+    """Return a generator for one row, seeded by `sampling.seed`, or at random without one."""
     generator = torch.Generator()
     if sampling.seed is None:
         generator.seed()
@@ -89,14 +93,14 @@ def generator_of(sampling: Sampling) -> torch.Generator:
     return generator
 
 
-def pick(
-    logits: Tensor, sampling: Sampling, seen: Sequence[int], generator: torch.Generator
+def sample_token(
+    logits: Tensor, sampling: Sampling, tokens: Sequence[int], generator: torch.Generator
 ) -> int:
-    """Choose the next token from (V,) logits; `seen` are the tokens of prompt and text so far."""
+    """Return the next token, from logits (V,); `tokens` are those of prompt and text so far."""
     scores = logits.float().cpu()
     if sampling.repetition_penalty != 1.0:
-        scores = _penalized(scores, sampling.repetition_penalty, seen)
-    if sampling.temperature < COLD:
+        scores = _penalized(scores, sampling.repetition_penalty, tokens)
+    if sampling.temperature < MIN_TEMPERATURE:
         return int(scores.argmax())
     scores = scores / sampling.temperature
     if 0 < sampling.top_k < len(scores):
@@ -104,22 +108,22 @@ def pick(
     probabilities = scores.softmax(-1)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
-        probabilities[index[outside]] = 0.0
+        excluded = ordered.cumsum(-1) - ordered >= sampling.top_p
+        probabilities[index[excluded]] = 0.0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-def logprob_of(logits: Tensor, token: int, likeliest: int) -> TokenLogprob:
-    """Return what the model itself, before any rule, thought of a token: from (V,) logits."""
+def token_logprob(logits: Tensor, token: int, num_likeliest: int) -> TokenLogprob:
+    """Return a token's log-probability from logits (V,), before temperature, penalty or cuts."""
     logprobs = logits.float().log_softmax(-1)
-    values, tokens = logprobs.topk(likeliest)
+    values, tokens = logprobs.topk(num_likeliest)
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)
     return TokenLogprob(token, float(logprobs[token]), tuple(pairs))
 
 
-def _penalized(scores: Tensor, penalty: float, seen: Sequence[int]) -> Tensor:
-    index = torch.tensor(sorted(set(seen)), dtype=torch.long)
-    own = scores[index]
+def _penalized(scores: Tensor, penalty: float, tokens: Sequence[int]) -> Tensor:
+    index = torch.tensor(sorted(set(tokens)), dtype=torch.long)
+    repeated = scores[index]
     scores = scores.clone()
-    scores[index] = torch.where(own > 0, own / penalty, own * penalty)
+    scores[index] = torch.where(repeated > 0, repeated / penalty, repeated * penalty)
     return scores

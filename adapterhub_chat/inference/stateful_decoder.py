@@ -8,110 +8,107 @@ ended row is used again. Legend as in decoder.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from adapterhub_chat.inference.decoder import StepInput, limit_of
-from adapterhub_chat.inference.kv_cache import KeyValues, Prefix
+from adapterhub_chat.inference.decoder import StepInput, max_length_of
+from adapterhub_chat.inference.kv_cache import KVCache, Prefix
 from adapterhub_chat.lora.plan import Plan, activate
-from adapterhub_chat.model.adapter_model import AdapterModel, keeping
+from adapterhub_chat.model.adapter_model import AdapterModel, head_positions
 
 
-class RowStates(KeyValues):
+@dataclass(frozen=True)
+class _RowState(Prefix):
+    """A row's tokens with its cache, moved from one index to another."""
+
+    state: Any = None
+
+
+class StateCache(KVCache):
     """One cache of transformers for each row, moved as a whole."""
 
     def __init__(self, config: Any, token_bytes: int) -> None:
-        """Start with no row; `token_bytes` is an estimate of what a token takes."""
-        self.rows, self.length, self.token_bytes = 0, 0, token_bytes
-        self.states: list[Any] = []
+        """Start without rows; `token_bytes` estimates the size of a token."""
+        self.num_rows, self.capacity, self.token_bytes = 0, 0, token_bytes
         self._config = config
+        self._states: list[Any] = []
 
     @property
     def nbytes(self) -> int:
-        """Unknown: 0."""
-        return 0
+        """An estimate of the size in bytes."""
+        return self.num_rows * self.capacity * self.token_bytes
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Have places for `rows` rows."""
-        self.states += [None] * (rows - len(self.states))
-        self.rows, self.length = max(rows, self.rows), max(length, self.length)
+    def reserve(self, num_rows: int, length: int) -> None:
+        """Reserve `num_rows` rows."""
+        self._states += [None] * (num_rows - len(self._states))
+        self.num_rows, self.capacity = max(num_rows, self.num_rows), max(length, self.capacity)
 
-    def state(self, row: int, started: int) -> Any:
-        """Return a row's cache; a new one where `started` tokens are none."""
-        if not started:
-            self.states[row] = transformers.DynamicCache(config=self._config)
-        return self.states[row]
+    def state(self, row: int, start: int) -> Any:
+        """Return a row's cache, a new one for a row of which no token is computed."""
+        if not start:
+            self._states[row] = transformers.DynamicCache(config=self._config)
+        return self._states[row]
 
     def clear(self) -> None:
-        """Forget all rows."""
-        self.states, self.rows, self.length = [], 0, 0
+        """Remove all rows."""
+        self._states, self.num_rows, self.capacity = [], 0, 0
 
-    def wipe(self, row: int) -> None:
-        """Forget a row."""
-        self.states[row] = None
+    def zero_row(self, row: int) -> None:
+        """Remove a row's state."""
+        self._states[row] = None
 
-    def take(self, row: int, tokens: Sequence[int]) -> Prefix:
-        """Return a row's cache, to be put elsewhere."""
-        return _Moved(tuple(tokens), (), (), self.states[row])
+    def read_prefix(self, row: int, tokens: Sequence[int]) -> Prefix:
+        """Return a row's cache, not copied."""
+        return _RowState(tuple(tokens), (), (), self._states[row])
 
-    def put(self, row: int, prefix: Prefix, length: int) -> None:
-        """Give a row the cache that was taken, whole."""
-        assert isinstance(prefix, _Moved)
+    def write_prefix(self, row: int, prefix: Prefix, length: int) -> None:
+        """Give a row the cache that `read_prefix` returned, whole."""
+        assert isinstance(prefix, _RowState)
         assert length == len(prefix.tokens)
-        self.states[row] = prefix.state
-
-
-class _Moved(Prefix):
-    """A row's cache on its way to another place."""
-
-    def __init__(
-        self, tokens: tuple[int, ...], keys: Sequence[Tensor], values: Sequence[Tensor], state: Any
-    ) -> None:
-        super().__init__(tokens, keys, values)
-        object.__setattr__(self, "state", state)
-
-    state: Any
+        self._states[row] = prefix.state
 
 
 class StatefulDecoder:
-    """See Decoder: transformers' own modules and caches, a row at a time."""
+    """A Decoder that runs transformers' own modules and caches, one row at a time."""
 
     takes_chunks = False
 
     def __init__(self, model: AdapterModel) -> None:
-        """Prepare for the model's backbone."""
+        """Prepare the decoder of the model's backbone."""
         self.backbone = model.backbone
         self.early_states = model.early_states
-        self.limit = limit_of(self.backbone.text_config)
+        self.max_length = max_length_of(self.backbone.text_config)
 
-    def new_cache(self) -> KeyValues:
+    def new_cache(self) -> KVCache:
         """See Decoder."""
         config = self.backbone.text_config
-        width = torch.empty(0, dtype=self.backbone.dtype).element_size() * config.hidden_size
-        return RowStates(config, 2 * width * config.num_hidden_layers)
+        itemsize = torch.empty(0, dtype=self.backbone.dtype).element_size()
+        token_bytes = 2 * config.hidden_size * config.num_hidden_layers * itemsize
+        return StateCache(config, token_bytes)
 
     @torch.inference_mode()
-    def forward(self, cache: KeyValues, feed: StepInput, plan: Plan | None) -> Tensor:
+    def forward(self, cache: KVCache, inputs: StepInput, plan: Plan | None) -> Tensor:
         """See Decoder."""
-        assert isinstance(cache, RowStates)
-        logits = [self._row(cache, feed, n, plan) for n in range(len(feed.ids))]
-        return torch.cat(logits)
+        assert isinstance(cache, StateCache)
+        return torch.cat([self._row(cache, inputs, n, plan) for n in range(len(inputs.ids))])
 
-    def _row(self, cache: RowStates, feed: StepInput, n: int, plan: Plan | None) -> Tensor:
-        """Return the logits (1, V) after row n's last new token."""
-        length, start = feed.lengths[n], feed.starts[n]
-        state = cache.state(feed.first + n, start)
-        positions = torch.arange(start, start + length, device=feed.ids.device)[None]
-        last = torch.tensor([length - 1], device=feed.ids.device)
-        with activate(None if plan is None else plan.row(n)), keeping(last):
+    def _row(self, cache: StateCache, inputs: StepInput, n: int, plan: Plan | None) -> Tensor:
+        """Return the logits (1, V) after the last new token of row n."""
+        length, start = inputs.lengths[n], inputs.starts[n]
+        state = cache.state(inputs.first_row + n, start)
+        device = inputs.ids.device
+        positions = torch.arange(start, start + length, device=device)[None]
+        last = torch.tensor([length - 1], device=device)
+        with activate(None if plan is None else plan.row(n)), head_positions(last):
             out = self.backbone.model(
-                input_ids=feed.ids[n : n + 1, :length],
+                input_ids=inputs.ids[n : n + 1, :length],
                 position_ids=positions,
                 use_cache=True,
-                **{self.backbone.cache_name: state},
+                **{self.backbone.cache_argument: state},
             )
         logits: Tensor = out.logits
         return logits

@@ -1,9 +1,9 @@
 """Three ways to compute `sum_s M[n, s] * B_s A_s x_n`; `choose_form` picks one per batch by a measured rule.
 
 Each form has two halves: `shrink` (x, A) -> h and `add` (y, h, B) -> y + B h, so that linears which share
-an input share one shrink, and nothing is written beside y where one product can accumulate into it.
+an input share one shrink, and products accumulate into y where possible.
 Legend: N rows with at least one adapter, T tokens of a row, G slots in use, R rank bucket, K = J*R the
-ranks of a site's members side by side. Nothing here knows of modules or names.
+ranks of a site's members side by side. This module knows no model modules or names.
 `adapterhub-chat bench kernels` prints the measurements behind the rule (docs/performance.md).
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 PADDING_LIMIT = 2.0
-"""Batched products win while padding the groups to one size costs at most this factor in rows."""
+"""Batched products are faster while padding the groups to one size costs at most this factor in rows."""
 
 
 class Form(Protocol):
@@ -35,13 +35,13 @@ class Form(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batched:
-    """One-hot rows, groups of equal size (padded where they are not): two batched products."""
+    """One-hot rows in groups padded to equal size: two batched products."""
 
     groups: int
     places: int
-    """Rows of each group, spare ones included."""
+    """Rows of each group, padding included."""
     gather: Tensor | None
-    """Row that fills each place of the (G, places) layout; None when the rows already lie so."""
+    """Source row of each place of the (G, places) layout; None when the rows are in that order."""
     scatter: Tensor | None
     """Place of each row in that layout."""
     weight: Tensor | None
@@ -58,7 +58,7 @@ class Batched:
         return scaled.flatten(1, 2)
 
     def add(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        """Return y (N, T, out) + B h: in place, by one product, where the rows lie as the groups do."""
+        """Return y (N, T, out) + B h; in place, by one product, where the rows are in group order."""
         if self.scatter is None and y.is_contiguous() and not y._is_view():
             added: Tensor = _AddProducts.apply(y, h, b)  # type: ignore[no-untyped-call]
             return added
@@ -68,7 +68,7 @@ class Batched:
 
 
 class _AddProducts(torch.autograd.Function):
-    """y += h B, group by group, in place: one pass over y, where an addition makes three."""
+    """y += h B by group, in place: one pass over y instead of three."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
@@ -88,18 +88,18 @@ class _AddProducts(torch.autograd.Function):
         return dy, torch.bmm(d, b.mT) if needs_h else None, torch.bmm(h.mT, d) if needs_b else None
 
 
-def in_place(form: Form) -> bool:
-    """Return whether the rows lie in groups of equal size, one after another, all with weight 1."""
+def rows_in_group_order(form: Form) -> bool:
+    """Return whether the rows form adjacent groups of equal size, all with weight 1."""
     return isinstance(form, Batched) and form.gather is None and form.weight is None
 
 
 def site_products(
     x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]], a: Tensor, b: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Return W_j x + B_j A_j x for every member j of a site, rows in equal groups in order.
+    """Return W_j x + B_j A_j x for every member j of a site; the rows form adjacent groups of equal size.
 
     `x` (N, T, in), frozen `weights` (W (out, in), bias), `a` (G, J*R, in), each `b` (G, R, out). The
-    gradient of x is accumulated in one tensor, where autograd would add up one for each product.
+    gradient of x is accumulated in one tensor, where autograd would make one for each product.
     """
     frozen = [tensor for pair in weights for tensor in pair]
     outputs: tuple[Tensor, ...] = _SiteProducts.apply(x, a, *b, *frozen)  # type: ignore[no-untyped-call]
@@ -112,13 +112,17 @@ class _SiteProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         """Compute all members' outputs; `rest` is each B, then each W and its bias."""
-        count = len(rest) // 3
-        b, weights, biases = rest[:count], rest[count::2], rest[count + 1 :: 2]
+        num_members = len(rest) // 3
+        b, weights, biases = rest[:num_members], rest[num_members::2], rest[num_members + 1 :: 2]
         flat = x.reshape(-1, x.shape[-1])
         h = torch.bmm(flat.view(len(a), -1, x.shape[-1]), a.mT)
         outputs = []
-        for own, factor, weight, bias in zip(h.chunk(count, -1), b, weights, biases, strict=True):
-            y = torch.bmm(own, factor).view(-1, len(weight))  # the small product first: the large
+        for h_member, factor, weight, bias in zip(
+            h.chunk(num_members, -1), b, weights, biases, strict=True
+        ):
+            y = torch.bmm(h_member, factor).view(
+                -1, len(weight)
+            )  # the small product first: the large
             y.addmm_(flat, weight.T)  # one adds to it on its way
             outputs.append((y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1))
         ctx.save_for_backward(x, h, a, *b)
@@ -129,16 +133,16 @@ class _SiteProducts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, a and every b; the weights are frozen."""
         x, h, a, *b = ctx.saved_tensors
-        lows = h.mT.contiguous().chunk(len(b), 1)
-        wanted = ctx.needs_input_grad[0]
+        h_members = h.mT.contiguous().chunk(len(b), 1)
+        needs_x = ctx.needs_input_grad[0]
         db, dhs, dx = [], [], None
-        for d, low, factor, weight in zip(gradients, lows, b, ctx.weights, strict=True):
-            # all that reads a gradient comes one after the other, while it is in the cache
-            own = d.reshape(len(a), -1, d.shape[-1])
-            db.append(torch.bmm(low, own))
-            dhs.append(torch.bmm(own, factor.mT))
-            if wanted:
-                flat = own.reshape(-1, d.shape[-1])
+        for d, h_member, factor, weight in zip(gradients, h_members, b, ctx.weights, strict=True):
+            # all uses of one gradient come together, while it is in the CPU cache
+            d_groups = d.reshape(len(a), -1, d.shape[-1])
+            db.append(torch.bmm(h_member, d_groups))
+            dhs.append(torch.bmm(d_groups, factor.mT))
+            if needs_x:
+                flat = d_groups.reshape(-1, d.shape[-1])
                 dx = flat @ weight if dx is None else dx.addmm_(flat, weight)
         dh = torch.cat(dhs, -1)
         da = torch.bmm(dh.mT.contiguous(), x.reshape(len(a), -1, x.shape[-1]))
@@ -150,7 +154,7 @@ class _SiteProducts(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """One-hot rows in groups of very different size: `grouped_mm` over the sorted rows."""
+    """One-hot rows in groups of very different sizes: `grouped_mm` over the sorted rows."""
 
     order: Tensor
     inverse: Tensor
@@ -169,7 +173,7 @@ class Ragged:
         return y + self._product(h, b).index_select(0, self.inverse).view(y.shape)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
-        """Return x (N, T, k) times w (G, k, n), each row with its own group's."""
+        """Return x (N, T, k) times w (G, k, n), each row with the matrix of its group."""
         rows, tokens, _ = x.shape
         flat = x.reshape(rows * tokens, -1)
         ends = self.ends * tokens
@@ -183,7 +187,7 @@ class Ragged:
 
 
 def _grouped_mm_takes(x: Tensor, w: Tensor) -> bool:
-    """Whether torch has the product for these: rows of both must be whole multiples of 16 bytes."""
+    """Return whether `grouped_mm` supports these: rows of both must be multiples of 16 bytes."""
     widths = (x.shape[-1], w.shape[-1], w.shape[-2])
     aligned = all(width * x.element_size() % 16 == 0 for width in widths)
     return hasattr(functional, "grouped_mm") and x.dtype != torch.float64 and aligned
@@ -191,7 +195,7 @@ def _grouped_mm_takes(x: Tensor, w: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Rows that mix several slots: all slots for all rows, then the mix as a mask of weights."""
+    """Rows that mix several slots: computes all slots for all rows and multiplies by the weights."""
 
     weight: Tensor
     """(N, 1, G, 1)."""
@@ -208,26 +212,26 @@ class Dense:
         return y + (h.flatten(2) @ b.flatten(0, 1)).view(y.shape)
 
 
-def terms(mix: Tensor) -> list[Tensor]:
-    """Return matrices that sum up to `mix` (N, S), each of which one form computes without waste.
+def split_terms(mix: Tensor) -> list[Tensor]:
+    """Return matrices that sum to `mix` (N, S), each of which one form computes without waste.
 
-    Rows that all mix the same few slots stay together (dense work is then no waste); where rows mix
-    fewer slots than the batch has, as in {shared: 1, task: 1}, each term holds one slot of every row.
+    A batch in which some row mixes all slots in use stays one dense term; where rows mix fewer slots than the
+    batch has, as in {shared: 1, task: 1}, each term holds one slot of every row.
     """
-    used = mix != 0
-    widest, in_use = int(used.sum(1).max()) if len(mix) else 0, int(used.any(0).sum())
-    if widest <= 1 or widest == in_use:
-        return [mix] if widest else []
-    place = used.cumsum(1) * used  # 1 for a row's first slot in use, 2 for its second, ...
-    return [mix * (place == n) for n in range(1, widest + 1)]
+    is_used = mix != 0
+    max_slots, in_use = int(is_used.sum(1).max()) if len(mix) else 0, int(is_used.any(0).sum())
+    if max_slots <= 1 or max_slots == in_use:
+        return [mix] if max_slots else []
+    position = is_used.cumsum(1) * is_used  # 1 for a row's first slot in use, 2 for its second, ...
+    return [mix * (position == n) for n in range(1, max_slots + 1)]
 
 
 def choose_form(weights: Tensor, device: torch.device | str = "cpu") -> Form:
     """Return the fastest form for `weights` (N, G): every row and every column has a nonzero entry."""
-    return _to_device(_choose(weights), torch.device(device))
+    return _to_device(_choose_on_cpu(weights), torch.device(device))
 
 
-def _choose(weights: Tensor) -> Form:
+def _choose_on_cpu(weights: Tensor) -> Form:
     if bool(((weights != 0).sum(1) > 1).any()):
         return Dense(weights[:, None, :, None])
     group = weights.abs().argmax(1)
@@ -242,10 +246,10 @@ def _choose(weights: Tensor) -> Form:
 
 
 def _batched(group: Sequence[int], counts: Sequence[int], scale: Tensor | None) -> Batched:
-    """Lay the rows out as (G, largest group).
+    """Lay the rows out as (G, size of the largest group).
 
-    Spare places repeat a row of their own group and are never read back: a row whose numbers are not
-    finite must not reach another group's gradient.
+    Padding repeats a row of its own group and is never read back: a row with non-finite numbers must not
+    reach another group's gradient.
     """
     groups, places = len(counts), max(counts)
     filled, scatter = [0] * groups, [0] * len(group)
@@ -254,9 +258,9 @@ def _batched(group: Sequence[int], counts: Sequence[int], scale: Tensor | None) 
         place = g * places + filled[g]
         filled[g] += 1
         gather[place], scatter[row] = row, place
-    in_place = gather == list(range(len(group)))
+    is_in_order = gather == list(range(len(group)))
     weight = None if scale is None else scale[gather].view(groups, places, 1, 1)
-    if in_place:
+    if is_in_order:
         return Batched(groups, places, None, None, weight)
     return Batched(groups, places, torch.tensor(gather), torch.tensor(scatter), weight)
 

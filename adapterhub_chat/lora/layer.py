@@ -1,4 +1,4 @@
-"""`LoRALinear`: a frozen linear plus the products of its slots; `attach` puts it into a model."""
+"""LoRALinear: a frozen linear layer plus the low-rank products; `attach` installs it in a model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.lora.plan import _ACTIVE
-from adapterhub_chat.lora.sites import Layers, Site
+from adapterhub_chat.lora.sites import Site, SiteLayers
 
 
 class LoRALinear:
-    """The equation at one linear layer: stands in for its `forward`, the layer itself stays as it was.
+    """The LoRA equation at one linear layer: replaces its `forward`, not the module.
 
-    The backbone keeps its modules, names and bytes (transformers, PEFT and bitsandbytes all see their own
-    classes); with no plan active it is the layer's own forward.
+    The backbone keeps its modules, names and bytes, so transformers, PEFT and bitsandbytes see their own
+    classes; with no active plan it calls the layer's original forward.
     """
 
-    def __init__(self, layers: Layers, member: int) -> None:
-        """Stand in for member number `member` of a site."""
+    def __init__(self, layers: SiteLayers, member: int) -> None:
+        """Replace the forward of member number `member` of a site."""
         self.layers, self.member = layers, member
         self.base: Callable[[Tensor], Tensor] = layers.linears[member].forward
 
@@ -33,34 +33,34 @@ class LoRALinear:
 
 
 def attach(model: nn.Module, sites: Sequence[Site]) -> Callable[[], None]:
-    """Let a LoRALinear stand in for every member of `sites`; return what takes them off again.
+    """Install a LoRALinear at every member of `sites`; return a function that removes them.
 
-    Raises UsageError when the model carries some already: a plan would act twice.
+    Raises UsageError when the model has some already, since a plan would be applied twice.
     """
-    before: list[tuple[nn.Module, Any]] = []
+    previous: list[tuple[nn.Module, Any]] = []
     for site in sites:
         linears = tuple(model.get_submodule(name) for name in site.members)
-        layers = Layers(site, linears, all(_is_plain(linear) for linear in linears))
+        layers = SiteLayers(site, linears, all(_is_plain(linear) for linear in linears))
         for member, linear in enumerate(linears):
-            own = linear.__dict__.get("forward")
-            if isinstance(own, LoRALinear):
+            previous_forward = linear.__dict__.get("forward")
+            if isinstance(previous_forward, LoRALinear):
                 raise UsageError(
                     "the backbone carries adapters already: close the other model first"
                 )
-            before.append((linear, own))
+            previous.append((linear, previous_forward))
             linear.forward = LoRALinear(layers, member)
 
     def detach() -> None:
-        for linear, own in before:
+        for linear, previous_forward in previous:
             linear.__dict__.pop("forward", None)
-            if own is not None:
-                linear.forward = own
+            if previous_forward is not None:
+                linear.forward = previous_forward
 
     return detach
 
 
 def _is_plain(linear: nn.Module) -> bool:
     weight = getattr(linear, "weight", None)
-    if "forward" in linear.__dict__:  # somebody else stands in for it
+    if "forward" in linear.__dict__:  # another library has replaced its forward
         return False
     return type(linear) is nn.Linear and weight is not None and not weight.requires_grad

@@ -1,4 +1,4 @@
-"""Low-rank matrices kept as two factors: joined, compressed and measured without ever being multiplied out.
+"""Low-rank matrices as two factors: sums, compression and norms without forming the dense product.
 
 Legend: B (out, r) and A (r, in) of a delta B A; k ranks that are kept.
 """
@@ -15,18 +15,18 @@ Pair = tuple[Tensor, Tensor]
 """(B (out, r), A (r, in)): the delta B A. Rank 0 is the zero delta."""
 
 EXACT_SIDE = 2048
-"""Up to this smaller side, a dense delta is compressed exactly; above it, from a sketch."""
-SPARE, ROUNDS = 16, 6
-"""Columns beside the wanted ones, and power iterations, of a sketch."""
+"""A dense delta whose smaller side is at most this is compressed exactly, a larger one by a random sketch."""
+OVERSAMPLING, NUM_POWER_ITERATIONS = 16, 6
+"""Extra columns and power iterations of a sketch."""
 
 
-def joined(pairs: Sequence[Pair]) -> Pair:
-    """Return the sum of the deltas: ranks side by side."""
+def concatenate_ranks(pairs: Sequence[Pair]) -> Pair:
+    """Return the sum of the deltas, by concatenating their ranks."""
     return torch.cat([b for b, _ in pairs], dim=1), torch.cat([a for _, a in pairs])
 
 
-def size_of(delta: Pair) -> float:
-    """Return the Frobenius norm of B A; sums that cancel leave about 1e-8 of their parts' norms."""
+def frobenius_norm(delta: Pair) -> float:
+    """Return the Frobenius norm of B A; where terms cancel, the error is about 1e-8 of their norms."""
     b, a = (factor.double() for factor in delta)
     return float(((b.T @ b) * (a @ a.T).T).sum().clamp(min=0).sqrt())
 
@@ -34,28 +34,30 @@ def size_of(delta: Pair) -> float:
 def compress(
     delta: Pair | Tensor, rank: int, metric: Tensor | None = None
 ) -> tuple[Pair, float, float]:
-    """Return the best approximation of rank k, and the energy (squared Frobenius norm) kept and in all.
+    """Return the best approximation of rank k, its energy (squared Frobenius norm) and the total energy.
 
-    The singular values are shared evenly between both factors, so that neither loses digits when it is
-    rounded; ranks that a delta does not have are zeros. With `metric`, the second moment (in, in) of the
-    inputs x, positive definite, best and energy are those of the outputs, the mean |D x|^2.
+    Each factor gets the square roots of the singular values, so that neither loses digits when it is rounded;
+    missing ranks are zeros. With `metric`, the positive definite second moment (in, in) of the inputs x,
+    approximation and energy refer to the outputs: the mean |D x|^2.
     """
     if metric is not None:
         root = torch.linalg.cholesky(metric)
-        seen = delta @ root if isinstance(delta, Tensor) else (delta[0], delta[1] @ root)
-        (b, a), kept, total = compress(seen, rank)
+        whitened = delta @ root if isinstance(delta, Tensor) else (delta[0], delta[1] @ root)
+        (b, a), kept, total = compress(whitened, rank)
         return (b, torch.linalg.solve_triangular(root, a, upper=False, left=False)), kept, total
-    left, values, right = _top(delta, rank) if isinstance(delta, Tensor) else _svd(*delta)
-    everything = delta if isinstance(delta, Tensor) else values
-    total = float(everything.double().square().sum())
+    left, values, right = (
+        _truncated_svd(delta, rank) if isinstance(delta, Tensor) else _svd_of_product(*delta)
+    )
+    elements = delta if isinstance(delta, Tensor) else values
+    total = float(elements.double().square().sum())
     kept = float(values[:rank].square().sum())
     root = values[:rank].clamp(min=0).sqrt()
     b, a = left[:, :rank] * root, root[:, None] * right[:rank]
-    spare = rank - len(root)
-    return (functional.pad(b, (0, spare)), functional.pad(a, (0, 0, 0, spare))), kept, total
+    padding = rank - len(root)
+    return (functional.pad(b, (0, padding)), functional.pad(a, (0, 0, 0, padding))), kept, total
 
 
-def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return U, S, V^T of B A, from a small square core (arXiv 0909.4061, section 3)."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
@@ -63,13 +65,13 @@ def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, values, vh @ q_a.T
 
 
-def _top(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading k of U, S, V^T of a dense matrix (out, in)."""
+def _truncated_svd(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S, V^T of a dense matrix (out, in), truncated to k singular values."""
     if dense.shape[0] > dense.shape[1]:
-        left, values, right = _top(dense.T, rank)
+        left, values, right = _truncated_svd(dense.T, rank)
         return right.T, values, left.T
     if dense.shape[0] > EXACT_SIDE:
-        basis = _sketch(dense, rank + SPARE).double()
+        basis = _sketch(dense, rank + OVERSAMPLING).double()
     else:  # the eigenvectors of D D^T are the left singular vectors; half the work of an SVD
         wide = dense.double()
         basis = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:]
@@ -78,10 +80,10 @@ def _top(dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sketch(dense: Tensor, columns: int) -> Tensor:
-    """Return an orthonormal basis of the leading left directions (arXiv 0909.4061, algorithm 4.4)."""
+    """Return an orthonormal basis of the leading left singular vectors (arXiv 0909.4061, algorithm 4.4)."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(dense.shape[1], columns, generator=generator).to(dense)
-    basis: Tensor = torch.linalg.qr(dense @ start)[0]
-    for _ in range(ROUNDS):
+    random = torch.randn(dense.shape[1], columns, generator=generator).to(dense)
+    basis: Tensor = torch.linalg.qr(dense @ random)[0]
+    for _ in range(NUM_POWER_ITERATIONS):
         basis = torch.linalg.qr(dense @ (dense.T @ basis))[0]
     return basis

@@ -1,4 +1,4 @@
-"""Targets: which of the backbone's linear layers an adapter changes, by name and by block."""
+"""Sites: linear layers that share an input, and the selection of layers that an adapter changes."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from torch import nn
 from adapterhub_chat.errors import UsageError
 
 
-def targeted(
+def select_targets(
     shapes: Mapping[str, tuple[int, int]], targets: str, layers: str = "all", field: str = "layers"
 ) -> dict[str, tuple[int, int]]:
-    """Return the modules that the settings name.
+    """Return the modules that `targets` and `layers` select, with their shapes.
 
     `targets` is `all-linear`, or last names such as `q_proj,v_proj`; `layers` is `all`, or a slice of
     block numbers such as `20:30` or `-8:`. Raises UsageError, naming the `field` and what is allowed.
     """
-    wanted = [t.strip() for t in targets.split(",") if t.strip()]
-    known = {module.rpartition(".")[2] for module in shapes}
-    unknown = [t for t in wanted if t not in known]
-    if targets != "all-linear" and (unknown or not wanted):
-        what = f"has no linear layer named {', '.join(unknown)}" if unknown else "needs a name"
+    names = [t.strip() for t in targets.split(",") if t.strip()]
+    last_names = {module.rpartition(".")[2] for module in shapes}
+    unknown = [t for t in names if t not in last_names]
+    if targets != "all-linear" and (unknown or not names):
+        problem = f"has no linear layer named {', '.join(unknown)}" if unknown else "needs a name"
         raise UsageError(
-            f"targets={targets!r}: the backbone {what}; "
-            f"allowed are all-linear, {', '.join(sorted(known))}"
+            f"targets={targets!r}: the backbone {problem}; "
+            f"allowed are all-linear, {', '.join(sorted(last_names))}"
         )
-    blocks = _blocks(shapes, layers, field)
+    blocks = _selected_blocks(shapes, layers, field)
     return {
         module: shape
         for module, shape in shapes.items()
-        if (targets == "all-linear" or module.rpartition(".")[2] in wanted)
-        and (blocks is None or _block(module) in blocks)
+        if (targets == "all-linear" or module.rpartition(".")[2] in names)
+        and (blocks is None or _block_number(module) in blocks)
     }
 
 
-def _blocks(shapes: Mapping[str, tuple[int, int]], layers: str, field: str) -> set[int] | None:
+def _selected_blocks(
+    shapes: Mapping[str, tuple[int, int]], layers: str, field: str
+) -> set[int] | None:
     if layers == "all":
         return None
-    numbers = sorted({n for module in shapes if (n := _block(module)) is not None})
+    numbers = sorted({n for module in shapes if (n := _block_number(module)) is not None})
     try:
         first, last = (int(part) if part.strip() else None for part in layers.split(":"))
     except ValueError:
@@ -56,7 +58,7 @@ def _blocks(shapes: Mapping[str, tuple[int, int]], layers: str, field: str) -> s
     return chosen
 
 
-def _block(module: str) -> int | None:
+def _block_number(module: str) -> int | None:
     return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
@@ -67,7 +69,7 @@ SHARED_INPUT = (
     ("q_lin", "k_lin", "v_lin"),
     ("w1", "w3"),
 )
-"""Last names of sibling modules that read the same tensor: together they are one site."""
+"""Last names of sibling modules that read the same tensor and form one site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,13 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
-    """A site's linear layers themselves."""
+class SiteLayers:
+    """The linear modules of a site."""
 
     site: Site
     linears: tuple[nn.Module, ...]
     plain: bool
-    """Whether all are ordinary linear layers with frozen weights, whose products can be done together."""
+    """Whether all are nn.Linear with frozen weights, so that their products can be computed together."""
 
     @property
     def weights(self) -> list[tuple[Any, Any]]:

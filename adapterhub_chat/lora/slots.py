@@ -1,9 +1,9 @@
-"""Slots: which adapter lives where in device memory, under a budget of bytes.
+"""Slots: the loaded adapters in device memory, with LRU eviction under a budget in bytes.
 
-Slots of one layout (sites and rank bucket) are allocated a few at a time, under a budget one at a time (what
-is free then is free for every layout), and used again and again. The least recently used adapter makes room;
-one that is in use or pinned is never evicted nor overwritten: a name that is loaded anew gets another slot,
-and the old content goes when its last user has left.
+Slots of one layout (sites and rank bucket) are allocated a few at a time, or one at a time under a budget, so
+that freed memory can serve any layout; they are reused. The least recently used adapter is evicted first; an
+adapter in use or pinned is never evicted or overwritten: reloading its name takes another slot, and the old
+content is freed when its last user releases it.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ import torch
 
 from adapterhub_chat.errors import NoRoomError, UnknownNameError
 from adapterhub_chat.lora.bank import Bank, BankLayout
-from adapterhub_chat.lora.plan import MixPlace, Plan
+from adapterhub_chat.lora.plan import BankSlot, Plan
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.types import BACKBONE, Mix
 
-SEGMENT = 4
-"""Slots that are allocated together where nothing bounds them."""
-SMALLEST_RANK = 8
-"""Ranks are rounded up to a power of two from here on: few layouts, and products of fast widths."""
+SEGMENT_SLOTS = 4
+"""Number of slots that are allocated together without a budget."""
+MIN_RANK_BUCKET = 8
+"""Smallest rank bucket; ranks are rounded up to powers of two, for few layouts and fast products."""
 
 NewBank = Callable[[Sequence[str], int, int, int], Bank]
 """(modules, slots, rank, labels) -> an empty bank."""
 
-Write = Callable[[Bank, int, AdapterWeights], None]
-"""Puts an adapter into a slot of a bank."""
+WriteSlot = Callable[[Bank, int, AdapterWeights], None]
+"""Writes an adapter into a slot of a bank."""
 
-_fresh, _clock = itertools.count(), itertools.count()
+_content_ids, _clock = itertools.count(), itertools.count()
 
 
 @dataclass(eq=False)
 class Resident:
     """One adapter's content in a slot."""
 
-    place: MixPlace
+    place: BankSlot
     identity: str
-    """Its content's hash, else something that no other content has."""
-    like: AdapterWeights
-    """Modules, ranks and alphas; the factors have shapes only."""
-    users: int = 0
-    current: bool = True
-    """Whether a name means this content."""
-    used: int = field(default_factory=lambda: next(_clock))
-    """When it was held last: larger is later."""
+    """Hash of the content, else a unique name."""
+    template: AdapterWeights
+    """Modules, ranks and alphas; the factors are meta tensors."""
+    num_users: int = 0
+    is_named: bool = True
+    """Whether a name refers to this content."""
+    last_used: int = field(default_factory=lambda: next(_clock))
+    """Logical time of the last use."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A mix whose adapters stay as they are now, whatever is loaded or unloaded, until it is released."""
+    """A mix whose adapters stay unchanged in their slots until the lease is released."""
 
     mix: Mix
     weights: tuple[tuple[Resident, float], ...] = ()
 
     @property
     def key(self) -> tuple[tuple[str, float], ...]:
-        """What the mix computes: contents and weights, whatever the adapters are called."""
+        """Contents and weights of the mix, independent of the adapters' names."""
         return tuple(sorted((resident.identity, weight) for resident, weight in self.weights))
 
 
@@ -72,35 +72,35 @@ class _Segment:
 
 
 class Slots:
-    """Names, slots, users and the budget. Safe from several threads; no lock is held while numbers move."""
+    """The loaded adapters by name, and their slots. Thread-safe; no lock is held while weights are copied."""
 
     def __init__(
-        self, new_bank: NewBank, budget: int | None = None, write: Write = Bank.write
+        self, new_bank: NewBank, budget: int | None = None, write: WriteSlot = Bank.write
     ) -> None:
-        """Start empty; `budget` bounds the bytes of all slots (None: no bound), `write` fills one."""
+        """Start empty; `budget` bounds the bytes of all slots (None: unbounded), `write` fills a slot."""
         self.budget = budget
         self.pinned: set[str] = set()
-        self.loads = 0
-        """How often an adapter was put into a slot."""
+        self.num_loads = 0
+        """Number of loads so far."""
         self._new_bank, self._write = new_bank, write
         self._names: dict[str, Resident] = {}
         self._segments: list[_Segment] = []
         self._layouts: dict[tuple[tuple[str, ...], int, int], tuple[BankLayout, int]] = {}
-        self._likes: dict[object, AdapterWeights] = {}
+        self._templates: dict[object, AdapterWeights] = {}
         self._lock = threading.RLock()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that are here, in the order of loading."""
+        """The loaded adapters, in the order of loading."""
         return tuple(self._names)
 
     def __contains__(self, name: object) -> bool:
-        """Return whether an adapter of that name is here."""
+        """Return whether an adapter of that name is loaded."""
         return name in self._names
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated."""
+        """Allocated bytes."""
         return sum(segment.bank.nbytes() for segment in self._segments)
 
     def load(
@@ -108,123 +108,123 @@ class Slots:
         name: str,
         weights: AdapterWeights,
         identity: str | None = None,
-        ahead: StagedSlot | None = None,
+        staged: StagedSlot | None = None,
     ) -> None:
-        """Put an adapter into a slot; under a name in use it replaces that adapter for new users.
+        """Load an adapter into a slot; under an existing name it replaces that adapter for new users.
 
-        The slot that was filled `ahead` with these weights is taken, where there is one. Raises NoRoomError,
-        with nothing changed, when the budget is spent on adapters in use.
+        A slot that was `staged` with these weights is used. Raises NoRoomError, with nothing changed, when
+        adapters in use take the whole budget.
         """
-        place = ahead.take(weights) if ahead else None
+        place = staged.take(weights) if staged else None
         if place is None:
             with self._lock:
-                place = self._room(weights, name)
+                place = self._allocate(weights, name)
             self._fill(place, weights)
-        like = self._like(weights)
+        template = self._template(weights)
         with self._lock:
-            self._forget(name)
-            own = f"unnamed content {next(_fresh)}" if identity is None else identity
-            self._names[name] = Resident(place, own, like)
-            self.loads += 1
+            self._remove_name(name)
+            content_id = f"unnamed content {next(_content_ids)}" if identity is None else identity
+            self._names[name] = Resident(place, content_id, template)
+            self.num_loads += 1
 
     @contextmanager
-    def ahead(self, fits: Callable[[AdapterWeights], bool]) -> Iterator[StagedSlot]:
-        """Give who fills a slot ahead of `load`; a slot that was not taken is free again after the block."""
-        own = StagedSlot(self, fits)
+    def stage(self, fits: Callable[[AdapterWeights], bool]) -> Iterator[StagedSlot]:
+        """Yield a StagedSlot to fill before `load`; it is freed after the block if `load` did not take it."""
+        staged = StagedSlot(self, fits)
         try:
-            yield own
+            yield staged
         finally:
-            own.clear()
+            staged.clear()
 
-    def fill_free(self, weights: AdapterWeights) -> MixPlace | None:
-        """Fill a slot that nobody has and that nobody must leave for it; None where there is none."""
+    def fill_free(self, weights: AdapterWeights) -> BankSlot | None:
+        """Fill a free slot without evicting an adapter; return None if there is none."""
         with self._lock:
-            place = self._free(weights)
+            place = self._find_free_slot(weights)
         if place is not None:
             self._fill(place, weights)
         return place
 
-    def _fill(self, place: MixPlace, weights: AdapterWeights) -> None:
+    def _fill(self, place: BankSlot, weights: AdapterWeights) -> None:
         try:
             self._write(*place, weights)
         except BaseException:
-            self.give_back(place)
+            self.free_slot(place)
             raise
 
-    def give_back(self, place: MixPlace) -> None:
+    def free_slot(self, place: BankSlot) -> None:
         """Make a slot free that no name means and nobody uses."""
         with self._lock:
             segment = next(s for s in self._segments if s.bank is place[0])
             segment.free.append(place[1])
 
     def unload(self, name: str) -> None:
-        """Take the name away; the slot is free when its last user has left."""
+        """Remove a name; the slot is freed when its last user releases it."""
         with self._lock:
             self._resident(name)
-            self._forget(name)
+            self._remove_name(name)
 
     def weights(self, name: str) -> AdapterWeights:
-        """Return a copy of an adapter's numbers, as they were rounded when it was loaded."""
-        with self.borrowed(self.hold(Mix(((name, 1.0),)))) as held:
-            resident = held.weights[0][0]
+        """Return a copy of an adapter's weights, as rounded to the bank's dtype."""
+        with self.releasing(self.hold(Mix(((name, 1.0),)))) as lease:
+            resident = lease.weights[0][0]
             bank, slot = resident.place
-            return bank.read(slot, resident.like)
+            return bank.read(slot, resident.template)
 
     def hold(self, mix: Mix) -> Lease:
-        """Keep the mix's adapters until `release`; raise UnknownNameError for one that is not here."""
+        """Lease a mix's adapters until `release`; raise UnknownNameError if one is not loaded."""
         with self._lock:
-            found = tuple((self._resident(name), weight) for name, weight in mix.weights)
-            for resident, _ in found:
-                resident.users += 1
-                resident.used = next(_clock)
-            return Lease(mix, found)
+            residents = tuple((self._resident(name), weight) for name, weight in mix.weights)
+            for resident, _ in residents:
+                resident.num_users += 1
+                resident.last_used = next(_clock)
+            return Lease(mix, residents)
 
     def acquire(self, mix: Mix, load: Callable[[str], None]) -> Lease:
-        """Hold a mix after `load(name)` for each adapter that is not here.
+        """Lease a mix, after calling `load(name)` for each adapter that is not loaded.
 
-        Each is held as soon as it is there, so that the next one's load cannot evict it. Raises what
-        `load` raises, NoRoomError for one.
+        Each adapter is leased at once, so that loading the next one cannot evict it. Raises what `load`
+        raises, such as NoRoomError.
         """
         with ExitStack() as stack:
             for name in mix.names:
-                stack.enter_context(self._one(name, load))
+                stack.enter_context(self._lease_one(name, load))
             return self.hold(mix)
 
     @contextmanager
-    def _one(self, name: str, load: Callable[[str], None]) -> Iterator[None]:
-        held = None
-        while held is None:
+    def _lease_one(self, name: str, load: Callable[[str], None]) -> Iterator[None]:
+        lease = None
+        while lease is None:
             if name not in self:
                 load(name)
-            with suppress(UnknownNameError):  # evicted in between, by somebody else's load
-                held = self.hold(Mix(((name, 1.0),)))
-        with self.borrowed(held):
+            with suppress(UnknownNameError):  # evicted meanwhile by another thread's load
+                lease = self.hold(Mix(((name, 1.0),)))
+        with self.releasing(lease):
             yield
 
-    def release(self, held: Lease) -> None:
-        """End what `hold` began."""
+    def release(self, lease: Lease) -> None:
+        """End a lease."""
         with self._lock:
-            for resident, _ in held.weights:
-                resident.users -= 1
-                if not resident.users and not resident.current:
-                    self.give_back(resident.place)
+            for resident, _ in lease.weights:
+                resident.num_users -= 1
+                if not resident.num_users and not resident.is_named:
+                    self.free_slot(resident.place)
 
     @contextmanager
-    def borrowed(self, held: Lease) -> Iterator[Lease]:
-        """Release what is held when the block ends."""
+    def releasing(self, lease: Lease) -> Iterator[Lease]:
+        """Release a lease at the end of the block."""
         try:
-            yield held
+            yield lease
         finally:
-            self.release(held)
+            self.release(lease)
 
-    def _like(self, weights: AdapterWeights) -> AdapterWeights:
-        """Return modules, shapes and alphas without numbers, one object for all that agree in them."""
+    def _template(self, weights: AdapterWeights) -> AdapterWeights:
+        """Return the weights' modules, shapes and alphas as a template, shared by equal adapters."""
         key = (*weights.shapes.items(), *weights.alphas.items()), weights.rslora, weights.labels
-        if (found := self._likes.get(key)) is None:
-            found = self._likes.setdefault(key, weights.shapes_only())
-        return found
+        if (template := self._templates.get(key)) is None:
+            template = self._templates.setdefault(key, weights.shapes_only())
+        return template
 
-    # -- inside, under the lock --------------------------------------------------------------------
+    # -- called with the lock held -----------------------------------------------------------------
 
     def _resident(self, name: str) -> Resident:
         if name not in self._names:
@@ -232,69 +232,72 @@ class Slots:
             raise UnknownNameError("adapter", name, [*self._names, BACKBONE], cure)
         return self._names[name]
 
-    def _forget(self, name: str) -> None:
-        old = self._names.pop(name, None)
-        if old is not None:
-            old.current = False
-            if not old.users:
-                self.give_back(old.place)
+    def _remove_name(self, name: str) -> None:
+        resident = self._names.pop(name, None)
+        if resident is not None:
+            resident.is_named = False
+            if not resident.num_users:
+                self.free_slot(resident.place)
 
-    def _room(self, weights: AdapterWeights, name: str) -> MixPlace:
-        """Return a slot of the right layout that nobody has: a free one, a new one, or after evictions.
+    def _allocate(self, weights: AdapterWeights, name: str) -> BankSlot:
+        """Return an unused slot of the right layout: a free one, a new one, or one freed by evictions.
 
-        Raises NoRoomError before anybody has to go in vain.
+        Raises NoRoomError before evicting anything when evictions cannot free enough memory.
         """
-        place = self._free(weights)
+        place = self._find_free_slot(weights)
         if place is None:
-            self._check_room(self._layout(weights)[1], name)
+            self._check_budget(self._layout(weights)[1], name)
         while place is None:
-            if not self._drop_an_empty_segment():
-                self._forget(self._idle()[0])
-            place = self._free(weights)
+            if not self._free_empty_segment():
+                self._remove_name(self._evictable()[0])
+            place = self._find_free_slot(weights)
         return place
 
-    def _free(self, weights: AdapterWeights) -> MixPlace | None:
-        """Return a slot of the right layout that is free or that the budget still allows."""
+    def _find_free_slot(self, weights: AdapterWeights) -> BankSlot | None:
+        """Return a free or newly allocated slot of the right layout; None if the budget allows none."""
         layout, size = self._layout(weights)
         for segment in self._segments:
             if segment.free and segment.bank.layout == layout:
                 return segment.bank, segment.free.pop()
         if self.budget is not None and self.nbytes + size > self.budget:
             return None
-        slots, (modules, rank, labels) = SEGMENT if self.budget is None else 1, _kind(weights)
+        slots, (modules, rank, labels) = (
+            SEGMENT_SLOTS if self.budget is None else 1,
+            _layout_key(weights),
+        )
         bank = self._new_bank(modules, slots, rank, labels)
         self._segments.append(_Segment(bank, list(range(slots - 1))))
         return bank, slots - 1
 
     def _layout(self, weights: AdapterWeights) -> tuple[BankLayout, int]:
-        """Return the layout that these weights need, and the bytes of a slot of it."""
-        kind = modules, rank, labels = _kind(weights)
-        if kind not in self._layouts:
-            trial = self._new_bank(modules, 0, rank, labels)
-            self._layouts[kind] = trial.layout, trial.slot_bytes
-        return self._layouts[kind]
+        """Return the layout that these weights need, and the size of its slots in bytes."""
+        key = modules, rank, labels = _layout_key(weights)
+        if key not in self._layouts:
+            empty_bank = self._new_bank(modules, 0, rank, labels)
+            self._layouts[key] = empty_bank.layout, empty_bank.slot_bytes
+        return self._layouts[key]
 
-    def _drop_an_empty_segment(self) -> bool:
+    def _free_empty_segment(self) -> bool:
         for segment in self._segments:
             if len(segment.free) == segment.bank.slots:
                 self._segments.remove(segment)
                 return True
         return False
 
-    def _idle(self) -> list[str]:
-        """Return the adapters that may be evicted, the least recently used first."""
-        idle = [n for n, r in self._names.items() if not r.users and n not in self.pinned]
-        return sorted(idle, key=lambda name: self._names[name].used)
+    def _evictable(self) -> list[str]:
+        """Return the adapters that may be evicted, least recently used first."""
+        names = [n for n, r in self._names.items() if not r.num_users and n not in self.pinned]
+        return sorted(names, key=lambda name: self._names[name].last_used)
 
-    def _check_room(self, size: int, wanted: str) -> None:
-        """Raise NoRoomError where even without all idle adapters there were no room for so many bytes."""
+    def _check_budget(self, size: int, name: str) -> None:
+        """Raise NoRoomError when `size` bytes do not fit even after evicting all idle adapters."""
         assert self.budget is not None
-        idle = sum(self._names[name].place[0].slot_bytes for name in self._idle())
-        free = sum(len(s.free) * s.bank.slot_bytes for s in self._segments)
-        if self.nbytes - free - idle + size <= self.budget:
+        evictable_bytes = sum(self._names[name].place[0].slot_bytes for name in self._evictable())
+        free_bytes = sum(len(s.free) * s.bank.slot_bytes for s in self._segments)
+        if self.nbytes - free_bytes - evictable_bytes + size <= self.budget:
             return
         raise NoRoomError(
-            f"adapter {wanted!r} needs {size / 2**20:.1f} MiB, and the {self.budget / 2**20:.1f} MiB "
+            f"adapter {name!r} needs {size / 2**20:.1f} MiB, and the {self.budget / 2**20:.1f} MiB "
             f"for loaded adapters are all in use ({', '.join(self._names) or 'nothing is loaded'}); "
             "call hub.unload(name), take names out of hub.model.slots.pinned, wait for running requests, "
             "or give AdapterHub more adapter_bytes"
@@ -302,50 +305,50 @@ class Slots:
 
 
 class StagedSlot:
-    """A slot that is filled before anybody knows whether its adapter may be used; see Slots.ahead."""
+    """A slot that is filled before its adapter is admitted; see Slots.stage."""
 
     def __init__(self, slots: Slots, fits: Callable[[AdapterWeights], bool]) -> None:
-        """Have filled none; what does not fit is left for `load` to refuse."""
+        """Start without a slot; weights that do not fit are not staged, and `load` refuses them."""
         self._slots, self._fits = slots, fits
-        self._filled: tuple[MixPlace, AdapterWeights] | None = None
+        self._filled: tuple[BankSlot, AdapterWeights] | None = None
 
     def fill(self, weights: AdapterWeights) -> None:
-        """Fill a free slot, if there is one; what was filled before is free again."""
+        """Fill a free slot, if there is one; a slot that was filled before is freed."""
         self.clear()
         place = self._slots.fill_free(weights) if self._fits(weights) else None
         self._filled = None if place is None else (place, weights)
 
-    def take(self, weights: AdapterWeights) -> MixPlace | None:
-        """Return the slot that has these very weights, and leave it to the caller."""
+    def take(self, weights: AdapterWeights) -> BankSlot | None:
+        """Return the slot that holds these weights and pass its ownership to the caller; None without one."""
         if self._filled is None or self._filled[1] is not weights:
             return None
         place, self._filled = self._filled[0], None
         return place
 
     def clear(self) -> None:
-        """Give the slot back that nobody took."""
+        """Free the slot if it was not taken."""
         if self._filled is not None:
-            self._slots.give_back(self._filled[0])
+            self._slots.free_slot(self._filled[0])
             self._filled = None
 
 
-def _kind(weights: AdapterWeights) -> tuple[tuple[str, ...], int, int]:
-    """Return what decides about a layout: modules, rank bucket, labels."""
-    rank = SMALLEST_RANK
+def _layout_key(weights: AdapterWeights) -> tuple[tuple[str, ...], int, int]:
+    """Return the key of a layout: modules, rank bucket, labels."""
+    rank = MIN_RANK_BUCKET
     while rank < weights.max_rank:
         rank *= 2
     return tuple(weights.factors), rank, weights.labels
 
 
-def plan_of(held: Sequence[Lease]) -> Plan | None:
-    """Return the plan that gives row i the mix `held[i]`; None when no row has an adapter."""
-    residents = list(dict.fromkeys(r for one in held for r, _ in one.weights))
+def plan_for(leases: Sequence[Lease]) -> Plan | None:
+    """Return the plan that gives row i the mix `leases[i]`; None when no row has an adapter."""
+    residents = list(dict.fromkeys(r for lease in leases for r, _ in lease.weights))
     if not residents:
         return None
     column = {resident: n for n, resident in enumerate(residents)}
-    matrix = torch.zeros(len(held), len(residents))
-    for row, one in enumerate(held):
-        for resident, weight in one.weights:
+    matrix = torch.zeros(len(leases), len(residents))
+    for row, lease in enumerate(leases):
+        for resident, weight in lease.weights:
             matrix[row, column[resident]] += weight
     plan = Plan([resident.place for resident in residents], matrix)
     return None if plan.empty else plan

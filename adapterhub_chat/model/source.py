@@ -1,4 +1,4 @@
-"""AdapterSource: where a model's forwards and its engine take a mix's adapters from."""
+"""AdapterSource: loads the adapters of a mix for a model's forwards and its engine."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from adapterhub_chat.types import Mix
 
 
 class AdapterSource(Protocol):
-    """Loads what a mix names. All methods may be called from several threads."""
+    """Loads the adapters of a mix. All methods may be called from several threads."""
 
     def acquire(self, mix: Mix) -> Lease:
-        """Return the slots of a mix's adapters, held until released; load first what is in no slot."""
+        """Return a lease on the slots of a mix's adapters; load those that are in no slot."""
         ...
 
     def with_stack_bases(self, mix: Mix) -> Mix:
-        """Return a mix with the adapters that its stacks were trained on, each as heavy as its stack."""
+        """Return a mix with the adapters that its stacks were trained on, each with its stack's weight."""
         ...
 
     def prefetch(self, mix: Mix) -> None:
-        """Read a mix's adapters into the host's memory, before there is a slot for them."""
+        """Read a mix's adapters into the host's memory without a slot."""
         ...
 
 
 class LoadedOnly:
-    """An AdapterSource of the loaded adapters alone: it reads nothing and knows no stacks."""
+    """An AdapterSource of loaded adapters only: it loads nothing and knows no stacks."""
 
     def __init__(self, slots: Slots) -> None:
-        """Take the slots of a model."""
+        """Use the slots of a model."""
         self._slots = slots
 
     def acquire(self, mix: Mix) -> Lease:
-        """Return the slots of a mix's adapters; raise UnknownNameError for one that is not loaded."""
+        """Return a lease on a mix's adapters; raise UnknownNameError for one that is not loaded."""
         return self._slots.hold(mix)
 
     def with_stack_bases(self, mix: Mix) -> Mix:
-        """Return the mix as it is."""
+        """Return the mix unchanged."""
         return mix
 
     def prefetch(self, mix: Mix) -> None:

@@ -1,11 +1,11 @@
-"""Whether an adapter may be used here: fit, verdict, status, and the probes that were answered."""
+"""Admission: checks an adapter's shapes, fingerprint and probe before it may be loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from adapterhub_chat.artifact.manifest import Manifest
-from adapterhub_chat.artifact.peft_config import absent_misfits
+from adapterhub_chat.artifact.peft_config import missing_module_misfits
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.lora.slots import StagedSlot
 from adapterhub_chat.lora.weights import misfits
@@ -19,7 +19,7 @@ from adapterhub_chat.types import Fingerprint
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an adapter may be used on a backbone, and all that is wrong or worth knowing."""
+    """Whether an adapter may be used on a backbone, with all problems and warnings."""
 
     ok: bool
     status: Status
@@ -32,68 +32,68 @@ def status_of(manifest: Manifest | None, backbone: Fingerprint) -> Status:
         return "unverified"
     if manifest.fingerprint.differences(backbone):
         return "refused"
-    same = manifest.fingerprint == backbone and manifest.probe is not None
-    return "exact" if same else "compatible"
+    is_exact = manifest.fingerprint == backbone and manifest.probe is not None
+    return "exact" if is_exact else "compatible"
 
 
 def check_fit(stored: Stored, model: AdapterModel) -> Verdict:
-    """Judge an adapter by its modules, their shapes and its fingerprint, without running it."""
-    mine = model.backbone.fingerprint
-    found = list(misfits(stored.weights, model.shapes, model.backbone.width))
-    found += absent_misfits(stored.config, stored.weights.factors, model.shapes)
-    status = status_of(stored.manifest, mine)
+    """Check an adapter's modules, their shapes and its fingerprint, without a forward."""
+    backbone = model.backbone.fingerprint
+    problems = list(misfits(stored.weights, model.shapes, model.backbone.width))
+    problems += missing_module_misfits(stored.config, stored.weights.factors, model.shapes)
+    status = status_of(stored.manifest, backbone)
     if stored.manifest is None:
-        found.append("it has no adapterhub.json: its backbone and its prompt are unknown")
+        problems.append("it has no adapterhub.json: its backbone and its prompt are unknown")
         return Verdict(
-            len(found) == 1, "unverified" if len(found) == 1 else "refused", tuple(found)
+            len(problems) == 1, "unverified" if len(problems) == 1 else "refused", tuple(problems)
         )
-    its = stored.manifest.fingerprint
-    found += fingerprint_misfits(stored.manifest, mine)
-    if found:
-        return Verdict(False, "refused", tuple(found))
+    recorded = stored.manifest.fingerprint
+    problems += fingerprint_misfits(stored.manifest, backbone)
+    if problems:
+        return Verdict(False, "refused", tuple(problems))
     if stored.manifest.probe is None:
-        found.append(
+        problems.append(
             "it has no probe: nobody can tell whether it does what it did when it was made"
         )
-    if its != mine:
-        found.append(
-            f"made on {its.dtype} ({its.quantization} quantization), "
-            f"this backbone is {mine.dtype} ({mine.quantization} quantization)"
+    if recorded != backbone:
+        problems.append(
+            f"made on {recorded.dtype} ({recorded.quantization} quantization), "
+            f"this backbone is {backbone.dtype} ({backbone.quantization} quantization)"
         )
-    return Verdict(True, status, tuple(found))
+    return Verdict(True, status, tuple(problems))
 
 
 def fingerprint_misfits(manifest: Manifest, backbone: Fingerprint) -> list[str]:
-    """Return a sentence for each field in which a backbone is another than the adapter's."""
-    its = manifest.fingerprint
+    """Return a sentence for each fingerprint field that differs from the manifest's."""
+    recorded = manifest.fingerprint
     return [
         f"the backbone's {field} is {getattr(backbone, field)!r}, the adapter was made for "
-        f"{getattr(its, field)!r}; load it on {manifest.backbone!r}"
-        for field in its.differences(backbone)
+        f"{getattr(recorded, field)!r}; load it on {manifest.backbone!r}"
+        for field in recorded.differences(backbone)
     ]
 
 
 class Admission:
-    """Lets adapters in: those that fit the backbone and answer their probes as they did."""
+    """Admits adapters that fit the backbone and reproduce their recorded probe answers."""
 
     def __init__(self, model: AdapterModel, pool: Pool, stacks: Stacks) -> None:
-        """Know of no answer but those that the pool has noted."""
+        """Start with the probe answers that the pool has recorded."""
         self.model, self.pool, self.stacks = model, pool, stacks
         self._answered: set[str] = set()
 
     def verdict(self, stored: Stored) -> Verdict:
-        """Judge an adapter by its fit, and by its probe where it has one."""
+        """Check an adapter's fit, and its probe where it has one."""
         verdict = check_fit(stored, self.model)
         try:
-            problem = self._asked(stored, verdict) if verdict.ok else ""
-        except AdapterError as error:  # of what it stands on
+            problem = self._ask_probe(stored, verdict) if verdict.ok else ""
+        except AdapterError as error:  # of an adapter that the stack needs
             return Verdict(False, "refused", error.misfits)
         return Verdict(False, "refused", (problem,)) if problem else verdict
 
-    def accepted(self, stored: Stored, ahead: StagedSlot | None = None) -> str:
-        """Return what is worth a warning; raise AdapterError for what may not be loaded here.
+    def admit(self, stored: Stored, staged: StagedSlot | None = None) -> str:
+        """Return a warning, or an empty string; raise AdapterError when the adapter may not be loaded.
 
-        A slot that was filled `ahead` is given back where the probe needs one.
+        A `staged` slot is freed when the probe has to run, which needs a slot itself.
         """
         verdict = check_fit(stored, self.model)
         problems = "; ".join(verdict.problems)
@@ -102,35 +102,35 @@ class Admission:
                 f"adapter {stored.name!r} is refused on {self.model.backbone.name}: {problems}"
             )
             raise AdapterError(message, verdict.problems)
-        self.stacks.standing(stored.manifest)
-        if not self._knows(probe_key(stored, self.model)):
-            if ahead is not None:
-                ahead.clear()
-            if problem := self._asked(stored, verdict):
+        self.stacks.base_names(stored.manifest)
+        if not self._is_answered(probe_key(stored, self.model)):
+            if staged is not None:
+                staged.clear()
+            if problem := self._ask_probe(stored, verdict):
                 message = f"adapter {stored.name!r} does not do what it did: {problem}"
                 raise AdapterError(message, (problem,))
-            self.note(stored)
+            self.remember_probe(stored)
         exact = verdict.status == "exact"
         return "" if exact else f"adapter {stored.name!r} is {verdict.status}: {problems}"
 
-    def note(self, stored: Stored) -> None:
-        """Remember that an adapter's probe was answered rightly, here and in the pool."""
+    def remember_probe(self, stored: Stored) -> None:
+        """Record, here and in the pool, that an adapter passed its probe."""
         key = probe_key(stored, self.model)
-        if key and not self._knows(key):
+        if key and not self._is_answered(key):
             self._answered.add(key)
-            self.pool.note_answered(key)
+            self.pool.record_answered_probe(key)
 
-    def _knows(self, key: str) -> bool:
-        """Return whether the probe with this key was answered rightly, here or as the pool says."""
+    def _is_answered(self, key: str) -> bool:
+        """Return whether the probe with this key was passed before, by this process or another."""
         if key and key not in self._answered:
-            self._answered.update(self.pool.answered())
+            self._answered.update(self.pool.answered_probes())
         return key in self._answered
 
-    def _asked(self, stored: Stored, verdict: Verdict) -> str:
-        """Return what the adapter's answer to its probe is wrong in; it is in no name's slot yet."""
+    def _ask_probe(self, stored: Stored, verdict: Verdict) -> str:
+        """Run the probe with the adapter loaded temporarily; return what is wrong with the answer."""
         probe = stored.manifest.probe if stored.manifest else None
         if probe is None:
             return ""
         with self.model.temporarily_loaded(stored.weights, stored.name) as trial:
-            mix = self.stacks.beside(trial, stored.manifest)
+            mix = self.stacks.trial_mix(trial, stored.manifest)
             return probe_problem(self.model, mix, probe, verdict.status)

@@ -1,7 +1,7 @@
-"""Ram: adapters that were read and checked once, kept in the host's memory between the disk and the slots.
+"""HostCache: adapters that were read from disk and checked, cached in the host's memory.
 
-What an adapter's folder was when it was read goes with it: a folder that has changed since is read again. The
-least recently used make room. On a CPU the slots are this memory themselves, and its default is none.
+Each entry keeps the version of its folder: a folder that has changed since is read again. The least recently
+used entries are evicted first. On a CPU the slots lie in the same memory, so the default budget is 0 there.
 """
 
 from __future__ import annotations
@@ -13,55 +13,55 @@ from pathlib import Path
 from adapterhub_chat.files import version_of
 from adapterhub_chat.pool.stored import FILES, Stored
 
-RAM_BYTES = 2**30
-"""Bytes, where the slots are in the memory of another device."""
+DEFAULT_RAM_BYTES = 2**30
+"""Default budget in bytes where the slots are in another device's memory."""
 
 
 def ram_budget(ram_bytes: int | None, device: str) -> int:
-    """Return the bytes to keep: `ram_bytes`, or by default none where the slots are in this memory."""
+    """Return the budget in bytes: `ram_bytes`, or by default 0 on a CPU and 1 GiB on other devices."""
     if ram_bytes is not None:
         return ram_bytes
-    return 0 if device == "cpu" else RAM_BYTES
+    return 0 if device == "cpu" else DEFAULT_RAM_BYTES
 
 
 class HostCache:
-    """Adapters by folder, under a budget of bytes. Safe from several threads."""
+    """An LRU cache of adapters by folder, bounded in bytes. Thread-safe."""
 
     def __init__(self, budget: int) -> None:
         """Start empty."""
         self.budget, self.nbytes = budget, 0
-        self.hits = 0
-        """How often an adapter was found here."""
-        self._kept: OrderedDict[Path, tuple[Stored, object]] = OrderedDict()
+        self.num_hits = 0
+        """Number of lookups that the cache answered."""
+        self._entries: OrderedDict[Path, tuple[Stored, object]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, folder: Path) -> Stored | None:
-        """Return what was read from a folder, None where that was never done or is out of date."""
+    def get(self, folder: Path) -> Stored | None:
+        """Return the cached adapter of a folder, None if there is none or the folder has changed."""
         with self._lock:
-            kept = self._kept.get(folder)
-            if kept is None:
+            entry = self._entries.get(folder)
+            if entry is None:
                 return None
-            if kept[1] != version_of(folder, FILES):
+            if entry[1] != version_of(folder, FILES):
                 self._drop(folder)
                 return None
-            self._kept.move_to_end(folder)
-            self.hits += 1
-            return kept[0]
+            self._entries.move_to_end(folder)
+            self.num_hits += 1
+            return entry[0]
 
-    def keep(self, stored: Stored, version: object) -> None:
-        """Keep what was read while its folder was of this version, if it fits the budget at all."""
+    def put(self, stored: Stored, version: object) -> None:
+        """Cache an adapter that was read from this version of its folder, if it fits the budget."""
         size = stored.weights.nbytes
         if not version:
-            return  # its folder is gone by now
+            return  # the folder was deleted meanwhile
         with self._lock:
-            if stored.path in self._kept:
+            if stored.path in self._entries:
                 self._drop(stored.path)
-            while self._kept and self.nbytes + size > self.budget:
-                self._drop(next(iter(self._kept)))
+            while self._entries and self.nbytes + size > self.budget:
+                self._drop(next(iter(self._entries)))
             if size <= self.budget:
-                self._kept[stored.path] = stored, version
+                self._entries[stored.path] = stored, version
                 self.nbytes += size
 
     def _drop(self, folder: Path) -> None:
-        stored, _ = self._kept.pop(folder)
+        stored, _ = self._entries.pop(folder)
         self.nbytes -= stored.weights.nbytes

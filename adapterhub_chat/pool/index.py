@@ -1,4 +1,4 @@
-"""PoolIndex: what a pool holds, by name and manifest; it reads no weights, so it starts without torch."""
+"""PoolIndex: the names and manifests of a pool's adapters, read without weights and without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registry: the pool and its loaded part together. Adapters come into it checked, under their contract."""
+"""Registry: loads adapters from the pool or from folders into the model, and tracks which are loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterhub_chat.artifact.folder import DEFAULT_TARGET, BufferPool, ReadTarget, config_of, fresh
+from adapterhub_chat.artifact.folder import (
+    DEFAULT_TARGET,
+    BufferPool,
+    ReadTarget,
+    config_of,
+    new_buffer,
+)
 from adapterhub_chat.artifact.manifest import Manifest, read_manifest
 from adapterhub_chat.errors import AdapterError, AdapterHubError, NoRoomError, UsageError, warn
 from adapterhub_chat.files import version_of
@@ -29,7 +35,7 @@ from adapterhub_chat.types import AUTO, AdapterChoice, Mix, PromptContract, Scor
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What `hub.adapters()` tells of one adapter; rank and parameters once it is loaded."""
+    """One adapter as `hub.adapters()` lists it; rank and parameters are 0 until it is loaded."""
 
     name: str
     loaded: bool
@@ -41,147 +47,148 @@ class AdapterInfo:
 
 
 class Registry:
-    """Which adapters are loaded, where each came from, and what its manifest says."""
+    """The loaded adapters, each with its folder and manifest, and the pool that others are loaded from."""
 
     def __init__(self, model: AdapterModel, pool: Pool) -> None:
-        """Start with nothing loaded; the model's options say how much of what is read is kept in RAM."""
+        """Start with nothing loaded; `model.options.ram_bytes` bounds the host cache."""
         self.model, self.pool = model, pool
-        self.ram = HostCache(ram_budget(model.options.ram_bytes, model.backbone.device.type))
+        self.host_cache = HostCache(ram_budget(model.options.ram_bytes, model.backbone.device.type))
         self._known: dict[str, LoadedAdapter] = {}
         self._stacks = Stacks(self.model, pool, self._known, self.load)
         self._admission = Admission(model, pool, self._stacks)
-        self._scratch = BufferPool()
-        self._changing = threading.RLock()
-        """Held from reading an adapter until it is loaded: an older version must not follow a newer one."""
+        self._buffers = BufferPool()
+        self._load_lock = threading.RLock()
+        """Loads are serialised, so that an older version cannot overwrite a newer one."""
         model.use_source(self)
 
     def known(self, name: str) -> LoadedAdapter | None:
-        """Return what is known of an adapter, None when it was not loaded."""
+        """Return the metadata of an adapter that was loaded, else None."""
         return self._known.get(name)
 
     def overview(self) -> list[AdapterInfo]:
-        """Return what is in the pool and what is loaded."""
-        loaded = {n: h for n in self.model.names if (h := self.known(n)) is not None}
+        """Return all adapters that are in the pool or loaded."""
+        loaded = {n: adapter for n in self.model.names if (adapter := self.known(n)) is not None}
         return [self._info(n, loaded.get(n)) for n in sorted({*self.pool.names(), *loaded})]
 
-    def _info(self, name: str, held: LoadedAdapter | None) -> AdapterInfo:
+    def _info(self, name: str, loaded: LoadedAdapter | None) -> AdapterInfo:
         try:
-            manifest = held.manifest if held else self.pool.manifest(name)
+            manifest = loaded.manifest if loaded else self.pool.manifest(name)
         except AdapterError:  # its manifest cannot be read
             return AdapterInfo(name, loaded=False, status="refused")
         return AdapterInfo(
             name=name,
-            loaded=held is not None,
+            loaded=loaded is not None,
             status=status_of(manifest, self.model.backbone.fingerprint),
             task=", ".join(manifest.training.tasks) if manifest else "",
-            rank=held.rank if held else 0,
-            parameters=held.parameters if held else 0,
+            rank=loaded.rank if loaded else 0,
+            parameters=loaded.parameters if loaded else 0,
             scores=manifest.scores if manifest else (),
         )
 
-    def load(self, source: str | Path, name: str | None = None, *, waiting: bool = False) -> str:
+    def load(self, source: str | Path, name: str | None = None, *, defer: bool = False) -> str:
         """Check and load a pool member or a folder; return its name. See AdapterHub.load.
 
-        `waiting`: where there is no room now, whoever is given a row with it loads it.
+        With `defer`, an adapter for which no slot is free now is loaded by the first row that uses it;
+        otherwise NoRoomError is raised.
         """
-        with self._changing, self._scratch.lent() as memory, self.model.ahead() as ahead:
-            stored = self._read(source, name, ReadTarget(memory, ahead.fill))
+        with self._load_lock, self._buffers.lent() as allocate, self.model.ahead() as staged:
+            stored = self._read_cached(source, name, ReadTarget(allocate, staged.fill))
             try:
-                if note := self._admission.accepted(stored, ahead):
-                    warn(note)
-                self._hold(stored, ahead)
+                if warning := self._admission.admit(stored, staged):
+                    warn(warning)
+                self._fill_slot(stored, staged)
             except NoRoomError:
-                if not waiting:
+                if not defer:
                     raise
-                if stored.name not in self.model.slots:  # else somebody has loaded it meanwhile
+                if stored.name not in self.model.slots:  # else another thread has loaded it
                     self._known[stored.name] = LoadedAdapter.of(stored)
             return stored.name
 
     def prefetch(self, mix: Mix) -> None:
-        """Read into the host's memory what a mix needs and is in no slot; what cannot be read is left."""
-        if not self.ram.budget:
+        """Read the adapters of a mix that are in no slot into the host cache; read errors are ignored."""
+        if not self.host_cache.budget:
             return
         with suppress(AdapterHubError):
             for name in self.with_stack_bases(mix).names:
                 if name not in self.model.slots:
-                    self._read(self._source(name), name)
+                    self._read_cached(self._source(name), name)
 
-    def _read(
-        self, source: str | Path, name: str | None, landing: ReadTarget = DEFAULT_TARGET
+    def _read_cached(
+        self, source: str | Path, name: str | None, target: ReadTarget = DEFAULT_TARGET
     ) -> Stored:
-        """Find an adapter in the host's memory, else on disk, from where it then is there, too."""
-        if not self.ram.budget:
-            return self.find(source, name, landing)
-        member = isinstance(source, str) and source in self.pool
-        folder = self.pool.root / source if member else Path(source)
-        stored = self.ram.find(folder)
+        """Return an adapter from the host cache, else read it from disk and cache it."""
+        if not self.host_cache.budget:
+            return self.read(source, name, target)
+        is_member = isinstance(source, str) and source in self.pool
+        folder = self.pool.root / source if is_member else Path(source)
+        stored = self.host_cache.get(folder)
         if stored is None:
             version = version_of(folder, FILES)
-            stored = self.find(source, name, replace(landing, memory=fresh))
-            self.ram.keep(stored, version)
-        own = name or (str(source) if member else folder.resolve().name)
-        return replace(stored, name=check_name(own))
+            stored = self.read(source, name, replace(target, allocate=new_buffer))
+            self.host_cache.put(stored, version)
+        adapter_name = name or (str(source) if is_member else folder.resolve().name)
+        return replace(stored, name=check_name(adapter_name))
 
     def rollback(self, name: str) -> Manifest | None:
-        """Exchange a pool member with its earlier version, here too where it is loaded. See AdapterHub."""
-        held, note = self._known.get(name), ""
-        with self._changing:
-            if mine := held is not None and held.path == self.pool.root / name:
-                note = self._admission.accepted(self.pool.earlier(name))
+        """Exchange a pool member with its previous version, and reload it if it is loaded. See AdapterHub."""
+        loaded, warning = self._known.get(name), ""
+        with self._load_lock:
+            if is_loaded_member := loaded is not None and loaded.path == self.pool.root / name:
+                warning = self._admission.admit(self.pool.load_earlier(name))
             restored = self.pool.rollback(name)
-            if mine:
-                self._admission.accepted(restored)  # another process may have saved in between
-                self._replace(restored)
-        if note:
-            warn(note)
+            if is_loaded_member:
+                self._admission.admit(restored)  # another process may have saved in between
+                self._load_new_version(restored)
+        if warning:
+            warn(warning)
         return restored.manifest
 
     def unload(self, name: str) -> None:
         """Free the adapter's slot; the pool keeps it."""
-        if name in self.model.slots or name not in self._known:  # else it was evicted
+        if name in self.model.slots or name not in self._known:  # else it was evicted already
             self.model.unload(name)
         self._known.pop(name, None)
 
     def verify(self, source: str | Path) -> Verdict:
         """Check an adapter without loading it: bytes, shapes, fingerprint, probe."""
         try:
-            stored = self.find(source, "candidate")  # what the folder is called is no matter here
+            stored = self.read(source, "candidate")  # a name that is valid whatever the folder's is
         except AdapterError as error:
             return Verdict(False, "refused", error.misfits)
         return self._admission.verdict(stored)
 
-    def find(
-        self, source: str | Path, name: str | None = None, landing: ReadTarget = DEFAULT_TARGET
+    def read(
+        self, source: str | Path, name: str | None = None, target: ReadTarget = DEFAULT_TARGET
     ) -> Stored:
-        """Read the pool member called `source`, else the adapter in the folder `source`."""
+        """Read the pool member of the name `source`, else the adapter in the folder `source`."""
         if isinstance(source, str) and source in self.pool:
-            stored = self.pool.load(source, landing)
+            stored = self.pool.load(source, target)
             return replace(stored, name=check_name(name)) if name else stored
         try:
             folder = Path(source).expanduser()
             if isinstance(source, Path) or folder.is_dir():
-                return self._strangers(folder, check_name(name or folder.resolve().name), landing)
+                return self._read_folder(folder, check_name(name or folder.resolve().name), target)
         except (OSError, RuntimeError, ValueError) as error:
             if isinstance(error, AdapterHubError):
                 raise
             raise UsageError(f"{str(source)[:100]!r} cannot be a folder: {error!s:.200}") from error
         return self.pool.load(str(source))  # raises, naming the adapters that are there
 
-    def _strangers(self, folder: Path, name: str, landing: ReadTarget) -> Stored:
-        """Read a folder that is no pool member, with all that speaks against it in one message."""
+    def _read_folder(self, folder: Path, name: str, target: ReadTarget) -> Stored:
+        """Read a folder outside the pool; raise AdapterError with all misfits in one message."""
         try:
-            return read_stored(folder, name, self.model.shapes, landing)
+            return read_stored(folder, name, self.model.shapes, target)
         except AdapterError as error:
-            more: list[str] = []
+            extra_misfits: list[str] = []
             with suppress(AdapterError):
                 manifest = read_manifest(folder)
                 fingerprint = self.model.backbone.fingerprint
-                more = fingerprint_misfits(manifest, fingerprint) if manifest else []
-            message = "\n  - ".join([str(error), *more])
-            raise AdapterError(message, [*error.misfits, *more]) from error
+                extra_misfits = fingerprint_misfits(manifest, fingerprint) if manifest else []
+            message = "\n  - ".join([str(error), *extra_misfits])
+            raise AdapterError(message, [*error.misfits, *extra_misfits]) from error
 
     def resolve(self, choices: Sequence[AdapterChoice]) -> list[Mix]:
-        """Return the mixes, after loading from the pool what they name and is not loaded yet."""
+        """Return the choices as mixes, after loading those of their adapters that are not loaded yet."""
         mixes = [as_mix(choice) for choice in choices]
         if any(AUTO in mix.names for mix in mixes):
             raise UsageError(
@@ -190,13 +197,15 @@ class Registry:
             )
         for name in dict.fromkeys(n for mix in mixes for n in mix.names):
             if name not in self.model.slots and name not in self._known:
-                self.load(name, waiting=True)
+                self.load(name, defer=True)
         return mixes
 
-    def usable(self, names: Sequence[str], on_refused: Callable[[str, str], None]) -> list[str]:
-        """Return those that may be used here, loaded; `on_refused` is told the others' names and reasons.
+    def load_usable(
+        self, names: Sequence[str], on_refused: Callable[[str, str], None]
+    ) -> list[str]:
+        """Load adapters and return the names of those that fit; call `on_refused(name, reason)` for others.
 
-        Raises AdapterError when none of them may.
+        Raises AdapterError when none fits.
         """
         usable = []
         for name in names:
@@ -215,99 +224,99 @@ class Registry:
         return usable
 
     def acquire(self, mix: Mix) -> Lease:
-        """Hold a mix's adapters, and what its stacks stand on; those that are in no slot are loaded first."""
-        whole = self.with_stack_bases(mix)
-        held = self.model.slots.acquire(whole, self._load_again)
+        """Lease a mix's adapters and their stack bases; those that are in no slot are loaded first."""
+        full_mix = self.with_stack_bases(mix)
+        lease = self.model.slots.acquire(full_mix, self._reload)
         try:
             self.with_stack_bases(
                 mix
-            )  # what was loaded just now may not be what a stack was made on
+            )  # an adapter loaded just now may not be the version that a stack needs
         except AdapterError:
-            self.model.slots.release(held)
+            self.model.slots.release(lease)
             raise
-        return held
+        return lease
 
     def with_stack_bases(self, mix: Mix) -> Mix:
-        """Return a mix with what its stacks stand on, each as heavy as its stack.
+        """Return a mix with its stacks' base adapters added, each with the weight of its stack.
 
-        Raises AdapterError for a stack under which something is missing or has changed.
+        Raises AdapterError for a stack whose base is missing or has changed.
         """
         return self._stacks.with_stack_bases(mix)
 
-    def _load_again(self, name: str) -> None:
+    def _reload(self, name: str) -> None:
         self.load(self._source(name), name)
 
     def _source(self, name: str) -> str | Path:
-        """Return where a name's adapter comes from: the pool, or the folder it was loaded from."""
-        known = self._known.get(name)
-        outside = known is not None and known.path != self.pool.root / name
-        return known.path if known is not None and outside else name
+        """Return what an adapter is loaded from: its name in the pool, or the folder outside it."""
+        loaded = self._known.get(name)
+        from_folder = loaded is not None and loaded.path != self.pool.root / name
+        return loaded.path if loaded is not None and from_folder else name
 
     def contract(self, mix: Mix) -> PromptContract | None:
-        """Return the contract of the mix's heaviest adapter, None when it has none."""
+        """Return the prompt contract of the adapter with the largest weight, None if it has none."""
         if not mix.weights:
             return None
         heaviest = max(mix.weights, key=lambda pair: abs(pair[1]))[0]
-        held = self._known.get(heaviest)
-        return held.manifest.contract if held and held.manifest else None
+        loaded = self._known.get(heaviest)
+        return loaded.manifest.contract if loaded and loaded.manifest else None
 
     def save_new(
         self, weights: AdapterWeights, manifest: Manifest, *, probing: bool = True
     ) -> Manifest:
         """Save a new adapter with its probe to the pool and load it; return the final manifest.
 
-        When it cannot be saved, pool and loaded adapters are as before. Without `probing` no forward is
-        run, and the adapter has no probe.
+        When it cannot be saved, pool and loaded adapters are unchanged. Without `probing` no forward is run,
+        and the adapter gets no probe.
         """
         probe = None
         if probing:
             with self.model.temporarily_loaded(weights, manifest.name) as trial:
-                probe = make_probe(self.model, self._stacks.beside(trial, manifest))
+                probe = make_probe(self.model, self._stacks.trial_mix(trial, manifest))
         config = config_of(weights, manifest.base_model, self.model.shapes)
         draft = manifest.model_copy(update={"probe": probe})
-        with self._changing:
+        with self._load_lock:
             stored = self.pool.save(manifest.name, weights, config, draft)
-            self._admission.note(stored)
-            self._replace(stored)
+            self._admission.remember_probe(stored)
+            self._load_new_version(stored)
         assert stored.manifest is not None
         return stored.manifest
 
-    def record(self, scores: Sequence[Score]) -> None:
-        """Write scores into the manifests and cards of the pool members that they belong to."""
+    def record_scores(self, scores: Sequence[Score]) -> None:
+        """Write scores into the manifests and cards of their adapters in the pool."""
         for name in dict.fromkeys(score.adapter for score in scores):
-            held = self._known.get(name)
-            if held and held.manifest and held.path == self.pool.root / name:
-                own = [score for score in scores if score.adapter == name]
-                self.describe(name, held.manifest.with_scores(own))
+            loaded = self._known.get(name)
+            if loaded and loaded.manifest and loaded.path == self.pool.root / name:
+                adapter_scores = [score for score in scores if score.adapter == name]
+                self.describe(name, loaded.manifest.with_scores(adapter_scores))
 
     def describe(self, name: str, manifest: Manifest) -> None:
-        """Replace the manifest of a loaded pool member, on disk and here."""
+        """Replace the manifest of a loaded pool member, on disk and in memory."""
         self.pool.describe(name, manifest)
         self._known[name] = replace(self._known[name], manifest=manifest)
 
     def refresh(self, name: str) -> None:
-        """Read a pool member's manifest anew where it is loaded and its weights are still the same."""
-        held, manifest = self._known.get(name), self.pool.manifest(name)
-        if held and held.manifest and manifest and held.manifest.sha256 == manifest.sha256:
-            self._known[name] = replace(held, manifest=manifest)
+        """Reread the manifest of a loaded pool member, if its weights are unchanged."""
+        loaded, manifest = self._known.get(name), self.pool.manifest(name)
+        if loaded and loaded.manifest and manifest and loaded.manifest.sha256 == manifest.sha256:
+            self._known[name] = replace(loaded, manifest=manifest)
 
-    def _hold(self, stored: Stored, ahead: StagedSlot | None = None) -> None:
-        """Load what was accepted, and keep all but its numbers."""
-        self.model.load(stored.name, stored.weights, _identity(stored), ahead)
+    def _fill_slot(self, stored: Stored, staged: StagedSlot | None = None) -> None:
+        """Put an admitted adapter into a slot, and record its metadata."""
+        self.model.load(stored.name, stored.weights, _identity(stored), staged)
         self._known[stored.name] = LoadedAdapter.of(stored)
 
-    def _replace(self, stored: Stored) -> None:
-        """Load what the pool has now; where there is no room, whoever asks for it next loads it."""
+    def _load_new_version(self, stored: Stored) -> None:
+        """Load the pool's new version; without room for it, the next row that uses it loads it."""
         try:
-            self._hold(stored)
+            self._fill_slot(stored)
         except NoRoomError:
             if stored.name in self.model.slots:
-                self.model.unload(stored.name)  # who runs with it ends with it
+                self.model.unload(stored.name)  # running rows finish with the old version
             self._known[stored.name] = LoadedAdapter.of(stored)
 
 
 def _identity(stored: Stored) -> str | None:
-    """Return a digest of all that an adapter computes: its numbers and their scaling; None if unverified."""
+    """Return a digest of an adapter's weights and scaling; None if it has no manifest."""
     if stored.manifest is None:
         return None
     config = json.dumps(dict(stored.config), sort_keys=True)

@@ -1,7 +1,8 @@
-"""Stacks: adapters that stand on others, known by their content; which of the pool those are, and all as one.
+"""Stacks: adapters that were trained on top of others; finds those base adapters by their content hash.
 
-A stack f_S o T is T's own folder; its manifest names the source that T was trained under by its hash. A row
-of it is a row of both, so it shares a forward with the source, other stacks on it, and the backbone.
+A stack f_S o T is stored as the adapter T; its manifest names the hash of the source S that T was trained
+under. A row of the stack is a mix of S and T, so it shares a forward with S, with other stacks and with the
+backbone.
 """
 
 from __future__ import annotations
@@ -19,46 +20,48 @@ from adapterhub_chat.types import Mix, as_mix
 
 
 def stack_bases(pool: Pool, manifest: Manifest) -> list[str]:
-    """Return the names, in the pool, of the adapters that a stack stands on; none for a plain adapter.
+    """Return the pool names of a stack's base adapters; none for a plain adapter.
 
-    Raises AdapterError naming each that is missing or has other content by now, and the cure.
+    Raises AdapterError naming each base that is missing or has changed, and the cure.
     """
-    names, lost = [], []
-    for under in manifest.stack:
-        name = _found(pool, under)
+    names, misfits = [], []
+    for base in manifest.stack:
+        name = _find_by_content(pool, base)
         if name is None:
-            there = "has other content by now" if under.name in pool else "is not there"
-            lost.append(
-                f"it stands on {under.name!r} (sha256 {under.sha256[:12]}...), which {there} in {pool.root}: "
-                f"put that version back (hub.rollback({under.name!r}), or pull it), or transfer again"
+            state = "has other content by now" if base.name in pool else "is not there"
+            misfits.append(
+                f"it stands on {base.name!r} (sha256 {base.sha256[:12]}...), which {state} in {pool.root}: "
+                f"put that version back (hub.rollback({base.name!r}), or pull it), or transfer again"
             )
         else:
             names.append(name)
-    if lost:
-        raise AdapterError(join_misfits(f"stack {manifest.name!r} cannot be used", lost), lost)
+    if misfits:
+        raise AdapterError(
+            join_misfits(f"stack {manifest.name!r} cannot be used", misfits), misfits
+        )
     return names
 
 
-def _found(pool: Pool, under: StackBase) -> str | None:
-    """Return the adapter with this content: the one that was called so, else any."""
-    for name in (under.name, *pool.names()):
+def _find_by_content(pool: Pool, base: StackBase) -> str | None:
+    """Return the name of the adapter with this content, preferring the recorded name; None if absent."""
+    for name in (base.name, *pool.names()):
         with suppress(AdapterError):
             manifest = pool.manifest(name) if name in pool else None
-            if manifest and manifest.sha256 == under.sha256:
+            if manifest and manifest.sha256 == base.sha256:
                 return name
     return None
 
 
 def flattened(pool: Pool, stored: Stored) -> AdapterWeights:
-    """Return all that an adapter computes as one plain adapter: a stack's ranks side by side."""
+    """Return a stack and its bases as one plain adapter, their ranks concatenated."""
     if stored.manifest is None or not stored.manifest.stack:
         return stored.weights
-    under = [pool.load(name).weights for name in stack_bases(pool, stored.manifest)]
-    return concatenate([*under, stored.weights])
+    bases = [pool.load(name).weights for name in stack_bases(pool, stored.manifest)]
+    return concatenate([*bases, stored.weights])
 
 
 class Stacks:
-    """Which adapters are beneath those that a registry has, and the mixes that contain them."""
+    """Resolves the base adapters of a registry's stacks."""
 
     def __init__(
         self,
@@ -67,40 +70,42 @@ class Stacks:
         known: Mapping[str, LoadedAdapter],
         load: Callable[[str], object],
     ) -> None:
-        """Look names up in `known`, which the registry changes, and `load` what is another version."""
+        """Look names up in `known`, the registry's live mapping; `load` reloads a changed version."""
         self.model, self.pool = model, pool
         self._known, self._load = known, load
 
     def with_stack_bases(self, mix: Mix) -> Mix:
-        """Return a mix with what its stacks stand on, each as heavy as its stack.
+        """Return a mix with its stacks' base adapters added, each with the weight of its stack.
 
-        Raises AdapterError for a stack under which something is missing or has changed.
+        Raises AdapterError for a stack whose base is missing or has changed.
         """
         weights = dict(mix.weights)
         for name, weight in mix.weights:
-            known = self._known.get(name)
-            unread = known is None and name not in self.model.slots and name in self.pool
-            manifest = known.manifest if known else None
-            manifest = self.pool.manifest(name) if unread else manifest
-            for under in self.standing(manifest):
-                weights[under] = weights.get(under, 0.0) + weight
+            loaded = self._known.get(name)
+            is_unloaded = loaded is None and name not in self.model.slots and name in self.pool
+            manifest = loaded.manifest if loaded else None
+            manifest = self.pool.manifest(name) if is_unloaded else manifest
+            for base in self.base_names(manifest):
+                weights[base] = weights.get(base, 0.0) + weight
         return as_mix(weights) if len(weights) > len(mix.weights) else mix
 
-    def standing(self, manifest: Manifest | None) -> list[str]:
-        """Return what a stack stands on, by name; what is loaded need not be looked up."""
+    def base_names(self, manifest: Manifest | None) -> list[str]:
+        """Return the names of a stack's base adapters; searches the pool only when they are not loaded."""
         if manifest is None or not manifest.stack:
             return []
-        loaded = [self._known.get(under.name) for under in manifest.stack]
-        hashes = [one.manifest.sha256 if one and one.manifest else "" for one in loaded]
-        if hashes == [under.sha256 for under in manifest.stack]:
-            return [under.name for under in manifest.stack]
+        loaded = [self._known.get(base.name) for base in manifest.stack]
+        hashes = [
+            adapter.manifest.sha256 if adapter and adapter.manifest else "" for adapter in loaded
+        ]
+        if hashes == [base.sha256 for base in manifest.stack]:
+            return [base.name for base in manifest.stack]
         names = stack_bases(self.pool, manifest)
-        for name, under in zip(names, manifest.stack, strict=True):
-            here = self._known.get(name)
-            if here and (here.manifest is None or here.manifest.sha256 != under.sha256):
-                self._load(name)  # the pool has it, and here is another version
+        for name, base in zip(names, manifest.stack, strict=True):
+            current = self._known.get(name)
+            if current and (current.manifest is None or current.manifest.sha256 != base.sha256):
+                self._load(name)  # the pool's version is the right one, the loaded one is not
         return names
 
-    def beside(self, trial: str, manifest: Manifest | None) -> Mix:
-        """Return the mix of an adapter on trial: with what it stands on."""
-        return Mix(tuple((name, 1.0) for name in (trial, *self.standing(manifest))))
+    def trial_mix(self, trial: str, manifest: Manifest | None) -> Mix:
+        """Return the mix of a temporarily loaded adapter and its base adapters."""
+        return Mix(tuple((name, 1.0) for name in (trial, *self.base_names(manifest))))

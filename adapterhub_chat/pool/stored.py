@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from adapterhub_chat.artifact.folder import DEFAULT_TARGET, ReadTarget, read_folder
 from adapterhub_chat.artifact.guard import LayerShapes
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest, read_manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, Manifest, read_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError
@@ -19,49 +18,50 @@ from adapterhub_chat.lora.weights import AdapterWeights
 
 CARD = "README.md"
 FILES = (WEIGHTS, CONFIG, MANIFEST)
-"""What an adapter is read from."""
+"""The files that an adapter is read from."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter as it lies in a folder."""
+    """An adapter as read from a folder."""
 
     name: str
     path: Path
     weights: AdapterWeights
     config: Mapping[str, Any]
     manifest: Manifest | None
-    """None: made by plain PEFT, nothing about it is verified."""
+    """None for an adapter made by plain PEFT, which cannot be verified."""
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What is known of an adapter that was loaded; its numbers are the model's alone."""
+    """Metadata of a loaded adapter; its weights are kept by the model only."""
 
     path: Path
     manifest: Manifest | None
-    """None: made by plain PEFT, nothing about it is verified."""
+    """None for an adapter made by plain PEFT, which cannot be verified."""
     rank: int
     parameters: int
 
     @classmethod
     def of(cls, stored: Stored) -> LoadedAdapter:
-        """Return what is kept of a loaded adapter."""
+        """Return the metadata of a stored adapter."""
         weights = stored.weights
         return cls(stored.path, stored.manifest, weights.max_rank, weights.num_parameters)
 
 
 def read_stored(
-    folder: Path, name: str, layers: LayerShapes | None = None, landing: ReadTarget = DEFAULT_TARGET
+    folder: Path, name: str, layers: LayerShapes | None = None, target: ReadTarget = DEFAULT_TARGET
 ) -> Stored:
-    """Read an adapter folder, a stranger's with a backbone's `layers`; raise AdapterError for what is wrong.
+    """Read an adapter folder; raise AdapterError naming all misfits.
 
-    A folder that is replaced while it is read is read again: files of two versions never meet.
+    With a backbone's `layers`, module names and sizes are checked against it. A folder that is replaced while
+    it is read is read again, so that files of two versions are never combined.
     """
     while True:
         version = version_of(folder, FILES)
         try:
-            stored = _read_once(folder, name, layers, landing)
+            stored = _read_once(folder, name, layers, target)
         except AdapterError:
             if version_of(folder, FILES) == version:
                 raise
@@ -70,12 +70,12 @@ def read_stored(
                 return stored
 
 
-def _read_once(folder: Path, name: str, layers: LayerShapes | None, landing: ReadTarget) -> Stored:
-    weights, config, actual = read_folder(folder, layers, landing)
+def _read_once(folder: Path, name: str, layers: LayerShapes | None, target: ReadTarget) -> Stored:
+    weights, config, sha256 = read_folder(folder, layers, target)
     manifest = read_manifest(folder)
-    if manifest is not None and actual != manifest.sha256:
+    if manifest is not None and sha256 != manifest.sha256:
         raise AdapterError(
-            f"{folder / WEIGHTS} is not the file that {MANIFEST} describes (sha256 {actual[:12]}..., not "
+            f"{folder / WEIGHTS} is not the file that {MANIFEST} describes (sha256 {sha256[:12]}..., not "
             f"{manifest.sha256[:12]}...): pull or train the adapter again"
         )
     return Stored(name, folder, weights, config, manifest)

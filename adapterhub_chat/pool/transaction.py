@@ -1,13 +1,12 @@
-"""Changes of a pool's folder that are all or nothing: its lock, scratch folders, the rename, and the sweep.
+"""Transactions on a pool's folder: its lock, scratch folders, atomic renames, and the clean-up after kills.
 
-What is new is written in a scratch folder beside the old and takes its place in one rename; whatever a killed
-run left behind is swept up by the next one that opens the pool.
+New content is written to a scratch folder and takes the old one's place in one rename; leftovers of a killed
+process are removed by the next process that opens the pool.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -15,20 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapterhub_chat.errors import AdapterHubError, PoolError
-from adapterhub_chat.files import exchange, remove_left, sync
-from adapterhub_chat.pool.lockfile import NEXT, STEP, settle_lock
+from filelock import Timeout
 
-TEMPORARY, ASIDE, INCOMING = ".tmp-", ".old-", ".incoming-"
-LEFT = (TEMPORARY, ASIDE, INCOMING, NEXT, STEP)
-"""What a killed run may leave, by how it begins."""
+from adapterhub_chat.errors import AdapterHubError, PoolError
+from adapterhub_chat.files import exchange, folder_lock, remove_leftover, sync
+from adapterhub_chat.pool.lockfile import PLANNED_LOCKFILE, PLANNED_STEP, settle_lock
+
+SCRATCH_PREFIX, OLD_PREFIX, DOWNLOAD_PREFIX = ".tmp-", ".old-", ".incoming-"
+LEFTOVER_PREFIXES = (SCRATCH_PREFIX, OLD_PREFIX, DOWNLOAD_PREFIX, PLANNED_LOCKFILE, PLANNED_STEP)
+"""Beginnings of the names that a killed process may leave behind."""
 
 
 @contextmanager
-def changing(root: Path, what: str) -> Iterator[Path]:
-    """Hold the pool's lock; give a scratch folder inside it that is gone afterwards."""
-    with alone(root, what):
-        scratch = Path(tempfile.mkdtemp(dir=root, prefix=TEMPORARY))
+def transaction(root: Path, action: str) -> Iterator[Path]:
+    """Lock the pool and yield a scratch folder inside it, which is removed at the end of the block."""
+    with locked(root, action):
+        scratch = Path(tempfile.mkdtemp(dir=root, prefix=SCRATCH_PREFIX))
         try:
             scratch.chmod(0o755)
             yield scratch
@@ -37,39 +38,28 @@ def changing(root: Path, what: str) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(root: Path, what: str) -> Iterator[None]:
-    """Hold the pool's lock; turn what the system says into a PoolError about `what`."""
+def locked(root: Path, action: str) -> Iterator[None]:
+    """Lock the pool for the block; an OSError becomes a PoolError that names the `action`."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
+        with folder_lock(root):
             settle_lock(root)
             yield
     except AdapterHubError:
         raise
     except OSError as error:
-        raise PoolError(_explain(error, root, what)) from error
-
-
-@contextmanager
-def _locked(root: Path, *, wait: bool = True) -> Iterator[bool]:
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        raise PoolError(_explain(error, root, action)) from error
 
 
 def put_in_place(root: Path, scratch: Path, name: str) -> None:
-    """Put the folder `scratch` where the adapter is or shall be, in one rename.
+    """Rename the folder `scratch` to the adapter's folder, replacing the old version if there is one.
 
-    Folders cannot be overwritten by a rename; Linux can exchange two in one call. Where it cannot,
-    the old folder steps aside first: the only moment in which a reader could find neither.
+    A rename cannot overwrite a folder; Linux can exchange two in one call. On other systems the old folder is
+    renamed first, and between the two renames a reader finds neither version.
     """
     for path in (*scratch.rglob("*"), scratch):
         sync(path)
-    target, aside = root / name, root / f"{ASIDE}{name}"
+    target, aside = root / name, root / f"{OLD_PREFIX}{name}"
     if not target.exists():
         os.rename(scratch, target)
     elif not exchange(scratch, target):
@@ -83,11 +73,11 @@ def put_in_place(root: Path, scratch: Path, name: str) -> None:
 
 @contextmanager
 def quarantine(root: Path) -> Iterator[Path]:
-    """Give a folder for files that nobody has checked; what is left in it at the end is gone."""
-    with alone(root, "a download"):
-        folder = Path(tempfile.mkdtemp(dir=root, prefix=INCOMING))  # for the owner alone
-        mine = os.open(folder, os.O_RDONLY)
-        fcntl.flock(mine, fcntl.LOCK_EX)  # tells others that somebody is at work there
+    """Yield a temporary folder for unchecked files; it is removed at the end of the block."""
+    with locked(root, "a download"):
+        folder = Path(tempfile.mkdtemp(dir=root, prefix=DOWNLOAD_PREFIX))  # mode 700
+        lock = folder_lock(folder)
+        lock.acquire()  # while it is held, `sweep` leaves the folder alone
     try:
         yield folder
     except AdapterHubError:
@@ -95,32 +85,32 @@ def quarantine(root: Path) -> Iterator[Path]:
     except OSError as error:
         raise PoolError(_explain(error, root, "a download")) from error
     finally:
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(mine)
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed runs left, unless another process is at work here right now."""
-    if not any(next(root.glob(f"{left}*"), None) for left in LEFT):
+    """Remove what killed processes left behind, unless another process holds the pool's lock."""
+    if not any(next(root.glob(f"{prefix}*"), None) for prefix in LEFTOVER_PREFIXES):
         return
     try:
-        with _locked(root, wait=False) as mine:
-            if not mine:
-                return
-            for old in root.glob(f"{ASIDE}*"):
-                if not (target := root / old.name.removeprefix(ASIDE)).exists():
-                    os.rename(old, target)
+        with folder_lock(root).acquire(blocking=False):
+            for path in root.glob(f"{OLD_PREFIX}*"):
+                if not (target := root / path.name.removeprefix(OLD_PREFIX)).exists():
+                    os.rename(path, target)
             settle_lock(root)
-            for path in (p for left in LEFT for p in root.glob(f"{left}*")):
-                remove_left(path)
+            for path in (p for prefix in LEFTOVER_PREFIXES for p in root.glob(f"{prefix}*")):
+                remove_leftover(path)
+    except Timeout:
+        return
     except OSError:
-        return  # a pool that may only be read stays as it is
+        return  # a read-only pool
 
 
-def _explain(error: OSError, root: Path, what: str) -> str:
-    before = f"{what} failed, and the pool {root} is as it was"
+def _explain(error: OSError, root: Path, action: str) -> str:
+    intro = f"{action} failed, and the pool {root} is as it was"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{before}: the disk is full. Free some space and try again."
+        return f"{intro}: the disk is full. Free some space and try again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{before}: no permission to write there. Choose another pool folder."
-    return f"{before}: {error}."
+        return f"{intro}: no permission to write there. Choose another pool folder."
+    return f"{intro}: {error}."

@@ -1,7 +1,7 @@
-"""Bounds of an exchange with a Hub: which hosts, how many bytes of an answer, and until when.
+"""Bounds of an exchange with a Hub: the hosts, the bytes of a response, and the deadline.
 
-`huggingface_hub` shares one client between all its calls in a process. Hooks on that client hold to their
-bounds the requests that are made inside `within`, and let everybody else's pass.
+`huggingface_hub` shares one client between all its calls in a process. Hooks on that client apply the bounds
+to the requests that are made inside `run_within`, and leave all other requests alone.
 """
 
 from __future__ import annotations
@@ -15,110 +15,115 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from huggingface_hub import get_session
 from huggingface_hub.utils import _http as http
 
 from adapterhub_chat.errors import HubError
 from adapterhub_chat.remote.names import Hosts
 
 _T = TypeVar("_T")
-library: Any = getattr(http, "httpx2", None) or getattr(http, "httpx", None)
-"""The HTTP library that the client is made of."""
+http_library: Any = getattr(http, "httpx2", None) or getattr(http, "httpx", None)
+"""The HTTP library of huggingface_hub's client: httpx2, or httpx in older versions."""
 _bounds: ContextVar[Bounds | None] = ContextVar("adapterhub_hub_bounds", default=None)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one exchange may do."""
+    """The limits of one exchange."""
 
     hosts: Hosts
-    most: int
-    """Bytes of an answer's body."""
-    end: float
-    """When it has to be over, by time.monotonic."""
+    max_bytes: int
+    """Of a response's body."""
+    deadline: float
+    """By time.monotonic."""
 
     @property
-    def left(self) -> float:
-        """Seconds until then."""
-        return self.end - time.monotonic()
+    def seconds_left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
 
 
-def within(bounds: Bounds, what: str, work: Callable[[], _T]) -> _T:
+def run_within(bounds: Bounds, what: str, work: Callable[[], _T]) -> _T:
     """Return what `work` returns; raise HubError about `what` when it is not done in time.
 
-    It runs in a thread of its own, which is left to itself then: a server that sends a byte now and then, or
-    asks the client to come back tomorrow, cannot hold up more than that. What is left over can ask nothing
-    more of the Hub: its next request comes too late.
+    It runs in a thread of its own, which is abandoned after the deadline, so that a server which sends a byte
+    now and then, or asks the client to retry tomorrow, blocks nothing else. An abandoned thread sends no
+    further request to the Hub: the hooks refuse it.
     """
-    _hook_in()
-    done: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
+    _install_hooks()
+    results: queue.SimpleQueue[tuple[_T | None, BaseException | None]] = queue.SimpleQueue()
 
-    def run() -> None:
+    def work_within_bounds() -> None:
         _bounds.set(bounds)
         try:
-            done.put((work(), None))
+            results.put((work(), None))
         except BaseException as error:  # the caller's to handle
-            done.put((None, error))
+            results.put((None, error))
 
-    threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(work_within_bounds,), daemon=True).start()
     try:
-        value, error = done.get(timeout=max(0.0, bounds.left) + 0.5)
+        value, error = results.get(timeout=max(0.0, bounds.seconds_left) + 0.5)
     except queue.Empty:
-        raise _too_slow(what) from None
+        raise _timeout_error(what) from None
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
 
 
-def _too_slow(what: str) -> HubError:
+def _timeout_error(what: str) -> HubError:
     return HubError(f"{what} goes too slowly; try again later")
 
 
-def _hook_in() -> None:
-    """Have every client of the library look at our requests: the one that is there, and those to come.
+def _install_hooks() -> None:
+    """Add the hooks to the library's current client and to the clients that it will make.
 
-    After a broken connection the library throws its client away and makes another one.
+    After a broken connection the library closes its client and makes another one. Its public
+    `set_client_factory` does not fit here: it closes the client that other threads may be using, and no
+    public function returns a factory that the user has set, which must go on making the clients.
     """
-    if getattr(http._GLOBAL_CLIENT_FACTORY, "func", None) is not _hooked:
-        http._GLOBAL_CLIENT_FACTORY = partial(_hooked, http._GLOBAL_CLIENT_FACTORY)
-    _with_hooks(http.get_session())
+    if getattr(http._GLOBAL_CLIENT_FACTORY, "func", None) is not _make_hooked_client:
+        http._GLOBAL_CLIENT_FACTORY = partial(_make_hooked_client, http._GLOBAL_CLIENT_FACTORY)
+    _add_hooks(get_session())
 
 
-def _hooked(factory: Any) -> Any:
-    return _with_hooks(factory())
+def _make_hooked_client(factory: Any) -> Any:
+    return _add_hooks(factory())
 
 
-def _with_hooks(client: Any) -> Any:
+def _add_hooks(client: Any) -> Any:
     hooks = client.event_hooks
     if _check_request not in hooks["request"]:
         client.event_hooks = {
             "request": [_check_request, *hooks["request"]],
-            "response": [_check_answer, *hooks["response"]],
+            "response": [_check_response, *hooks["response"]],
         }
     return client
 
 
 def _check_request(request: Any) -> None:
-    """Hold a request of ours to its bounds, before it is sent."""
+    """Apply the bounds to a request, before it is sent."""
     if (bounds := _bounds.get()) is None:
         return
     bounds.hosts.check(request)
-    if bounds.left <= 0:
-        raise _too_slow(str(request.url.host))
+    if bounds.seconds_left <= 0:
+        raise _timeout_error(str(request.url.host))
     request.headers["accept-encoding"] = "identity"
-    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), bounds.left)
+    request.extensions["timeout"] = dict.fromkeys(
+        ("connect", "read", "write", "pool"), bounds.seconds_left
+    )
 
 
-def _check_answer(answer: Any) -> None:
-    """Hold an answer to a request of ours to its bounds, before its body is read."""
+def _check_response(response: Any) -> None:
+    """Apply the bounds to a response, before its body is read."""
     if (bounds := _bounds.get()) is None:
         return
-    if answer.headers.get("content-encoding", "identity") != "identity":
-        raise HubError(f"{answer.url.host} packs its answer although it was told not to")
-    answer.stream = _Bounded(answer.stream, bounds, str(answer.url.host))
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise HubError(f"{response.url.host} packs its answer although it was told not to")
+    response.stream = _BoundedStream(response.stream, bounds, str(response.url.host))
 
 
-class _Bounded(library.SyncByteStream):  # type: ignore[misc]
-    """A body that ends with an error where its bounds are."""
+class _BoundedStream(http_library.SyncByteStream):  # type: ignore[misc]
+    """A response body that raises HubError when it exceeds its bounds."""
 
     def __init__(self, stream: Any, bounds: Bounds, host: str) -> None:
         self._stream, self._bounds, self._host = stream, bounds, host
@@ -127,12 +132,12 @@ class _Bounded(library.SyncByteStream):  # type: ignore[misc]
         size = 0
         for piece in self._stream:
             size += len(piece)
-            if size > self._bounds.most:
+            if size > self._bounds.max_bytes:
                 raise HubError(
-                    f"{self._host} answers with more than the {self._bounds.most:,} bytes that are read"
+                    f"{self._host} answers with more than the {self._bounds.max_bytes:,} bytes that are read"
                 )
-            if self._bounds.left <= 0:
-                raise _too_slow(self._host)
+            if self._bounds.seconds_left <= 0:
+                raise _timeout_error(self._host)
             yield piece
 
     def close(self) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,15 +11,14 @@ from pathlib import Path
 
 from adapterhub_chat.artifact.card import render_card
 from adapterhub_chat.artifact.guard import MAX_CONFIG, MAX_WEIGHTS
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import MAX_BYTES as MAX_MANIFEST
-from adapterhub_chat.artifact.manifest import read_manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, read_manifest
+from adapterhub_chat.artifact.manifest import MAX_MANIFEST_BYTES as MAX_MANIFEST
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.assets.fetch import cache_dir
 from adapterhub_chat.errors import AdapterError, HubError, UsageError
-from adapterhub_chat.files import file_sha256
-from adapterhub_chat.pool.lockfile import Lock, Pinned, is_installed, read_lock
+from adapterhub_chat.files import file_sha256, replaced_file
+from adapterhub_chat.pool.lockfile import Lockfile, Pinned, is_installed, read_lock
 from adapterhub_chat.pool.names import check_name
 from adapterhub_chat.pool.registry import Registry
 from adapterhub_chat.pool.stored import CARD, Status, Stored
@@ -29,28 +26,28 @@ from adapterhub_chat.remote import signing
 from adapterhub_chat.remote.client import HubClient, Snapshot
 from adapterhub_chat.remote.names import check_repo
 
-LIMITS = {
+MAX_FILE_BYTES = {
     CONFIG: MAX_CONFIG,
     WEIGHTS: MAX_WEIGHTS,
     MANIFEST: MAX_MANIFEST,
     signing.SIGNATURE_FILE: 64 * 2**10,
 }
-"""The files that are taken, and the most bytes of each."""
-NEEDED = (CONFIG, WEIGHTS)
+"""The files that are downloaded, and the size limit of each."""
+REQUIRED_FILES = (CONFIG, WEIGHTS)
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull brought into the pool."""
+    """The result of pulling one adapter."""
 
     name: str
     repo: str
     commit: str
     status: Status
     signed_by: str
-    """The public key that vouches for it; empty without a signature."""
+    """The signer's public key; empty without a signature."""
     changed: bool
-    """Whether the pool has something new: not when the same was there already."""
+    """False when the pool already had the same files."""
 
 
 def pull(
@@ -69,83 +66,93 @@ def pull(
     if key is not None:
         signing.key_bytes(key)
     lock = read_lock(registry.pool.root)
-    _refuse_strangers(registry, name, repo, hub, lock, replace=replace)
-    wanted = revision or "main"
-    snapshot = hub.snapshot(repo, wanted)
-    if (known := lock.adapters.get(name)) and not replace:
-        _refuse_rewritten(hub, snapshot, known, wanted)
+    _check_origin(registry, name, repo, hub, lock, replace=replace)
+    revision_name = revision or "main"
+    snapshot = hub.snapshot(repo, revision_name)
+    if (previous := lock.adapters.get(name)) and not replace:
+        _check_history(hub, snapshot, previous, revision_name)
     with registry.pool.quarantine() as folder:
         hashes = _download(hub, snapshot, folder)
         signer = _signer(folder, hashes, key)
-        if known and not replace and known.commit == snapshot.commit and known.files != hashes:
+        if (
+            previous
+            and not replace
+            and previous.commit == snapshot.commit
+            and previous.files != hashes
+        ):
             raise HubError(
                 f"{repo} at {snapshot.commit} has other files than when it was pulled before; a commit does "
                 "not change. If you trust that, pull with --replace"
             )
-        if known and known.signed_by and not replace and signer not in (known.signed_by, key):
+        if (
+            previous
+            and previous.signed_by
+            and not replace
+            and signer not in (previous.signed_by, key)
+        ):
             raise AdapterError(
-                f"{repo} was signed by {known.signed_by} when {name!r} was pulled, and by "
+                f"{repo} was signed by {previous.signed_by} when {name!r} was pulled, and by "
                 f"{signer or 'nobody'} now; --require-signature KEY names the new key, --replace takes what "
                 "is there"
             )
-        asked = Pinned(
+        pinned = Pinned(
             endpoint=hub.endpoint,
             repo=repo,
-            revision=wanted,
+            revision=revision_name,
             commit=snapshot.commit,
             files=hashes,
             signed_by=signer,
         )
-        _refuse_borrowed(folder, repo, signer)
+        _check_published_repo(folder, repo, signer)
 
-        def still_mine() -> None:
-            now = read_lock(registry.pool.root)
-            _refuse_strangers(registry, name, repo, hub, now, replace=replace)
+        def check_name_is_free() -> None:
+            current_lock = read_lock(registry.pool.root)
+            _check_origin(registry, name, repo, hub, current_lock, replace=replace)
 
-        return _install(registry, name, folder, asked, still_mine)
+        return _install(registry, name, folder, pinned, check_name_is_free)
 
 
 def pull_locked(registry: Registry, token: str | None = None) -> list[Pulled]:
-    """Bring the pool to what its lock says, to the byte; what was pulled before needs no network."""
+    """Restore the pool to the exact files of its lock; files that were pulled before come from the cache."""
     pool = registry.pool
     lock = read_lock(pool.root)
     if not lock.adapters:
         raise UsageError(f"the pool {pool.root} has no adapters.lock.json, or an empty one")
-    done = []
+    pulled = []
     for name, pinned in lock.adapters.items():
         with pool.quarantine() as folder:
-            if not _is_there(pool.root / check_name(name), pinned):
+            if not _is_up_to_date(pool.root / check_name(name), pinned):
                 _restore(pinned, folder, token)
                 _signer(folder, pinned.files, pinned.signed_by or None)
-                done.append(_install(registry, name, folder, pinned))
+                pulled.append(_install(registry, name, folder, pinned))
                 continue
         signer = _signer(pool.root / name, pinned.files, pinned.signed_by or None)
         status = registry.verify(name).status
-        done.append(Pulled(name, pinned.repo, pinned.commit, status, signer, changed=False))
-    return done
+        pulled.append(Pulled(name, pinned.repo, pinned.commit, status, signer, changed=False))
+    return pulled
 
 
-def _is_there(folder: Path, pinned: Pinned) -> bool:
-    """Return whether a pool member is what a lock says, weights and config at least, and all it names."""
+def _is_up_to_date(folder: Path, pinned: Pinned) -> bool:
+    """Return whether a pool member has all files of its lock entry, weights and config among them."""
     weights = pinned.files.get(WEIGHTS, "")
-    whole = CONFIG in pinned.installed and pinned.installed.get(WEIGHTS) == weights
-    return whole and is_installed(folder, pinned.installed)
+    weights_match = CONFIG in pinned.installed and pinned.installed.get(WEIGHTS) == weights
+    return weights_match and is_installed(folder, pinned.installed)
 
 
-# ---- who may take a name -------------------------------------------------------------------------
+# ---- origin and history --------------------------------------------------------------------------
 
 
-def _refuse_strangers(
-    registry: Registry, name: str, repo: str, hub: HubClient, lock: Lock, *, replace: bool
+def _check_origin(
+    registry: Registry, name: str, repo: str, hub: HubClient, lock: Lockfile, *, replace: bool
 ) -> None:
-    """Raise UsageError when the pool has an adapter of that name from elsewhere."""
-    known = lock.adapters.get(name)
-    if replace or (known is None and name not in registry.pool):
+    """Raise UsageError when the pool has an adapter of that name from another origin."""
+    pinned = lock.adapters.get(name)
+    if replace or (pinned is None and name not in registry.pool):
         return
-    if known is None:
+    if pinned is None:
         origin = "was not pulled"
-    elif (known.endpoint, known.repo) != (hub.endpoint, repo):
-        origin = f"came from {known.repo} at {known.endpoint}"
+    elif (pinned.endpoint, pinned.repo) != (hub.endpoint, repo):
+        origin = f"came from {pinned.repo} at {pinned.endpoint}"
     else:
         return
     raise UsageError(
@@ -154,47 +161,48 @@ def _refuse_strangers(
     )
 
 
-def _refuse_rewritten(hub: HubClient, snapshot: Snapshot, known: Pinned, wanted: str) -> None:
-    """Raise HubError when the past has changed: a tag that moved, a commit that is gone."""
-    if snapshot.commit == known.commit:
+def _check_history(hub: HubClient, snapshot: Snapshot, previous: Pinned, revision: str) -> None:
+    """Raise HubError when a pulled tag has moved, or a pulled commit no longer exists."""
+    if snapshot.commit == previous.commit:
         return
     cure = "; if you trust that, pull with --replace"
-    if wanted == known.revision and wanted in hub.tags(snapshot.repo):
+    if revision == previous.revision and revision in hub.tags(snapshot.repo):
         raise HubError(
-            f"the tag {wanted!r} of {snapshot.repo} meant {known.commit} when it was pulled and means "
+            f"the tag {revision!r} of {snapshot.repo} meant {previous.commit} when it was pulled and means "
             f"{snapshot.commit} now: tags are not to move{cure}"
         )
     try:
-        hub.snapshot(snapshot.repo, known.commit)
+        hub.snapshot(snapshot.repo, previous.commit)
     except HubError as error:
         raise HubError(
-            f"{snapshot.repo} has no commit {known.commit} any more, which was pulled before: its history "
+            f"{snapshot.repo} has no commit {previous.commit} any more, which was pulled before: its history "
             f"was rewritten, or somebody else has the name now{cure}"
         ) from error
 
 
-# ---- what is taken -------------------------------------------------------------------------------
+# ---- download, check, install --------------------------------------------------------------------
 
 
 def _download(hub: HubClient, snapshot: Snapshot, folder: Path) -> dict[str, str]:
-    """Fetch the files that are known by name; return the sha256 of each."""
-    missing = [name for name in NEEDED if name not in snapshot.files]
+    """Download the files that MAX_FILE_BYTES names; return the sha256 of each."""
+    missing = [name for name in REQUIRED_FILES if name not in snapshot.files]
     if missing:
         raise AdapterError(
             f"{snapshot.repo} at {snapshot.commit} is no adapter: {' and '.join(missing)} not found"
             " (pickled .bin weights are never taken)"
         )
-    names = [name for name in LIMITS if name in snapshot.files]
+    names = [name for name in MAX_FILE_BYTES if name in snapshot.files]
     names.sort(
         key=lambda name: snapshot.files[name].size
-    )  # what is small and wrong is found out first
+    )  # small files first, so that errors in them are found early
     return {
-        name: hub.download(snapshot, name, folder / name, LIMITS[name]).sha256 for name in names
+        name: hub.download(snapshot, name, folder / name, MAX_FILE_BYTES[name]).sha256
+        for name in names
     }
 
 
 def _signer(folder: Path, hashes: Mapping[str, str], key: str | None) -> str:
-    """Return who signed the files, empty for nobody; raise AdapterError when it must be `key` and is not."""
+    """Return the signer's key, empty without a signature; raise AdapterError unless it is `key`, if set."""
     signer = ""
     if signing.SIGNATURE_FILE in hashes:
         signed = {name: digest for name, digest in hashes.items() if name != signing.SIGNATURE_FILE}
@@ -204,8 +212,8 @@ def _signer(folder: Path, hashes: Mapping[str, str], key: str | None) -> str:
     return signer
 
 
-def _refuse_borrowed(folder: Path, repo: str, signer: str) -> None:
-    """Raise AdapterError for files that somebody signed for another repository."""
+def _check_published_repo(folder: Path, repo: str, signer: str) -> None:
+    """Raise AdapterError for files that were signed for another repository."""
     manifest = read_manifest(folder) if signer else None
     if manifest is not None and manifest.published != repo:
         raise AdapterError(
@@ -219,32 +227,34 @@ def _install(
     name: str,
     folder: Path,
     pinned: Pinned,
-    may: Callable[[], None] = lambda: None,
+    check_before: Callable[[], None] = lambda: None,
 ) -> Pulled:
-    """Check what lies in quarantine as a stranger's, and put it into the pool in one step.
+    """Verify the untrusted files in quarantine, and move them into the pool in one step.
 
-    `may` is asked again under the pool's lock: it raises when somebody else has taken the name meanwhile.
+    `check_before` is called under the pool's lock; it raises when another process has taken the name.
     """
     verdict = registry.verify(folder)
     if not verdict.ok:
         problems = "; ".join(verdict.problems)
         raise AdapterError(f"{pinned.repo} is refused, and the pool is as it was: {problems}")
-    stored = registry.find(folder, name)
-    _keep_for_later(folder, pinned.files)
+    stored = registry.read(folder, name)
+    _cache_files(folder, pinned.files)
     _rewrite(folder, stored)
     installed = {
-        file: file_sha256(folder / file) for file in (*LIMITS, CARD) if (folder / file).is_file()
+        file: file_sha256(folder / file)
+        for file in (*MAX_FILE_BYTES, CARD)
+        if (folder / file).is_file()
     }
     pinned = pinned.model_copy(update={"installed": installed})
-    there = is_installed(registry.pool.root / name, installed)
-    changed = not there or read_lock(registry.pool.root).adapters.get(name) != pinned
+    unchanged_on_disk = is_installed(registry.pool.root / name, installed)
+    changed = not unchanged_on_disk or read_lock(registry.pool.root).adapters.get(name) != pinned
     if changed:
-        registry.pool.install(name, folder, pinned, may)
+        registry.pool.install(name, folder, pinned, check_before)
     return Pulled(name, pinned.repo, pinned.commit, verdict.status, pinned.signed_by, changed)
 
 
 def _rewrite(folder: Path, stored: Stored) -> None:
-    """Replace what others wrote by what was understood of it: the config, and the card."""
+    """Rewrite the config and the card from their validated contents."""
     rebuilt = (json.dumps(dict(stored.config), indent=2) + "\n").encode()
     if (folder / CONFIG).read_bytes() != rebuilt:
         (folder / CONFIG).write_bytes(rebuilt)
@@ -252,43 +262,43 @@ def _rewrite(folder: Path, stored: Stored) -> None:
         (folder / CARD).write_text(render_card(stored.manifest), encoding="utf-8")
 
 
-# ---- the same again, offline ---------------------------------------------------------------------
+# ---- the cache of pulled files -------------------------------------------------------------------
 
 
-def _kept(sha256: str) -> Path:
+def _cache_path(sha256: str) -> Path:
     return cache_dir() / "pulled" / sha256
 
 
-def _keep_for_later(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Keep files by their content, so that a lock can be followed without a network."""
+def _cache_files(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Cache files by their sha256, so that a lock can be restored without a network."""
     for name, sha256 in hashes.items():
-        with suppress(OSError):  # a cache that cannot be written to keeps nothing
-            target = _kept(sha256)
+        with suppress(OSError):  # an unwritable cache stays empty
+            target = _cache_path(sha256)
             if is_installed(target.parent, {target.name: sha256}):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                os.replace(shutil.copyfile(folder / name, Path(scratch) / sha256), target)
+            with replaced_file(target) as scratch:
+                shutil.copyfile(folder / name, scratch)
 
 
 def _restore(pinned: Pinned, folder: Path, token: str | None) -> None:
-    """Put the files that a lock names into a folder; raise HubError when they cannot be had any more."""
+    """Write the files of a lock entry into a folder; raise HubError when one is no longer available."""
     snapshot: Snapshot | None = None
-    own = HubClient().endpoint  # a token is for the user's own Hub, whatever a lock names
-    hub = HubClient(pinned.endpoint, token if pinned.endpoint == own else None)
+    default_endpoint = HubClient().endpoint  # the token is sent to the user's default Hub only
+    hub = HubClient(pinned.endpoint, token if pinned.endpoint == default_endpoint else None)
     for name, sha256 in pinned.files.items():
-        if name not in LIMITS:
+        if name not in MAX_FILE_BYTES:
             raise UsageError(f"adapters.lock.json names a file {name!r:.80}, which no adapter has")
-        kept = _kept(sha256)
-        if kept.is_file() and file_sha256(kept) == sha256:
-            shutil.copyfile(kept, folder / name)
+        cached = _cache_path(sha256)
+        if cached.is_file() and file_sha256(cached) == sha256:
+            shutil.copyfile(cached, folder / name)
             continue
         snapshot = snapshot or hub.snapshot(check_repo(pinned.repo), pinned.commit)
         if name not in snapshot.files:
             raise HubError(f"{pinned.repo} at {pinned.commit} has no {name} any more")
-        found = hub.download(snapshot, name, folder / name, LIMITS[name])
-        if found.sha256 != sha256:
+        downloaded = hub.download(snapshot, name, folder / name, MAX_FILE_BYTES[name])
+        if downloaded.sha256 != sha256:
             raise HubError(
                 f"{name} of {pinned.repo} at {pinned.commit} is not what was pulled: sha256 "
-                f"{found.sha256}, the lock says {sha256}"
+                f"{downloaded.sha256}, the lock says {sha256}"
             )

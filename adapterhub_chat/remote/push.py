@@ -1,4 +1,4 @@
-"""push: one adapter of the pool, as one commit on a Hub, under a version that never moves."""
+"""push: publish one adapter of the pool as one commit on a Hub, under a new version tag."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub_chat.artifact.card import render_card
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest, dump_manifest, hurt, losses
+from adapterhub_chat.artifact.manifest import (
+    MANIFEST,
+    Manifest,
+    dump_manifest,
+    scores_below_backbone,
+    transfer_problem,
+)
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, HubError
@@ -19,17 +24,17 @@ from adapterhub_chat.remote import signing
 from adapterhub_chat.remote.client import HubClient
 from adapterhub_chat.remote.names import check_repo, check_revision
 
-VERSION = re.compile(r"v([1-9][0-9]{0,5})")
+VERSION_PATTERN = re.compile(r"v([1-9][0-9]{0,5})")
 
 
 @dataclass(frozen=True)
 class Published:
-    """Where an adapter stands on a Hub."""
+    """The location of a published adapter."""
 
     repo: str
     commit: str
     version: str
-    """The tag that names this commit, for good."""
+    """The tag of this commit."""
     url: str
 
 
@@ -48,21 +53,21 @@ def push(
     check_repo(repo)
     if version is not None:
         check_revision(version)
-    manifest = _fit_to_publish(pool, name, force=force).model_copy(update={"published": repo})
-    files = _files(pool, name, manifest, key)
+    manifest = _publishable_manifest(pool, name, force=force).model_copy(update={"published": repo})
+    files = _published_files(pool, name, manifest, key)
     hub.create(repo, private=private)
     if version is not None and version in hub.tags(repo):
         raise HubError(
             f"{repo} has a version {version!r} already, and versions do not move; name another one"
         )
     commit = hub.commit(repo, files, f"{name}: {manifest.about or 'adapter'}"[:200])
-    tag = _tagged(hub, repo, commit, version)
+    tag = _tag_version(hub, repo, commit, version)
     pool.describe(name, manifest)
     return Published(repo, commit, tag, f"{hub.endpoint}/{repo}/tree/{tag}")
 
 
-def _fit_to_publish(pool: Pool, name: str, *, force: bool) -> Manifest:
-    """Return the manifest of a pool member; raise AdapterError for one that nobody should be given."""
+def _publishable_manifest(pool: Pool, name: str, *, force: bool) -> Manifest:
+    """Return the manifest of a pool member; raise AdapterError when it should not be published."""
     stored = pool.load(name)
     manifest = stored.manifest
     if manifest is None:
@@ -82,21 +87,24 @@ def _fit_to_publish(pool: Pool, name: str, *, force: bool) -> Manifest:
             f"adapter {name!r} was never measured: adapterhub-chat eval --adapter {name} --save. "
             "--force publishes it all the same, and its card says so"
         )
-    if found := hurt(manifest):
-        raise AdapterError(f"{found}. --force publishes it all the same, and its card says so")
-    if lost := losses(manifest):
-        told = "; ".join(
-            f"{s.task}: {s.metric} {s.value:.3f}, backbone {s.backbone_value:.3f}" for s in lost
+    if harm := transfer_problem(manifest):
+        raise AdapterError(f"{harm}. --force publishes it all the same, and its card says so")
+    if lost_scores := scores_below_backbone(manifest):
+        worse = "; ".join(
+            f"{s.task}: {s.metric} {s.value:.3f}, backbone {s.backbone_value:.3f}"
+            for s in lost_scores
         )
         raise AdapterError(
-            f"adapter {name!r} is worse than the backbone without it ({told}). --force publishes it all the "
+            f"adapter {name!r} is worse than the backbone without it ({worse}). --force publishes it all the "
             "same, and its card says so"
         )
     return manifest
 
 
-def _files(pool: Pool, name: str, manifest: Manifest, key: Path | None) -> dict[str, bytes]:
-    """Return what is published: the files by name, never what else lies in the folder."""
+def _published_files(
+    pool: Pool, name: str, manifest: Manifest, key: Path | None
+) -> dict[str, bytes]:
+    """Return the published files by name; other files of the folder are left out."""
     folder = pool.path(name)
     files = {
         CONFIG: (folder / CONFIG).read_bytes(),
@@ -111,8 +119,8 @@ def _files(pool: Pool, name: str, manifest: Manifest, key: Path | None) -> dict[
     return {**files, CARD: render_card(manifest).encode()}
 
 
-def _tagged(hub: HubClient, repo: str, commit: str, version: str | None) -> str:
-    """Give a commit its version: the one that is asked for, else the next free one; return it."""
+def _tag_version(hub: HubClient, repo: str, commit: str, version: str | None) -> str:
+    """Tag a commit with `version`, else with the next free one; return the tag."""
     if version is not None:
         if hub.tag(repo, version, commit):
             return version
@@ -121,10 +129,14 @@ def _tagged(hub: HubClient, repo: str, commit: str, version: str | None) -> str:
             "there, without a version"
         )
     tags = hub.tags(repo)
-    if own := [tag for tag, at in tags.items() if at == commit and VERSION.fullmatch(tag)]:
-        return own[0]  # nothing had changed since
-    last = max((int(m[1]) for tag in tags if (m := VERSION.fullmatch(tag))), default=0)
-    for number in range(last + 1, last + 1000):
+    if existing := [
+        tag
+        for tag, tagged_commit in tags.items()
+        if tagged_commit == commit and VERSION_PATTERN.fullmatch(tag)
+    ]:
+        return existing[0]  # the commit was already published
+    newest = max((int(m[1]) for tag in tags if (m := VERSION_PATTERN.fullmatch(tag))), default=0)
+    for number in range(newest + 1, newest + 1000):
         if hub.tag(repo, f"v{number}", commit):
             return f"v{number}"
-    raise HubError(f"{repo}: no version is free between v{last + 1} and v{last + 999}")
+    raise HubError(f"{repo}: no version is free between v{newest + 1} and v{newest + 999}")

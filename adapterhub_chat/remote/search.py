@@ -8,15 +8,15 @@ from typing import Any, Literal
 from adapterhub_chat.artifact.card import REPO, fingerprint_tag
 from adapterhub_chat.assets.catalogue import ASSETS
 from adapterhub_chat.model.backbone import Backbone
-from adapterhub_chat.remote.client import HubClient, plain
+from adapterhub_chat.remote.client import HubClient, printable_line
 
 Fit = Literal["exact", "unverified", "other weights"]
-ORDER: tuple[Fit, ...] = ("exact", "unverified", "other weights")
+FIT_ORDER: tuple[Fit, ...] = ("exact", "unverified", "other weights")
 
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter on a Hub, as its card describes it: nothing of this was checked yet."""
+    """An adapter on a Hub, as its card describes it; none of this is verified."""
 
     repo: str
     fit: Fit
@@ -30,26 +30,30 @@ class Found:
 
 def search(backbone: Backbone, hub: HubClient, text: str, author: str, limit: int) -> list[Found]:
     """Return adapters for a backbone, by its fingerprint and by its base model's name."""
-    own = fingerprint_tag(backbone.fingerprint)
+    exact_tag = fingerprint_tag(backbone.fingerprint)
     asset = ASSETS.get(backbone.name)
     base = (asset and asset.upstream) or backbone.name
-    asked = [[own]] + [[f"base_model:{base}"]] * bool(REPO.fullmatch(base))
+    tag_queries = [[exact_tag]] + [[f"base_model:{base}"]] * bool(REPO.fullmatch(base))
     entries = {
         entry["id"]: entry
-        for tags in asked
-        for entry in hub.find(tags, text, author, limit)
+        for tags in tag_queries
+        for entry in hub.list_models(tags, text, author, limit)
         if isinstance(entry.get("id"), str) and REPO.fullmatch(entry["id"])
     }
-    found = [_found(entry, own) for entry in entries.values()]
-    found.sort(key=lambda one: (ORDER.index(one.fit), -one.downloads))
-    return found[:limit]
+    results = [_search_result(entry, exact_tag) for entry in entries.values()]
+    results.sort(key=lambda result: (FIT_ORDER.index(result.fit), -result.downloads))
+    return results[:limit]
 
 
-def _found(entry: dict[str, Any], own: str) -> Found:
-    said = entry.get("tags")
-    tags = [tag for tag in said if isinstance(tag, str)] if isinstance(said, list) else []
-    prints = [tag for tag in tags if tag.startswith("adapterhub-") and tag != "adapterhub-chat"]
-    fit: Fit = "exact" if own in prints else "other weights" if prints else "unverified"
+def _search_result(entry: dict[str, Any], exact_tag: str) -> Found:
+    listed = entry.get("tags")
+    tags = [tag for tag in listed if isinstance(tag, str)] if isinstance(listed, list) else []
+    fingerprints = [
+        tag for tag in tags if tag.startswith("adapterhub-") and tag != "adapterhub-chat"
+    ]
+    fit: Fit = (
+        "exact" if exact_tag in fingerprints else "other weights" if fingerprints else "unverified"
+    )
     downloads = entry.get("downloads")
     scores = tuple(_scores(entry.get("cardData")))
     return Found(
@@ -62,10 +66,14 @@ def _found(entry: dict[str, Any], own: str) -> Found:
 
 
 def _scores(card: Any) -> list[tuple[str, str, float]]:
-    """Return what a card's model-index says; a card may hold anything."""
+    """Return the scores of a card's model-index, none when it is malformed."""
     try:
         return [
-            (plain(result["task"]["name"]), plain(metric["type"]), float(metric["value"]))
+            (
+                printable_line(result["task"]["name"]),
+                printable_line(metric["type"]),
+                float(metric["value"]),
+            )
             for model in card["model-index"]
             for result in model["results"]
             for metric in result["metrics"][:1]  # the second is the backbone's

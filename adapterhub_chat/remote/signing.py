@@ -1,4 +1,4 @@
-"""Who vouches for an adapter: Ed25519 signatures (RFC 8032) over the hashes of its files."""
+"""Signatures of adapters: Ed25519 (RFC 8032) over the hashes of the files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapterhub_chat.errors import AdapterError, UsageError
 
 SIGNATURE_FILE = "adapterhub.sig.json"
-"""Beside the files that it signs."""
+"""In the folder of the files that it signs."""
 SIGNATURE_PREFIX = "ed25519:"
 
 
@@ -62,41 +62,41 @@ def sign(path: Path, hashes: Mapping[str, str]) -> bytes:
         raise UsageError(
             f"{path} holds a key of another kind than Ed25519; adapterhub-chat keygen makes one"
         )
-    made = Signature(
+    signature = Signature(
         key=_public(key),
         signature=base64.b64encode(key.sign(_message(hashes))).decode(),
         files=dict(hashes),
     )
-    return (made.model_dump_json(indent=2) + "\n").encode()
+    return (signature.model_dump_json(indent=2) + "\n").encode()
 
 
 def signer_of(data: bytes, hashes: Mapping[str, str]) -> str:
-    """Return the public key that signed files with these sha256; raise AdapterError when it did not."""
+    """Return the public key that signed files with these sha256; raise AdapterError when it is invalid."""
     try:
-        found = Signature.model_validate_json(data)
+        signature = Signature.model_validate_json(data)
     except ValidationError as error:
         raise AdapterError(
             f"{SIGNATURE_FILE} is no signature: {error.error_count()} of its fields do not fit"
         ) from error
-    wrong = sorted(
-        {*hashes, *found.files} - {n for n, h in hashes.items() if found.files.get(n) == h}
+    mismatched = sorted(
+        {*hashes, *signature.files} - {n for n, h in hashes.items() if signature.files.get(n) == h}
     )
-    if wrong:
+    if mismatched:
         raise AdapterError(
-            f"{SIGNATURE_FILE} signs other content than that of {', '.join(map(repr, wrong))}"
+            f"{SIGNATURE_FILE} signs other content than that of {', '.join(map(repr, mismatched))}"
         )
-    public = _ed25519().Ed25519PublicKey.from_public_bytes(key_bytes(found.key))
+    public = _ed25519().Ed25519PublicKey.from_public_bytes(key_bytes(signature.key))
     try:
-        public.verify(base64.b64decode(found.signature, validate=True), _message(hashes))
+        public.verify(base64.b64decode(signature.signature, validate=True), _message(hashes))
     except (ValueError, _import("cryptography.exceptions").InvalidSignature) as error:
         raise AdapterError(
             f"{SIGNATURE_FILE} is not the signature of the key that it names"
         ) from error
-    return found.key
+    return signature.key
 
 
 def key_bytes(key: str) -> bytes:
-    """Return the 32 bytes of a public key; raise AdapterError when it is none."""
+    """Return the 32 bytes of a public key; raise AdapterError when it is malformed."""
     try:
         data = base64.b64decode(key.removeprefix(SIGNATURE_PREFIX), validate=True)
     except ValueError:  # binascii's, too
@@ -116,7 +116,7 @@ def _public(key: Any) -> str:
 
 
 def _message(hashes: Mapping[str, str]) -> bytes:
-    """Return what is signed: the hashes, in one way of writing them."""
+    """Return the signed bytes: the hashes in canonical JSON."""
     return b"adapterhub-chat 1 " + json.dumps(dict(hashes), sort_keys=True).encode()
 
 

@@ -1,4 +1,4 @@
-"""A transfer's report for a person: which candidates there were, which one was taken, and why."""
+"""The report of a transfer as Markdown: candidates, verdicts, the chosen one, plots."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from adapterhub_chat.transfer.run import Transferred
 REPORT_FILE = "report.md"
 
 Scores = dict[str, tuple[float, float, float]]
-"""Value, and its 95 % interval, by candidate."""
+"""Candidate -> value and bounds of its 95 % interval."""
 
 
-def write_report(done: Transferred, folder: Path) -> Path:
-    """Write `report.md` and its pictures into a folder; return the report's path.
+def write_report(result: Transferred, folder: Path) -> Path:
+    """Write `report.md` and its plots into a folder; return the report's path.
 
-    Raises PoolError when the folder cannot be written to. Pictures need the extra `pictures`.
+    Raises PoolError if the folder cannot be written to. Plots need the extra `pictures`.
     """
-    scores = _scores(done.outcome)
-    by_shots = {shots: _scores(one) for shots, one in done.by_shots.items()}
+    scores = _scores(result.outcome)
+    by_shots = {shots: _scores(outcome) for shots, outcome in result.by_shots.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = draw_transfer(scores, done.outcome, folder, by_shots)
-        text = _text(done, scores, pictures) + _table(by_shots)
+        pictures = draw_transfer(scores, result.outcome, folder, by_shots)
+        text = _text(result, scores, pictures) + _table(by_shots)
         (folder / REPORT_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise PoolError(f"the report cannot be written to {folder}: {error.strerror}") from error
@@ -43,7 +43,7 @@ def _scores(outcome: Outcome) -> Scores:
 
 
 def _table(by_shots: Mapping[int, Scores]) -> str:
-    """Return each candidate's value by the number of shots; nothing where there is one number."""
+    """Return a table of each candidate's value by the number of shots; empty for a single number."""
     if len(by_shots) < 2:
         return ""
     lines = [
@@ -53,8 +53,11 @@ def _table(by_shots: Mapping[int, Scores]) -> str:
     ]
     for name in dict.fromkeys(name for scores in by_shots.values() for name in scores):
         cells = (scores.get(name) for scores in by_shots.values())
-        told = ("" if c is None else f"{c[0]:.3f} ({c[1]:.3f} to {c[2]:.3f})" for c in cells)
-        lines.append(f"| {name} | " + " | ".join(told) + " |")
+        texts = (
+            "" if cell is None else f"{cell[0]:.3f} ({cell[1]:.3f} to {cell[2]:.3f})"
+            for cell in cells
+        )
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -67,39 +70,38 @@ def _judged_on(outcome: Outcome) -> str:
     )
 
 
-def _text(done: Transferred, scores: Scores, pictures: list[str]) -> str:
-    outcome = done.outcome
+def _text(result: Transferred, scores: Scores, pictures: list[str]) -> str:
+    outcome = result.outcome
     chosen = outcome.candidates[outcome.chosen]
-    kept = f"`{done.manifest.name}` is in the pool" if done.manifest else "no adapter was made"
+    saved = f"`{result.manifest.name}` is in the pool" if result.manifest else "no adapter was made"
     lines = [
         "# Transfer\n",
         f"Chosen: **{outcome.chosen}**, which **{chosen.verdict.word}** beside {outcome.baseline} "
         f"({chosen.verdict.gain:+.3f}, 95 % interval {chosen.verdict.low:+.3f} to "
-        f"{chosen.verdict.high:+.3f}); {kept}. {outcome.seconds:.0f} seconds.\n",
+        f"{chosen.verdict.high:+.3f}); {saved}. {outcome.seconds:.0f} seconds.\n",
         f"{_judged_on(outcome)}\n",
         "| candidate | value | 95 % interval | verdict | gain | remark |",
         "|---|---|---|---|---|---|",
     ]
-    for name, one in outcome.candidates.items():
+    for name, candidate in outcome.candidates.items():
         value, low, high = scores[name]
         lines.append(
-            f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} | {one.verdict.word} "
-            f"| {one.verdict.gain:+.3f} | {one.note} |"
+            f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} | {candidate.verdict.word} "
+            f"| {candidate.verdict.gain:+.3f} | {candidate.note} |"
         )
     if outcome.weighting:
         lines.append(
             f"\nReweighted source: as good as {outcome.weighting.effective:.0%} of its examples."
         )
         lines.append(outcome.weighting.note)
-    if outcome.game:
-        lines.append(
-            f"\nDiscriminator's accuracy at the end: {outcome.game.recent:.2f} (0.5: fooled)."
-        )
-    if done.manifest:
+    if outcome.discriminator:
+        accuracy = outcome.discriminator.recent_accuracy
+        lines.append(f"\nDiscriminator's accuracy at the end: {accuracy:.2f} (0.5: fooled).")
+    if result.manifest:
         lines += [
             f"\nOn the test examples: {s.metric} {s.value:.3f} ({s.low:.3f} to {s.high:.3f}, n = {s.n}); "
             f"backbone {s.backbone_value:.3f}."
-            for s in done.manifest.scores
+            for s in result.manifest.scores
             if s.backbone_value is not None
         ]
     lines += [f"\n![{name}]({name})" for name in pictures]

@@ -1,8 +1,8 @@
-"""Arrow: a prototype out of an adapter's own numbers, for want of its messages (arXiv 2405.11157).
+"""Arrow: routing by an adapter's weights alone, where it has no prototype (arXiv 2405.11157).
 
-The direction in which an update answers most, the first right singular vector v of B A, stands for what the
-adapter has learnt from; a message whose states h point along it is likely its own. Of the modules that read
-the same states as the block at which `early_states` ends, |v . h| / |h| is averaged over tokens and modules.
+An adapter's arrow in a module is the first right singular vector v of B A, the input direction to which the
+update responds most; messages of the adapter's tasks have hidden states h along it. |v . h| / |h| is averaged
+over the tokens and over the modules that read the same states as the block at which `early_states` ends.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.route.message_features import message_states
 
 
-def arrows(model: AdapterModel, weights: AdapterWeights) -> Tensor:
-    """Return the unit vectors (modules, H) of an adapter's modules that read the block's input."""
+def arrow_vectors(model: AdapterModel, weights: AdapterWeights) -> Tensor:
+    """Return unit vectors (modules, H): the arrows of an adapter's modules that read the block's input."""
     hidden = model.backbone.model.get_input_embeddings().weight.shape[1]
-    found = [
+    vectors = [
         _first_right_vector(a.double(), b.double())
         for name, (a, b) in sorted(weights.factors.items())
         if name.startswith(f"{model.early_block}.") and a.shape[1] == hidden
     ]
-    return torch.stack(found) if found else torch.zeros(0, hidden, dtype=torch.float64)
+    return torch.stack(vectors) if vectors else torch.zeros(0, hidden, dtype=torch.float64)
 
 
 def alignment(model: AdapterModel, text: str, vectors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return how far a message's states lie along each adapter's `arrows`, in [0, 1]; 0 without any."""
+    """Return the mean |cos| of a message's states and each adapter's arrows, in [0, 1]; 0 without arrows."""
     states = message_states(model, text)
     norm = _first_norm(model.backbone.model.get_submodule(model.early_block))
     with torch.inference_mode():
-        read = functional.normalize(norm(states).double().cpu(), dim=-1)
-    return {n: float((read @ v.T).abs().mean()) if len(v) else 0.0 for n, v in vectors.items()}
+        inputs = functional.normalize(norm(states).double().cpu(), dim=-1)
+    return {n: float((inputs @ v.T).abs().mean()) if len(v) else 0.0 for n, v in vectors.items()}
 
 
 def _first_norm(block: nn.Module) -> nn.Module:
-    """Return what a block does to its input before its first products."""
+    """Return the normalisation that a block applies to its input, the identity if it has none."""
     named = ((name.lower(), child) for name, child in block.named_children())
     return next((child for name, child in named if "norm" in name or "ln" in name), nn.Identity())
 

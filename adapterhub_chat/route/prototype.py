@@ -1,4 +1,4 @@
-"""Prototypes as tensors: what an adapter's messages look like, from a manifest's numbers and back to them."""
+"""Prototypes as tensors, read from a manifest's numbers and written back to them."""
 
 from __future__ import annotations
 
@@ -19,74 +19,78 @@ from adapterhub_chat.artifact.prototype import (
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Messages as Gaussians with one covariance, factors^T factors + diag(rest), rounded to float16."""
+    """Gaussians with one covariance, factors^T factors + diag(diagonal); all numbers are exact in float16."""
 
     centres: Tensor
     """(K, W)"""
     shares: Tensor
-    """(K,): how many of the messages are around each; above 0, sum 1."""
+    """(K,): the weight of each centre; above 0, sum 1."""
     factors: Tensor
     """(R, W)"""
-    rest: Tensor
-    """(W,): variances, >= 0."""
+    diagonal: Tensor
+    """(W,): the variances beside the factors, >= 0."""
 
     @property
     def width(self) -> int:
         """W."""
-        return self.rest.shape[0]
+        return self.diagonal.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All numbers, in the order of a manifest."""
+        return self.centres, self.shares, self.factors, self.diagonal
 
     def narrowed(self, width: int) -> GaussianMixture:
-        """Return the cloud of the first numbers of the same messages."""
+        """Return the mixture of the first `width` features."""
         return GaussianMixture(
-            self.centres[:, :width], self.shares, self.factors[:, :width], self.rest[:width]
+            self.centres[:, :width], self.shares, self.factors[:, :width], self.diagonal[:width]
         )
 
 
 @dataclass(frozen=True)
 class Prototype:
-    """What an adapter's messages look like."""
+    """The distribution of an adapter's messages, and the scores of those that were held out."""
 
-    own: GaussianMixture
+    mixture: GaussianMixture
     background: GaussianMixture
-    """Of the first B numbers."""
+    """Of the first B features."""
     ratios: Tensor
     """(Q,): quantiles over the held-out messages, ascending."""
     densities: Tensor
     """(Q,)"""
     count: int = 0
-    """Messages that it was learnt from."""
+    """Messages that it was fitted to."""
 
 
 def prototype_of(stored: StoredPrototype) -> Prototype:
-    """Return a stored prototype as tensors in float64."""
+    """Return a stored prototype as float64 tensors."""
     numbers = stored.decoded()
     ratios, densities = torch.from_numpy(numbers.ratios), torch.from_numpy(numbers.densities)
-    own, background = _cloud(numbers.own), _cloud(numbers.background)
-    return Prototype(own, background, ratios, densities, stored.count)
+    mixture, background = _mixture_of(numbers.own), _mixture_of(numbers.background)
+    return Prototype(mixture, background, ratios, densities, stored.count)
 
 
-def _cloud(numbers: MixtureNumbers) -> GaussianMixture:
+def _mixture_of(numbers: MixtureNumbers) -> GaussianMixture:
     return GaussianMixture(*map(torch.from_numpy, numbers))
 
 
-def routing_of(prototype: Prototype, glance: Prototype | None = None) -> Routing:
-    """Return what a manifest keeps of prototypes."""
-    return Routing(
-        **_kept(prototype), glance=None if glance is None else TokenPrototype(**_kept(glance))
-    )
+def routing_of(early_layer: Prototype, token: Prototype | None = None) -> Routing:
+    """Return what a manifest stores of an adapter's prototypes."""
+    glance = None if token is None else TokenPrototype(**_stored_fields(token))
+    return Routing(**_stored_fields(early_layer), glance=glance)
 
 
-def _kept(prototype: Prototype) -> dict[str, Any]:
-    own, background = prototype.own, prototype.background
-    clouds = (part for c in (own, background) for part in (c.centres, c.shares, c.factors, c.rest))
-    flat = torch.cat([t.flatten() for t in (*clouds, prototype.ratios, prototype.densities)])
+def _stored_fields(prototype: Prototype) -> dict[str, Any]:
+    mixture, background = prototype.mixture, prototype.background
+    parts = (*mixture.tensors, *background.tensors, prototype.ratios, prototype.densities)
+    numbers = torch.cat([part.flatten() for part in parts]).half().numpy()
     return {
-        "width": own.width,
+        "width": mixture.width,
         "background_width": background.width,
-        "centres": len(own.centres),
-        "rank": len(own.factors),
+        "centres": len(mixture.centres),
+        "rank": len(mixture.factors),
         "background_rank": len(background.factors),
         "quantiles": len(prototype.ratios),
         "count": prototype.count,
-        "numbers": base64.b64encode(flat.half().numpy().tobytes()).decode("ascii"),
+        "numbers": base64.b64encode(numbers.tobytes()).decode("ascii"),
     }

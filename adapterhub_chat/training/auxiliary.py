@@ -1,4 +1,4 @@
-"""Auxiliary losses in the training loop: which examples, hidden states and logits are whose."""
+"""Auxiliary losses of a training step: each job's further loss on its examples' hidden states and logits."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from adapterhub_chat.training.job import HiddenStates
 
 
 def auxiliary_losses(
-    parts: Sequence[StepRows],
+    groups: Sequence[StepRows],
     rows: Sequence[Sequence[Sequence[Encoded]]],
     batch: Batch,
     logits: Tensor,
-    heard: Mapping[int, Tensor],
+    block_outputs: Mapping[int, Tensor],
 ) -> list[Tensor]:
-    """Return the auxiliary loss of every part whose job has one, weighted as the part is.
+    """Return the auxiliary loss of every group whose job has one, times the group's weight.
 
-    `rows` are each part's packed rows, in the batch's order; `heard` the blocks' outputs (N, L, H).
+    `rows` are each group's packed rows, in the batch's order. `block_outputs` maps a block's number to its
+    output (N, L, H).
     """
-    counts = torch.unique_consecutive(batch.owners, return_counts=True)[1]
-    begins = (counts.cumsum(0) - counts).to(logits.device)  # an example in training has one answer
+    lengths = torch.unique_consecutive(batch.owners, return_counts=True)[1]
+    first_targets = (lengths.cumsum(0) - lengths).to(logits.device)  # one answer per example
     losses = []
-    first = 0
-    for part, own in zip(parts, rows, strict=True):
-        examples = [example for row in own for example in row]
-        mine = slice(first, first := first + len(examples))
-        if (auxiliary := part.learner.job.auxiliary) and examples:
-            hidden = mean_pooled(heard[auxiliary.layer], batch)[mine]
-            seen = HiddenStates(examples, hidden, logits[begins[mine]])
-            losses.append(part.weight * auxiliary.loss(seen))
+    start = 0
+    for group, group_rows in zip(groups, rows, strict=True):
+        examples = [example for row in group_rows for example in row]
+        span = slice(start, start := start + len(examples))
+        if (auxiliary := group.learner.job.auxiliary) and examples:
+            pooled = mean_pooled(block_outputs[auxiliary.layer], batch)[span]
+            states = HiddenStates(examples, pooled, logits[first_targets[span]])
+            losses.append(group.weight * auxiliary.loss(states))
     return losses

@@ -1,14 +1,13 @@
-"""Checkpoints: a training run's state in a folder, so that a killed run goes on where it was.
+"""Checkpoints: the saved states of a training run, from which a killed run resumes.
 
-A state is one safetensors file, written under another name, synced and renamed; the one before it is kept
-until the next is complete. What cannot be read or does not match its own hash is passed over.
+A state is one safetensors file, written under a temporary name, synced and renamed; the previous state is
+kept until the next one is complete. A file that cannot be read or does not match its hash is skipped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,64 +18,60 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterhub_chat.errors import PoolError, warn
+from adapterhub_chat.files import replaced_file
 from adapterhub_chat.training.loop import RunState
 
-KEPT = 2
-"""States kept at one time."""
+MAX_STATES = 2
+"""Number of states kept at one time."""
 
 
 class Checkpoints:
-    """The states of one run; call it after every step, and now and then it saves one."""
+    """The saved states of one run. Call it after every step; it saves one when it is due."""
 
     def __init__(self, folder: Path, *, steps: int = 0, minutes: float = 0.0) -> None:
-        """Save into `folder` every so many steps and after so many minutes; 0 never does."""
+        """Save into `folder` every `steps` steps and every `minutes` minutes; 0 turns either off."""
         self.folder, self.steps, self.seconds = folder, steps, minutes * 60
-        self._step, self._last = 0, time.monotonic()
+        self._num_steps, self._last_save = 0, time.monotonic()
 
     def __call__(self, state: Callable[[], RunState]) -> None:
-        """Save the state if it is time; where that fails, warn: it costs the state, not the run."""
-        self._step += 1
-        by_clock = self.seconds and time.monotonic() - self._last >= self.seconds
-        if by_clock or (self.steps and self._step % self.steps == 0):
-            self.keep(state())
+        """Save the state if one is due; if that fails, warn, and the run goes on."""
+        self._num_steps += 1
+        due_by_time = self.seconds and time.monotonic() - self._last_save >= self.seconds
+        if due_by_time or (self.steps and self._num_steps % self.steps == 0):
+            self.save_or_warn(state())
 
-    def keep(self, state: RunState) -> None:
-        """Save a state; where that fails, warn and go on."""
+    def save_or_warn(self, state: RunState) -> None:
+        """Save a state; if that fails, warn instead of raising."""
         try:
             self.save(state)
         except PoolError as error:
             warn(f"the run goes on, but {error}")
 
     def save(self, state: RunState) -> None:
-        """Save a state; raise PoolError, with the older ones untouched, when that is not possible."""
-        old = self._files()
-        number = int(old[-1].stem.partition("-")[2]) + 1 if old else 1
+        """Save a state; raise PoolError, with the older ones untouched, if that fails."""
+        files = self._files()
+        number = int(files[-1].stem.partition("-")[2]) + 1 if files else 1
         target = self.folder / f"state-{number:06}.safetensors"
-        scratch = self.folder / f".tmp-{os.getpid()}"
         tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
-        numbers = json.dumps([state.identity, state.elapsed, dict(state.numbers)])
-        metadata = {"state": numbers, "sha256": _digest(numbers, tensors)}
+        counters = json.dumps([state.identity, state.elapsed, dict(state.counters)])
+        metadata = {"state": counters, "sha256": _digest(counters, tensors)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, scratch, metadata=metadata)
-            with scratch.open("rb") as written:
-                os.fsync(written.fileno())
-            scratch.rename(target)
+            with replaced_file(target, durable=True) as scratch:
+                save_file(tensors, scratch, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            scratch.unlink(missing_ok=True)
             raise PoolError(f"the run's state cannot be saved in {self.folder}: {error}") from error
-        for file in old[: len(old) + 1 - KEPT]:
+        for file in files[: len(files) + 1 - MAX_STATES]:
             file.unlink(missing_ok=True)
-        self._last = time.monotonic()
+        self._last_save = time.monotonic()
 
     def latest(self) -> RunState | None:
-        """Return the newest state that is whole, None when there is none."""
+        """Return the newest intact state, None if there is none."""
         for file in reversed(self._files()):
             try:
                 return _read(file)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
-                text = f"{file} is damaged and passed over: {error}"
-                warn(text)
+                warn(f"{file} is damaged and passed over: {error}")
         return None
 
     def __bool__(self) -> bool:
@@ -97,12 +92,12 @@ def _read(path: Path) -> RunState:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(metadata["state"], tensors) != metadata["sha256"]:
         raise ValueError("its content does not match its sha256")
-    identity, elapsed, numbers = json.loads(metadata["state"])
-    return RunState(identity, elapsed, numbers, tensors)
+    identity, elapsed, counters = json.loads(metadata["state"])
+    return RunState(identity, elapsed, counters, tensors)
 
 
-def _digest(numbers: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(numbers.encode())
+def _digest(counters: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(counters.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Several processes: joining, leaving, and FSDP sharding of the backbone."""
+"""Training in several processes: rank, world size, joining and leaving the process group."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from accelerate import Accelerator
 
 
 def first_process() -> bool:
-    """Return whether this is the first of the run's processes: the one that writes."""
+    """Return whether this is the process of rank 0, which writes all files."""
     return int(os.environ.get("RANK", "0")) == 0  # set by torchrun
 
 
-def processes() -> int:
-    """Return how many processes train together."""
+def num_processes() -> int:
+    """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: torch.device) -> Accelerator:
-    """Join the run's other processes, if there are any: over NCCL on GPUs, over gloo on CPUs."""
+    """Join the run's process group, if there are several processes: NCCL on GPUs, gloo on CPUs."""
     return Accelerator(cpu=device.type == "cpu")
 
 
 def leave() -> None:
-    """End this process's part in the run's group of processes, when all have come so far."""
+    """Wait for all processes of the run, then leave the process group."""
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # whose process ends first would leave the others' threads in its sockets
+        torch.distributed.barrier()  # a process that ends early breaks the others' connections
         torch.distributed.destroy_process_group()

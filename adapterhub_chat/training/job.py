@@ -1,4 +1,4 @@
-"""Jobs: what one adapter learns from, drawn from a task and turned into token ids."""
+"""Job: the encoded examples and settings of one adapter to train."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from adapterhub_chat.lora.weights import AdapterWeights
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What a forward made of some of a job's examples."""
+    """Pooled hidden states and logits of some of a job's examples."""
 
     examples: Sequence[Encoded]
     pooled: Tensor
-    """(examples, hidden) float32: the chosen block's output, its mean over each prompt."""
+    """(examples, hidden) float32: the mean of the chosen block's output over each prompt's tokens."""
     logits: Tensor
-    """(examples, vocab): what is predicted right after each prompt."""
+    """(examples, vocab): logits of the token after each prompt."""
 
 
 class Auxiliary(Protocol):
-    """One more loss of a job, on hidden states; asked once a step."""
+    """A further loss of a job, on hidden states; computed once a step."""
 
     @property
     def layer(self) -> int:
-        """The block that it listens to."""
+        """Number of the block whose output the loss uses."""
 
     @property
     def stopped(self) -> str:
-        """Why the job has to end, empty while it may go on."""
+        """Why the job has to stop; empty while it may go on."""
 
-    def loss(self, seen: HiddenStates) -> Tensor:
-        """Return what is added to the job's loss, a scalar."""
+    def loss(self, states: HiddenStates) -> Tensor:
+        """Return the scalar to add to the job's loss."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to train: its examples, its own settings, and who else acts on its rows."""
+    """One adapter to train: its examples, its settings, and the other adapters that act on its rows."""
 
     name: str
     train: Sequence[Encoded]
@@ -52,25 +52,26 @@ class Job:
     validation: Sequence[Encoded]
     config: TrainConfig
     shared: str = ""
-    """Name of the job (without examples) whose adapter acts on these rows, too, and learns from them."""
-    under: AdapterWeights | None = None
-    """A frozen adapter that acts on these rows, too."""
+    """Name of the job (without examples) whose adapter also acts on these rows and learns from them."""
+    frozen: AdapterWeights | None = None
+    """A frozen adapter that also acts on these rows."""
     start: AdapterWeights | None = None
-    """Where it starts, with one scale for all modules; None: where the settings say."""
+    """Initial weights, with one scale for all modules; None: initialised by `config`."""
     auxiliary: Auxiliary | None = None
-    """One more loss; it sees one process's rows, and its state is not saved."""
+    """A further loss. It gets the rows of one process, and its state is not saved."""
     labels: int = 0
-    """How many labels its task has: on an encoder, its head's."""
+    """Number of the task's labels; on an encoder, the size of the head."""
 
 
 def make_job(tokenizer: Any, name: str, task: Task, config: TrainConfig) -> Job:
-    """Return the job of training adapter `name` on `task`; raise DataError when there is no data."""
+    """Return the job of training adapter `name` on `task`; raise DataError without training examples."""
     training = sample(task.split("train"), config.train_examples, config.seed)
     if not training:
         raise DataError(f"task {task.name!r} has no training examples")
-    held_out = sample(task.split("validation"), config.eval_examples, 0)
-    learnt, checked = (
+    validation = sample(task.split("validation"), config.eval_examples, 0)
+    encoded_training, encoded_validation = (
         encode_examples(tokenizer, task.contract, examples, max_length=config.row_length)
-        for examples in (training, held_out if config.eval_examples else [])
+        for examples in (training, validation if config.eval_examples else [])
     )
-    return Job(name, learnt, checked, config, labels=len(task.contract.labels))
+    labels = len(task.contract.labels)
+    return Job(name, encoded_training, encoded_validation, config, labels=labels)

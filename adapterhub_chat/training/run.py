@@ -1,4 +1,4 @@
-"""A training run: from tasks to measured adapters in the pool."""
+"""A training run from start to end: trains the adapters of a TrainSpec, saves and measures them."""
 
 from __future__ import annotations
 
@@ -35,105 +35,104 @@ from adapterhub_chat.types import Mix, as_mix
 def make_adapters(
     registry: Registry, spec: TrainSpec, listeners: Listeners = SILENT
 ) -> dict[str, Manifest]:
-    """Train, save and measure what is ordered; return the manifests of what was saved.
+    """Train, save and measure the adapters of a spec; return the manifests of the saved ones.
 
-    Everything that can be wrong is looked at before the first step: names, data, the pool's folder.
-    Ctrl-C in training saves what was best until then, unmeasured, with a warning. What has learnt
-    nothing is not saved; when that is all there is, KeyboardInterrupt goes on its way. Of several
-    processes only the first one writes, measures and has manifests to return.
+    Names, data and the pool's folder are checked before the first step. Ctrl-C in training saves the best
+    weights until then, unmeasured, with a warning. An adapter that has learnt nothing is not saved; if none
+    is saved, KeyboardInterrupt is re-raised. Of several processes only the first one writes, measures and
+    returns manifests.
     """
     check_spec(registry, spec)
     tokenizer = registry.model.backbone.tokenizer
     jobs = {n: make_job(tokenizer, n, t, spec.configs[n]) for n, t in spec.tasks.items()}
     with contextlib.ExitStack() as stack:
-        heard = listeners if first_process() else SILENT
+        callbacks = listeners if first_process() else SILENT
         if spec.run_dir is not None and first_process():
-            heard = _logged(stack.enter_context(RunLog(spec.run_dir)), spec.run_dir, heard)
+            log = stack.enter_context(RunLog(spec.run_dir))
+            callbacks = _with_log(callbacks, log, spec.run_dir)
         if spec.run_dir is not None and spec.run_config is not None and first_process():
             write_json(spec.run_dir / RUN_FILE, spec.run_config.model_dump(mode="json"))
-        run = _Run(registry, spec, heard)
+        run = _Run(registry, spec, callbacks)
         context = StrategyContext(
             registry.model,
             jobs,
             spec.options,
             spec.sweeps,
-            on_event=heard.on_event,
-            on_sweep=heard.on_sweep,
-            memory=run.memory,
+            on_event=callbacks.on_event,
+            on_sweep=callbacks.on_sweep,
+            hooks_of=run.hooks_of,
         )
         if spec.options.shard:
             join(registry.model.backbone.device)
             registry.model.shard()
-        for made in context.run():
-            run.take(made)
+        for finished in context.run():
+            run.add(finished)
         return run.finish()
 
 
 class _Run:
-    """What a run has made so far."""
+    """The adapters of a run that are finished so far."""
 
     def __init__(self, registry: Registry, spec: TrainSpec, listeners: Listeners) -> None:
         self.registry, self.spec, self.listeners = registry, spec, listeners
         self.manifests: dict[str, Manifest] = {}
-        self.made: dict[str, FinishedAdapter] = {}
+        self.finished: dict[str, FinishedAdapter] = {}
         self.interrupted = False
         self._matrix: list[tuple[float | None, ...]] = []
         self._start: dict[str, float] = {}
 
-    def memory(self, stage: str) -> CheckpointHooks:
-        """Return where a stage of the run keeps its state, and the state to go on from."""
+    def hooks_of(self, stage: str) -> CheckpointHooks:
+        """Return where a stage of the run saves its state, and the state from which it resumes."""
         spec, options = self.spec, self.spec.options
         if spec.run_dir is None:
             return CheckpointHooks()
         states = Checkpoints(
             spec.run_dir / STATE / stage, steps=options.save_steps, minutes=options.save_minutes
         )
-        found = states.latest() if spec.resume else None
-        return (
-            CheckpointHooks(states, states.keep, found)
-            if first_process()
-            else CheckpointHooks(resume=found)
-        )
+        state = states.latest() if spec.resume else None
+        if not first_process():
+            return CheckpointHooks(resume=state)
+        return CheckpointHooks(states, states.save_or_warn, state)
 
-    def take(self, made: FinishedAdapter) -> None:
-        """Keep a finished adapter; after a stage of a sequence, look at all tasks so far."""
-        name, trained = made.job.name, made.trained
+    def add(self, finished: FinishedAdapter) -> None:
+        """Save a finished adapter; after a stage of a sequence, measure all tasks for the ledger."""
+        name, trained = finished.job.name, finished.trained
         self.interrupted |= trained.stopped == "interrupted"
         if not first_process():
             return
         if trained.best_step:
-            self._keep(made)
+            self._save(finished)
         else:
             warn(f"adapter {name!r} is not saved: {trained.stopped} before it learnt anything")
         if self.spec.options.how == "sequence" and not self.interrupted:
-            self._record_ledger(made)
+            self._record_ledger(finished)
 
-    def _keep(self, made: FinishedAdapter) -> None:
-        """Save a finished adapter; where that fails, warn, so that the others are not lost."""
-        options, tasks = self.spec.options, [self.spec.tasks[task] for task in made.tasks]
+    def _save(self, finished: FinishedAdapter) -> None:
+        """Save a finished adapter; if that fails, warn, so that the others are not lost."""
+        options, tasks = self.spec.options, [self.spec.tasks[task] for task in finished.tasks]
         draft = manifest_of(
             tasks,
             self.registry.model.backbone,
-            made.job,
-            made.trained,
+            finished.job,
+            finished.trained,
             how=options.how,
-            beside=made.beside,
-            note=made.note,
+            trained_with=finished.trained_with,
+            note=finished.note,
         )
-        common = options.how == "shared" and made.job.name == options.shared_name
-        if not (common or options.shard):  # a common one acts beside others, never by itself
+        is_shared = options.how == "shared" and finished.job.name == options.shared_name
+        if not (is_shared or options.shard):  # the shared adapter never answers by itself
             draft = draft.model_copy(update={"routing": learn_routing(self.registry, tasks)})
-        weights = made.weights.to(self.spec.save_dtype)
+        weights = finished.weights.to(self.spec.save_dtype)
         try:
-            kept = self.registry.save_new(weights, draft, probing=not options.shard)
+            saved = self.registry.save_new(weights, draft, probing=not options.shard)
         except AdapterError as error:
             warn(f"adapter {draft.name!r} is not saved: {error}")
             return
-        self.manifests[kept.name] = kept
-        self.made[kept.name] = made
+        self.manifests[saved.name] = saved
+        self.finished[saved.name] = finished
 
     def finish(self) -> dict[str, Manifest]:
-        """Measure what was saved, unless the run was interrupted; return the manifests."""
+        """Measure the saved adapters, unless the run was interrupted; return the manifests."""
         if self.interrupted and not self.manifests:
             raise KeyboardInterrupt
         if self.interrupted:
@@ -151,45 +150,43 @@ class _Run:
         return self.manifests
 
     def _measure(self) -> None:
-        """Score the saved adapters on their tasks' test splits; write the scores into manifests."""
+        """Score the saved adapters on their tasks' test splits; write the scores into the manifests."""
         limit = self.spec.options.test_examples
-        plain = _unquantized(self.registry.model)
+        unquantized = _unquantized(self.registry.model)
         try:
             for name, manifest in self.manifests.items():
                 scores = []
-                for task in (self.spec.tasks[t] for t in self.made[name].tasks):
+                for task in (self.spec.tasks[t] for t in self.finished[name].tasks):
                     pair = [(name, as_mix(name))]
                     scores += judge_task(self.registry.model, task, pair, limit, self.listeners)
-                    if plain is not None:
-                        plain.load(name, self.registry.model.weights(name))
-                        scores += judge_task(plain, task, pair, limit, self.listeners)
+                    if unquantized is not None:
+                        unquantized.load(name, self.registry.model.weights(name))
+                        scores += judge_task(unquantized, task, pair, limit, self.listeners)
                 self.manifests[name] = manifest.with_scores(scores)
                 self.registry.describe(name, self.manifests[name])
         except KeyboardInterrupt:
             warn(f"interrupted: {', '.join(self.manifests)} are saved, but not all are measured")
             raise
 
-    def _record_ledger(self, made: FinishedAdapter) -> None:
-        """Add a row to the ledger: each task's score now, by the adapter that answers for it."""
+    def _record_ledger(self, finished: FinishedAdapter) -> None:
+        """Add a row to the ledger: each task's present score, by the adapter that has learnt it."""
         options, tasks = self.spec.options, self.spec.tasks
         if not options.test_examples or options.shard:
             return
         row: list[float | None] = []
         for name, task in tasks.items():
-            learnt = name if name in self.manifests else None
-            grown = made.job.name if made.job.name in self.manifests else None
-            answering = grown if options.grow else learnt
+            adapter = finished.job.name if options.grow else name
             if name not in self._start:
                 (bare,) = judge_task(
                     self.registry.model, task, [("", Mix())], options.test_examples
                 )
                 self._start[name] = bare.value
-            if answering is None:
+            if adapter not in self.manifests:
                 row.append(None)
                 continue
-            pair = [(answering, as_mix(answering))]
-            (found,) = judge_task(self.registry.model, task, pair, options.test_examples)
-            row.append(found.value)
+            pair = [(adapter, as_mix(adapter))]
+            (score,) = judge_task(self.registry.model, task, pair, options.test_examples)
+            row.append(score.value)
         self._matrix.append(tuple(row))
         self.listeners.on_ledger(
             Ledger(
@@ -202,19 +199,19 @@ class _Run:
         )
 
 
-def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
-    """Return listeners that write into the run's folder, too."""
+def _with_log(listeners: Listeners, log: RunLog, folder: Path) -> Listeners:
+    """Return listeners that also write to the log, `sweep.json` and `ledger.json` in the run's folder."""
 
     def on_event(event: Event) -> None:
         listeners.on_event(event)
         log(event)
 
-    def on_sweep(table: Sequence[Candidate]) -> None:
-        listeners.on_sweep(table)
-        rows = [asdict(row) for row in table]
+    def on_sweep(candidates: Sequence[Candidate]) -> None:
+        listeners.on_sweep(candidates)
+        rows = [asdict(candidate) for candidate in candidates]
         for row in rows:  # JSON has no NaN
-            known = math.isfinite(row["validation_loss"])
-            row["validation_loss"] = row["validation_loss"] if known else None
+            if not math.isfinite(row["validation_loss"]):
+                row["validation_loss"] = None
         write_json(folder / "sweep.json", {"candidates": rows})
 
     def on_ledger(ledger: Ledger) -> None:
@@ -225,16 +222,16 @@ def _logged(log: RunLog, folder: Path, listeners: Listeners) -> Listeners:
 
 
 def _unquantized(model: AdapterModel) -> AdapterModel | None:
-    """Return the same backbone without quantization, None when this one has none."""
-    own = model.backbone
-    if own.quantize is None:
+    """Return a model on the same backbone without quantization; None if it is not quantized."""
+    backbone = model.backbone
+    if backbone.quantize is None:
         return None
-    return AdapterModel(load_backbone(own.name, dtype=own.dtype, device=own.device))
+    return AdapterModel(load_backbone(backbone.name, dtype=backbone.dtype, device=backbone.device))
 
 
 @dataclass
 class Finished:
-    """What a run gave: adapters, the table of a sweep, the ledger of a sequence."""
+    """The results of a run: manifests, the candidates of its sweeps, the ledger of a sequence."""
 
     manifests: Mapping[str, Manifest] = field(default_factory=dict)
     sweep: Sequence[Candidate] = ()
@@ -248,10 +245,10 @@ def manifest_of(
     trained: Trained,
     *,
     how: How,
-    beside: Sequence[str] = (),
+    trained_with: Sequence[str] = (),
     note: str = "",
 ) -> Manifest:
-    """Return the draft of a freshly trained adapter's manifest."""
+    """Return the manifest of a newly trained adapter, without what is measured later."""
     return draft_of(
         job.name,
         backbone,
@@ -261,7 +258,7 @@ def manifest_of(
             tasks=tuple(name for t in tasks for name in t.members or (t.name,)),
             data_sha256=tuple(t.data_hash() for t in tasks),
             sources=tuple(dict.fromkeys(source for t in tasks for source in t.sources)),
-            beside=tuple(beside),
+            beside=tuple(trained_with),
             settings=job.config.model_dump(),
             steps=trained.steps,
             best_step=trained.best_step,

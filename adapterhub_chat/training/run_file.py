@@ -1,4 +1,4 @@
-"""A training run as a file: TOML and flags -> `RunConfig`; `run.json`, from which a run resumes."""
+"""Reads a training run: TOML and flags -> `RunConfig`; `run.json`, from which a run resumes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from adapterhub_chat.config import RunConfig, _is_list, _is_table, _setting_misfits, sweep_misfits
+from adapterhub_chat.config import RunConfig
 from adapterhub_chat.errors import ConfigError, UsageError
+from adapterhub_chat.training.settings import (
+    adapter_misfits,
+    is_mapping,
+    sweep_misfits,
+    train_setting_misfits,
+)
 from adapterhub_chat.training.spec import RUN_FILE
-from adapterhub_chat.validation import explain, read_settings
+from adapterhub_chat.validation import read_settings
 
 
 def read_run(
@@ -24,72 +28,76 @@ def read_run(
     settings: Mapping[str, Any],
     sweep: Mapping[str, list[Any]] | None = None,
 ) -> RunConfig:
-    """Return the run that a TOML file and the command line describe together; flags win.
+    """Return the run that a TOML file and the command line describe together; flags take precedence.
 
-    Raises one ConfigError with every misfit: unknown keys at any depth, values out of range, an adapter
-    without a task, one name for two, nothing to train.
+    `sweep`, from `read_sweep`, is added to every adapter's own. Raises one ConfigError with every misfit:
+    unknown keys at any depth, values out of range, an adapter without a task, a duplicate name, no adapter.
     """
-    values = _toml(path) if path else {}
+    values = _read_toml(path) if path else {}
     values |= {name: value for name, value in flags.items() if value is not None}
-    found: list[str] = []
+    misfits: list[str] = []
     titles = list(names or map(_stem, tasks))
     if len(titles) != len(tasks):
-        found.append(f"{len(tasks)} tasks but {len(titles)} names: give one name per task")
+        misfits.append(f"{len(tasks)} tasks but {len(titles)} names: give one name per task")
     if twice := sorted({title for title in titles if titles.count(title) > 1}):
-        found.append(f"two adapters are called {', '.join(twice)}: give each a name of its own")
+        misfits.append(f"two adapters are called {', '.join(twice)}: give each a name of its own")
     adapters = {
-        name: {key: own[key] for key in own if key not in settings} if _is_table(own) else own
-        for name, own in _table(values, "adapters", found).items()
+        name: {k: v for k, v in table.items() if k not in settings} if is_mapping(table) else table
+        for name, table in _table(values, "adapters", misfits).items()
     }
-    adapters |= {n: {"task": t} for n, t in zip(titles, tasks, strict=False)}
-    for own in adapters.values() if sweep else ():
-        if _is_table(own):
-            own["sweep"] = {**own.get("sweep", {}), **(sweep or {})}
+    adapters |= {title: {"task": task} for title, task in zip(titles, tasks, strict=False)}
     values["adapters"] = adapters
-    values["settings"] = {**_table(values, "settings", found), **settings}
+    values["settings"] = {**_table(values, "settings", misfits), **settings}
+    run = _parse_run(values, str(path) if path else "the command line", misfits)
+    if not sweep:
+        return run
+    swept = {
+        name: {**table, "sweep": {**table.get("sweep", {}), **sweep}}
+        for name, table in run.adapters.items()
+    }
+    return run.model_copy(update={"adapters": swept})
+
+
+def _parse_run(values: Mapping[str, Any], source: str, misfits: Sequence[str] = ()) -> RunConfig:
+    """Return the run that `values` describe.
+
+    Raises one ConfigError with `misfits` and all that is wrong in `values`, the adapters' tables included.
+    """
+    all_misfits = list(misfits)
     run = None
     try:
-        run = RunConfig.model_validate(values)
-    except ValidationError as error:
-        found += explain(error, RunConfig)
-    found += _setting_misfits("settings", values["settings"])
-    for name, table in adapters.items():
-        found += _adapter_misfits(f"adapters.{name}", dict(table) if _is_table(table) else {})
+        run = read_settings(RunConfig, values, source)
+    except ConfigError as error:
+        all_misfits += error.misfits
+    settings, adapters = values.get("settings", {}), values.get("adapters", {})
+    all_misfits += train_setting_misfits("settings", settings if is_mapping(settings) else {})
+    for name, table in adapters.items() if is_mapping(adapters) else ():
+        all_misfits += adapter_misfits(f"adapters.{name}", table if is_mapping(table) else {})
     if not adapters:
-        found.append("nothing to train: name tasks, or write [adapters.NAME] tables")
-    if found or run is None:
-        raise ConfigError(str(path) if path else "the command line", found)
+        all_misfits.append("nothing to train: name tasks, or write [adapters.NAME] tables")
+    if all_misfits or run is None:
+        raise ConfigError(source, all_misfits)
     return run
 
 
-def _adapter_misfits(where: str, own: dict[str, Any]) -> list[str]:
-    """Return what is wrong in the table of one adapter: its task or tasks, its sweep, its settings."""
-    found = []
-    one, several, sweep = own.pop("task", None), own.pop("tasks", None), own.pop("sweep", {})
-    if several is None and not isinstance(one, str):
-        found.append(f'{where} needs a task, as in task = "qa"')
-    elif several is not None and (one is not None or not _is_list(several, str)):
-        found.append(f'{where} needs one task, or tasks = ["a", "b"] alone')
-    return [*found, *sweep_misfits(f"{where}.sweep", sweep), *_setting_misfits(where, own)]
-
-
 def read_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the lists that texts such as `rank=4,8` mean; raise ConfigError naming every misfit."""
+    """Parse texts such as `rank=4,8` into lists of values; raise ConfigError naming every misfit."""
     sweep: dict[str, list[Any]] = {}
-    found = []
+    misfits = []
     for text in texts:
         key, sign, values = text.partition("=")
         if not sign or not values:
-            found.append(f"{text!r} is no sweep; write a setting and its values: rank=4,8")
+            misfits.append(f"{text!r} is no sweep; write a setting and its values: rank=4,8")
             continue
-        sweep.setdefault(key, []).extend(_number(value) for value in values.split(","))
-    found += sweep_misfits("--sweep", sweep)
-    if found:
-        raise ConfigError("the command line", found)
+        sweep.setdefault(key, []).extend(_parse_value(value) for value in values.split(","))
+    misfits += sweep_misfits("--sweep", sweep)
+    if misfits:
+        raise ConfigError("the command line", misfits)
     return sweep
 
 
-def _number(text: str) -> Any:
+def _parse_value(text: str) -> Any:
+    """Return a number, a boolean, or the text itself."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -98,7 +106,7 @@ def _number(text: str) -> Any:
     return {"true": True, "false": False}.get(text, text)
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -107,26 +115,27 @@ def _toml(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"is not valid TOML: {error}"]) from error
 
 
-def _table(values: Mapping[str, Any], key: str, found: list[str]) -> dict[str, Any]:
-    """Return the table `key`; where it is something else, say so in `found` and return an empty one."""
+def _table(values: Mapping[str, Any], key: str, misfits: list[str]) -> dict[str, Any]:
+    """Return the table `key`; if it is something else, add to `misfits` and return an empty one."""
     value = values.get(key, {})
-    if _is_table(value):
+    if is_mapping(value):
         return dict(value)
-    found.append(f"{key}: must be a table; got {value!r}")
+    misfits.append(f"{key}: must be a table; got {value!r}")
     return {}
 
 
 def _stem(task: str) -> str:
+    """Return the adapter name of a task: a file's stem, or the task's name."""
     return Path(task).stem if task.endswith((".py", ".toml")) else task
 
 
-def resumed(folder: Path | None, given: Sequence[str] = ()) -> RunConfig:
-    """Return the run that was ordered in `folder`; raise UsageError when there is none.
+def resumed(folder: Path | None, options: Sequence[str] = ()) -> RunConfig:
+    """Return the run that was started in `folder`; raise UsageError if there is none.
 
-    `given` names what was ordered beside: a run goes on as it was ordered.
+    `options` names the further options of the command line; they are refused.
     """
-    if given:
-        listed = ", ".join(given)
+    if options:
+        listed = ", ".join(options)
         raise UsageError(f"--resume goes on with the run as it was ordered; leave out {listed}")
     if folder is None:
         raise UsageError("--resume needs --run-dir, the folder of the run to go on with")
@@ -141,4 +150,4 @@ def resumed(folder: Path | None, given: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["does not hold a run"])
-    return read_settings(RunConfig, values, str(path))
+    return _parse_run(values, str(path))

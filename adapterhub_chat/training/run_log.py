@@ -15,18 +15,18 @@ from adapterhub_chat.events import Event
 
 
 class RunLog:
-    """Writes events into a folder, which the first one makes; call it with each."""
+    """Appends events to a log in a folder, which is created with the first event. Call it with each event."""
 
     def __init__(self, folder: Path) -> None:
-        """Write to `folder/metrics.jsonl`, after what is there."""
+        """Append to `folder/metrics.jsonl`."""
         self.folder = folder
         self._file: Any = None
-        self._board: Any = None
+        self._tensorboard: Any = None
 
     def __call__(self, event: Event) -> None:
-        """Write one event; raise PoolError when the first one has no place.
+        """Write one event; raise PoolError if the log cannot be created.
 
-        Later on a full disk costs the log, not the training.
+        A later failure, such as a full disk, is a warning: the training goes on.
         """
         if self._file is None:
             self._open()
@@ -43,15 +43,15 @@ class RunLog:
             raise PoolError(f"the run log cannot be written to {self.folder}: {error}") from error
         if importlib.util.find_spec("tensorboard"):
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-            self._board = writer(str(self.folder))
+            self._tensorboard = writer(str(self.folder))
 
     def _write(self, event: Event) -> None:
         line = json.dumps({"time": time.time(), **asdict(event)}) + "\n"
         self._file.write(line.encode())
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in event.values.items():
                 tag = f"{event.adapter}/{event.kind}_{name}"
-                self._board.add_scalar(tag, value, event.step)
+                self._tensorboard.add_scalar(tag, value, event.step)
 
     def __enter__(self) -> RunLog:
         """Return self."""
@@ -64,6 +64,6 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         """Close the files."""
-        for opened in (self._file, self._board):
+        for opened in (self._file, self._tensorboard):
             if opened is not None:
                 opened.close()

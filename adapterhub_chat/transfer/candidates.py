@@ -1,4 +1,4 @@
-"""A transfer from beginning to end: train every method, judge, choose. Returns values, writes nothing."""
+"""Trains the candidates of a transfer, judges them against the baseline and chooses one; writes nothing."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from adapterhub_chat.transfer.methods import (
     STACKS,
     adversarial_job,
     few_shot_jobs,
-    finished,
     language_job,
     language_stack,
     maxent_job,
+    plain_weights,
 )
 from adapterhub_chat.transfer.setting import TransferProblem, proxy_validation
 from adapterhub_chat.types import BACKBONE, Mix, as_mix
 
-SHARE = 0.3
-"""Least effective sample size of a reweighted source, as a share of it."""
+MIN_EFFECTIVE_SHARE = 0.3
+"""Smallest effective sample size of a reweighted source, as a share of its examples."""
 AS_IS = "source"
+"""Name of the candidate that is the source adapter, unchanged."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to serve the target, measured on its validation examples, or what stands for them."""
+    """A method's adapter, measured on the target's validation examples or their proxy."""
 
     method: str
     value: float
@@ -50,15 +51,15 @@ class Candidate:
     """None: the bare backbone."""
     steps: int = 0
     best_step: int = 0
-    own: AdapterWeights | None = None
-    """Of a stack: T alone, without the source under it."""
+    stacked: AdapterWeights | None = None
+    """For a stack: T alone, without the source."""
     note: str = ""
-    """Why its training ended before its time."""
+    """Why its training stopped early; empty if it finished."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Every candidate, beside the baseline, and which one is chosen."""
+    """All candidates with their verdicts against the baseline, and the chosen one."""
 
     baseline: str
     candidates: dict[str, Candidate]
@@ -66,123 +67,130 @@ class Outcome:
     seconds: float
     metric: str
     weighting: Weighting | None = None
-    game: DomainDiscriminator | None = None
+    discriminator: DomainDiscriminator | None = None
     proxy: str = ""
-    """What the verdicts rest on where the target has no labels."""
+    """If the target has no labels: a sentence on the proxy that the verdicts rest on."""
     rows: dict[str, Rows] = field(default_factory=dict)
+    """Candidate -> its rows of the metric."""
 
 
 def transfer(
     model: AdapterModel,
-    setting: TransferProblem,
+    problem: TransferProblem,
     method: str = "auto",
     *,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> Outcome:
-    """Train what `method` needs (auto: all of METHODS), judge it beside the baseline, and choose.
+    """Train the candidates of `method` (auto: of all METHODS), judge them against the baseline, and choose.
 
-    The baseline is the few-shot target adapter, or the backbone where the target has no labelled training
+    The baseline is the few-shot target adapter, or the backbone if the target has no labelled training
     examples. `auto` takes the candidate with the best lower bound of those that help, else the baseline.
-    Without any labelled example of the target all this rests on a proxy, which is told.
+    Without any labelled example of the target the verdicts rest on a proxy; see `proxy_validation`.
     """
-    check_method(setting, method)
+    check_method(problem, method)
     started = time.monotonic()
-    if setting.stand_ins:
-        setting = proxy_validation(model, setting)
-    wanted = _wanted(setting) if method == "auto" else (BASELINE, method)
-    jobs = _short_jobs(model, setting, wanted)
+    if problem.proxies:
+        problem = proxy_validation(model, problem)
+    methods = _auto_methods(problem) if method == "auto" else (BASELINE, method)
+    jobs = _target_jobs(model, problem, methods)
     if method == LANGUAGE and not any(job.name == LANGUAGE for job in jobs):
         raise UsageError("method 'language': the texts are too few or too short to learn from")
-    made = _learnt(model, jobs, method, on_event)
-    with _on_trial(model, made[BASELINE].weights if BASELINE in made else None) as teacher:
-        weighting, game, more = _long_jobs(model, setting, wanted, teacher)
-    if LANGUAGE in made and setting.shots:
-        learnt = made[LANGUAGE].weights
-        more.append(language_stack(model.backbone.tokenizer, setting, learnt))
-    made |= _learnt(model, more, method, on_event)
-    every: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: setting.source}
-    every |= {name: finished(setting, name, done) for name, done in made.items()}
-    rows = {name: _rows(model, setting, own) for name, own in every.items()}
-    baseline = BASELINE if setting.shots else BACKBONE
-    metric = setting.target.metric
-    verdicts = {name: verdict(metric, own, rows[baseline]) for name, own in rows.items()}
+    trained = _train(model, jobs, method, on_event)
+    with _temporarily_loaded(
+        model, trained[BASELINE].weights if BASELINE in trained else None
+    ) as teacher:
+        weighting, discriminator, more_jobs = _source_jobs(model, problem, methods, teacher)
+    if LANGUAGE in trained and problem.shots:
+        start = trained[LANGUAGE].weights
+        more_jobs.append(language_stack(model.backbone.tokenizer, problem, start))
+    trained |= _train(model, more_jobs, method, on_event)
+    all_weights: dict[str, AdapterWeights | None] = {BACKBONE: None, AS_IS: problem.source}
+    all_weights |= {name: plain_weights(problem, name, done) for name, done in trained.items()}
+    rows = {name: _rows(model, problem, weights) for name, weights in all_weights.items()}
+    baseline = BASELINE if problem.shots else BACKBONE
+    metric = problem.target.metric
+    verdicts = {name: verdict(metric, own_rows, rows[baseline]) for name, own_rows in rows.items()}
     candidates = {
-        name: _candidate(name, METRICS[metric].aggregate(rows[name]), verdicts[name], own, made)
-        for name, own in every.items()
+        name: _candidate(
+            name, METRICS[metric].aggregate(rows[name]), verdicts[name], weights, trained
+        )
+        for name, weights in all_weights.items()
     }
     chosen = best(verdicts, baseline) if method == "auto" else method
     seconds = time.monotonic() - started
     return Outcome(
-        baseline, candidates, chosen, seconds, metric, weighting, game, setting.proxy, rows
+        baseline, candidates, chosen, seconds, metric, weighting, discriminator, problem.proxy, rows
     )
 
 
-def _learnt(
+def _train(
     model: AdapterModel, jobs: Sequence[Job], method: str, on_event: Callable[[Event], None]
 ) -> dict[str, Trained]:
-    """Train, and return what is sound.
+    """Train the jobs; return the results whose weights are finite.
 
-    Ctrl-C ends the whole transfer: beside what has half learnt, a verdict would be false.
+    Ctrl-C ends the whole transfer: a comparison with partly trained adapters would be wrong.
     """
-    made = train(model, jobs, on_event=on_event) if jobs else {}
-    if any(done.stopped == "interrupted" for done in made.values()):
+    trained = train(model, jobs, on_event=on_event) if jobs else {}
+    if any(done.stopped == "interrupted" for done in trained.values()):
         raise KeyboardInterrupt
-    return _sound(made, method)
+    return _finite(trained, method)
 
 
-def _sound(made: Mapping[str, Trained], method: str) -> dict[str, Trained]:
-    """Return what can be judged; warn of a candidate whose numbers went out of bounds.
+def _finite(trained: Mapping[str, Trained], method: str) -> dict[str, Trained]:
+    """Return the results whose weights are finite; warn of the others.
 
-    Raises DataError where it is the one that is asked for, or the baseline.
+    Raises DataError if one of the others is the requested method or the baseline.
     """
-    lost = [name for name, done in made.items() if not done.weights.finite()]
-    text = f"{', '.join(lost)}: the training left numbers that are not finite; lower learning_rate"
-    if {BASELINE, method} & {*lost}:
+    bad = [name for name, done in trained.items() if not done.weights.is_finite]
+    text = f"{', '.join(bad)}: the training left numbers that are not finite; lower learning_rate"
+    if {BASELINE, method} & {*bad}:
         raise DataError(text)
-    if lost:
+    if bad:
         warn(text)
-    return {name: done for name, done in made.items() if name not in lost}
+    return {name: done for name, done in trained.items() if name not in bad}
 
 
-def check_method(setting: TransferProblem, method: str) -> None:
-    """Raise UsageError for a method that there is not, or that the setting lacks something for."""
+def check_method(problem: TransferProblem, method: str) -> None:
+    """Raise UsageError for an unknown method, or one that needs shots or texts that the problem lacks."""
     if method not in (*METHODS, "auto"):
         raise UsageError(f"method {method!r}: allowed are auto, {', '.join(METHODS)}")
-    if not setting.shots and method in ("target", "finetune", "stack"):
+    if not problem.shots and method in ("target", "finetune", "stack"):
         raise UsageError(f"method {method!r} learns from the target's labels; give shots")
-    if not setting.unlabelled and method in ("adversarial", LANGUAGE):
+    if not problem.unlabelled and method in ("adversarial", LANGUAGE):
         raise UsageError(
             f"method {method!r} needs texts of the target without labels; give unlabelled"
         )
 
 
-def _wanted(setting: TransferProblem) -> Sequence[str]:
-    """Return the methods that `auto` tries: a language is learnt where it is another one."""
-    return [name for name in METHODS if name != LANGUAGE or setting.foreign]
+def _auto_methods(problem: TransferProblem) -> Sequence[str]:
+    """Return the methods that `auto` tries: `language` only if the target is in another language."""
+    return [name for name in METHODS if name != LANGUAGE or problem.foreign]
 
 
-def _short_jobs(model: AdapterModel, setting: TransferProblem, wanted: Sequence[str]) -> list[Job]:
-    """Return the jobs that learn from the target alone: from its shots, and from its text."""
+def _target_jobs(
+    model: AdapterModel, problem: TransferProblem, methods: Sequence[str]
+) -> list[Job]:
+    """Return the jobs that learn from the target alone: from its shots and its texts."""
     tokenizer = model.backbone.tokenizer
-    jobs = few_shot_jobs(tokenizer, setting, wanted)
-    if LANGUAGE in wanted and setting.unlabelled:
-        job = language_job(model, setting)
+    jobs = few_shot_jobs(tokenizer, problem, methods)
+    if LANGUAGE in methods and problem.unlabelled:
+        job = language_job(model, problem)
         jobs += [job] if job.train else []
     return jobs
 
 
-def _long_jobs(
-    model: AdapterModel, setting: TransferProblem, wanted: Sequence[str], teacher: Mix
+def _source_jobs(
+    model: AdapterModel, problem: TransferProblem, methods: Sequence[str], teacher: Mix
 ) -> tuple[Weighting | None, DomainDiscriminator | None, list[Job]]:
-    """Return the jobs that learn from the source's examples, too, with what they are watched by."""
-    weighting, game, jobs = None, None, []
-    if "maxent" in wanted:
-        job, weighting = maxent_job(model, setting, teacher, SHARE)
+    """Return the weighting, the discriminator and the jobs that also learn from the source's examples."""
+    weighting, discriminator, jobs = None, None, []
+    if "maxent" in methods:
+        job, weighting = maxent_job(model, problem, teacher, MIN_EFFECTIVE_SHARE)
         jobs.append(job)
-    if "adversarial" in wanted and setting.unlabelled:
-        job, game = adversarial_job(model, setting)
+    if "adversarial" in methods and problem.unlabelled:
+        job, discriminator = adversarial_job(model, problem)
         jobs.append(job)
-    return weighting, game, jobs
+    return weighting, discriminator, jobs
 
 
 def _candidate(
@@ -190,24 +198,24 @@ def _candidate(
     value: float,
     judged: TransferVerdict,
     weights: AdapterWeights | None,
-    made: Mapping[str, Trained],
+    all_trained: Mapping[str, Trained],
 ) -> Candidate:
-    done = made.get(name)
-    if done is None:
+    trained = all_trained.get(name)
+    if trained is None:
         return Candidate(name, value, judged, weights)
-    note = done.stopped if done.stopped != "finished" else ""
-    own = done.weights if name in STACKS else None
-    return Candidate(name, value, judged, weights, done.steps, done.best_step, own, note)
+    note = trained.stopped if trained.stopped != "finished" else ""
+    stacked = trained.weights if name in STACKS else None
+    return Candidate(name, value, judged, weights, trained.steps, trained.best_step, stacked, note)
 
 
-def _rows(model: AdapterModel, setting: TransferProblem, weights: AdapterWeights | None) -> Rows:
-    with _on_trial(model, weights) as mix:
-        return judge(model, setting.target, setting.validation, mix, details=False).rows
+def _rows(model: AdapterModel, problem: TransferProblem, weights: AdapterWeights | None) -> Rows:
+    with _temporarily_loaded(model, weights) as mix:
+        return judge(model, problem.target, problem.validation, mix, details=False).rows
 
 
 @contextmanager
-def _on_trial(model: AdapterModel, weights: AdapterWeights | None) -> Iterator[Mix]:
-    """Load weights for as long as the block runs; give their mix, without weights the backbone's."""
+def _temporarily_loaded(model: AdapterModel, weights: AdapterWeights | None) -> Iterator[Mix]:
+    """Load weights for the duration of the block; yield their mix, or the backbone's without weights."""
     if weights is None:
         yield Mix()
         return

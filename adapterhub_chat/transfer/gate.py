@@ -1,4 +1,4 @@
-"""The gate: does a transfer help, and which one is chosen."""
+"""The gate: whether a candidate improves on the baseline, and which candidate is chosen."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from adapterhub_chat.data.metrics import METRICS, Rows, paired_difference
 from adapterhub_chat.errors import DataError
 
 MIN_ITEMS = 5
-"""Items below which nothing is proven: a bootstrap of one or two has hardly any width."""
+"""Smallest number of items for a verdict: a bootstrap interval of one or two has hardly any width."""
 VerdictWord = Literal["helps", "neutral", "hurts"]
 
 
 @dataclass(frozen=True)
 class TransferVerdict:
-    """A candidate beside the baseline on the same items; a gain is better whatever the metric."""
+    """The gain of a candidate over the baseline on the same items; positive is better whatever the metric."""
 
     word: VerdictWord
     gain: float
@@ -25,16 +25,16 @@ class TransferVerdict:
 
 
 def verdict(metric: str, candidate: Rows, baseline: Rows) -> TransferVerdict:
-    """Return whether a candidate's rows are better, with the paired 95 % bootstrap interval of the gain.
+    """Return the verdict on a candidate, with the paired 95 % bootstrap interval of its gain.
 
-    helps: the whole interval is above zero. hurts: it is below. With less than FEWEST items it is neutral
-    whatever they say. Raises DataError without any.
+    `helps`: the whole interval is above zero; `hurts`: it is below; else, or with fewer than MIN_ITEMS items,
+    `neutral`. Raises DataError without items.
     """
     if not len(candidate):
         raise DataError("the gate has no target items with labels to judge by")
-    kind = METRICS[metric]
-    first, second = (candidate, baseline) if kind.higher_is_better else (baseline, candidate)
-    gain, low, high = paired_difference(first, second, kind.statistic)
+    definition = METRICS[metric]
+    first, second = (candidate, baseline) if definition.higher_is_better else (baseline, candidate)
+    gain, low, high = paired_difference(first, second, definition.statistic)
     word: VerdictWord = "helps" if low > 0 else "hurts" if high < 0 else "neutral"
     word = word if len(candidate) >= MIN_ITEMS else "neutral"
     return TransferVerdict(word, gain, low, high)
@@ -47,13 +47,13 @@ def best(verdicts: Mapping[str, TransferVerdict], baseline: str) -> str:
 
 
 def stratified(labels: Sequence[str], count: int, order: Sequence[int]) -> list[int]:
-    """Return the indices of `count` items, the labels in turn, each label's items in the given order."""
+    """Return the indices of `count` items: the labels in turn, the items of a label in the given order."""
     by_label: dict[str, list[int]] = {}
     for index in order:
         by_label.setdefault(labels[index], []).append(index)
     chosen: list[int] = []
     while len(chosen) < count and any(by_label.values()):
-        for own in by_label.values():
-            if own and len(chosen) < count:
-                chosen.append(own.pop(0))
+        for indices in by_label.values():
+            if indices and len(chosen) < count:
+                chosen.append(indices.pop(0))
     return sorted(chosen)

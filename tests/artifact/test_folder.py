@@ -18,7 +18,7 @@ from adapterhub_chat.artifact.folder import BufferPool, config_of, read_folder, 
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError
-from adapterhub_chat.lora.weights import AdapterWeights, Packed
+from adapterhub_chat.lora.weights import AdapterWeights, PackedFactors
 from adapterhub_chat.types import as_mix
 
 IDS = torch.tensor([[5, 9, 60, 31, 7, 120], [8, 8, 99, 3, 200, 41]])
@@ -101,10 +101,10 @@ def folder(tmp_path, model, make_weights):
 
 
 def assert_peft_agrees(folder, model, weights, pico_folder):
-    with warnings.catch_warnings(record=True) as heard:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         theirs = peft.PeftModel.from_pretrained(plain(pico_folder), folder)
-    assert not [str(w.message) for w in heard if issubclass(w.category, UserWarning)]
+    assert not [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     model.load("ours", weights)
     ours = our_logits(model, "ours")
     torch.testing.assert_close(ours, logits_of(theirs), **TOLERANCE)
@@ -163,7 +163,7 @@ def test_peft_agrees_on_any_choice_of_modules_ranks_and_alphas(
     assert_peft_agrees(write(tmp_path / "adapter", model, weights), model, weights, pico_folder)
 
 
-def test_target_modules_say_exactly_which_modules_are_meant(model, make_weights):
+def test_target_modules_select_exactly_the_adapters_modules(model, make_weights):
     some = make_weights(only=("q_proj", "v_proj"))
     assert config_of(some, "b", model.shapes)["target_modules"] == ["q_proj", "v_proj"]
     half = in_layer(some, 0)
@@ -180,7 +180,7 @@ def test_our_config_is_complete_for_peft(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_written_is_read_bit_for_bit(dtype, tmp_path, model, make_weights):
+def test_written_weights_are_read_bit_for_bit(dtype, tmp_path, model, make_weights):
     weights = make_weights(rank=5, alpha=2.5, rslora=True).to(dtype)
     read, *_ = read_folder(write(tmp_path / "one", model, weights))
     assert read.rslora
@@ -204,7 +204,7 @@ def test_factors_that_share_memory_or_are_views_can_be_written(tmp_path, model, 
         assert torch.equal(b, square.T[:, :4])
 
 
-def test_what_was_read_does_not_change_with_the_file(folder):
+def test_weights_do_not_change_with_the_file(folder):
     read, *_ = read_folder(folder)
     kept = {m: a.clone() for m, (a, _) in read.factors.items()}
     with (folder / WEIGHTS).open("r+b") as file:
@@ -376,7 +376,7 @@ def test_settings_that_change_the_equation_are_refused(setting, value, folder, r
     refuses(folder, setting)
 
 
-def test_settings_that_are_off_or_do_not_matter_are_no_hindrance(folder, hub):
+def test_settings_that_are_off_or_irrelevant_are_accepted(folder, hub):
     edit_config(folder, use_the_next_idea=False, eva_config={"rho": 2.0}, peft_version="9.9")
     with pytest.warns(UserWarning, match="unverified"):
         hub.load(folder)
@@ -398,7 +398,7 @@ def test_pickled_weights_are_never_opened(folder, refuses):
     refuses(folder, WEIGHTS, ".bin weights are never opened")
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path, hub):
+def test_a_missing_folder_is_refused(tmp_path, hub):
     with pytest.raises(AdapterError, match="is not a folder"):
         hub.load(tmp_path / "nowhere")
 
@@ -418,7 +418,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, hub):
         b'{"peft_type": "LORA"}',
     ],
 )
-def test_a_config_that_is_no_config_is_refused(text, folder, refuses):
+def test_an_invalid_config_is_refused(text, folder, refuses):
     (folder / CONFIG).write_bytes(text)
     refuses(folder, str(folder))
 
@@ -461,7 +461,7 @@ def test_damaged_weights_are_refused(damage, folder, refuses):
         ([-512, 0], [512, 1024]),
     ],
 )
-def test_tensors_that_do_not_share_out_the_file_are_refused(places, folder, refuses):
+def test_tensors_that_do_not_cover_the_file_are_refused(places, folder, refuses):
     header = {
         key(FIRST, factor): {"dtype": "F32", "shape": shape, "data_offsets": place}
         for factor, shape, place in zip("AB", ([4, 32], [32, 4]), places, strict=True)
@@ -474,7 +474,7 @@ def test_tensors_that_do_not_share_out_the_file_are_refused(places, folder, refu
 
 
 @pytest.mark.parametrize("spaces", range(1, 5))
-def test_numbers_that_do_not_lie_on_their_boundary_are_read_as_well(spaces, folder):
+def test_unaligned_tensors_are_read(spaces, folder):
     before, *_ = read_folder(folder)
     data = (folder / WEIGHTS).read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -483,14 +483,14 @@ def test_numbers_that_do_not_lie_on_their_boundary_are_read_as_well(spaces, fold
     after, *_ = read_folder(folder)
     for module, pair in before.factors.items():
         assert all(map(torch.equal, pair, after.factors[module]))
-    assert after.finite()
+    assert after.is_finite
 
 
-def test_factors_of_one_kind_are_views_of_the_file(folder):
+def test_factors_of_one_dtype_are_views_of_the_file(folder):
     """They are what safetensors reads, and names and shapes are known before any of them is made."""
     weights, *_ = read_folder(folder)
     factors, expected = weights.factors, load_file(folder / WEIGHTS)
-    assert isinstance(factors, Packed)
+    assert isinstance(factors, PackedFactors)
     assert len(factors) == len(list(factors)) == len(expected) // 2
     addresses = weights.addresses(torch.float32)
     assert weights.addresses(torch.bfloat16) is None
@@ -502,7 +502,7 @@ def test_factors_of_one_kind_are_views_of_the_file(folder):
     assert FIRST in factors
     assert "nobody" not in factors
     plain = weights.with_factors(dict(factors))
-    assert not isinstance(plain.factors, Packed)
+    assert not isinstance(plain.factors, PackedFactors)
     for what in ("shapes", "num_parameters", "max_rank"):
         assert getattr(plain, what) == getattr(weights, what)
     assert plain.addresses(torch.float32) == addresses
@@ -513,11 +513,11 @@ def test_factors_of_one_kind_are_views_of_the_file(folder):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_single_number_that_is_not_finite_is_found(bad, folder):
     weights, *_ = read_folder(folder)
-    assert weights.finite()
+    assert weights.is_finite
     a, b = weights.factors[FIRST]
     broken = b.clone()
     broken[3, 2] = bad
-    assert not weights.with_factors({**weights.factors, FIRST: (a, broken)}).finite()
+    assert not weights.with_factors({**weights.factors, FIRST: (a, broken)}).is_finite
     edit_tensors(folder, lambda tensors: tensors[key(FIRST, "B")][3, 2].fill_(bad))
     with pytest.raises(AdapterError, match=f"{FIRST}: some numbers are not finite"):
         read_folder(folder)
@@ -614,7 +614,7 @@ def test_settings_that_do_not_fit_are_refused(setting, value, words, folder, ref
     refuses(folder, *words)
 
 
-def test_all_misfits_stand_in_one_message(folder, refuses):
+def test_all_misfits_are_in_one_message(folder, refuses):
     edit_config(folder, use_dora=True, lora_alpha=-3, rank_pattern={"q.*": 2}, bias="all")
     edit_tensors(
         folder,
@@ -627,7 +627,7 @@ def test_all_misfits_stand_in_one_message(folder, refuses):
     assert "6 problems" in message
 
 
-def test_all_misfits_with_the_backbone_stand_in_one_message(folder, refuses):
+def test_all_misfits_with_the_backbone_are_in_one_message(folder, refuses):
     def change(tensors):
         tensors[key(FIRST, "A")] = torch.zeros(4, 7)
         for factor in "AB":
@@ -638,7 +638,7 @@ def test_all_misfits_with_the_backbone_stand_in_one_message(folder, refuses):
     refuses(folder, "7 -> 32", f"target_modules mean {SECOND}, which", "layers.9.mlp.up_proj")
 
 
-def test_a_pattern_that_only_peft_would_understand_is_not_handed_on(tmp_path, model, make_weights):
+def test_a_pattern_that_only_peft_would_match_is_not_passed_on(tmp_path, model, make_weights):
     """To PEFT a dot in a pattern's key is any letter: this one would scale every q_proj."""
     folder = write(tmp_path / "adapter", model, make_weights(rank=4, alpha=8))
     edit_config(folder, alpha_pattern={"q.proj": 1e5})
@@ -649,7 +649,7 @@ def test_a_pattern_that_only_peft_would_understand_is_not_handed_on(tmp_path, mo
     assert config["alpha_pattern"] == {"model.layers.0.self_attn.q_proj": 4}
 
 
-def test_memory_is_lent_to_one_reader_at_a_time():
+def test_a_buffer_is_lent_to_one_reader_at_a_time():
     scratch = BufferPool()
     with scratch.lent() as mine, scratch.lent() as its:
         one, other = mine(100), its(100)

@@ -24,15 +24,15 @@ from safetensors.torch import load, save
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.artifact.folder import config_of, read_folder, write_weights
-from adapterhub_chat.artifact.guard import MAX_GAIN, MAX_VALUE, check
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
+from adapterhub_chat.artifact.guard import MAX_GAIN, MAX_VALUE, check_files
+from adapterhub_chat.artifact.manifest import MANIFEST
 from adapterhub_chat.artifact.peft_config import (
     CONFIG,
     PEFT_SETTINGS,
-    absent_misfits,
-    by_module,
+    missing_module_misfits,
     plain_config,
-    spare_misfits,
+    surplus_module_misfits,
+    values_by_module,
 )
 from adapterhub_chat.artifact.safetensors_header import MAX_HEADER, MAX_TENSORS, WEIGHTS
 from adapterhub_chat.errors import AdapterError
@@ -800,7 +800,7 @@ def test_there_are_enough_bad_adapters():
     assert len(CASES) == sum(map(len, (FILES, HEADERS, TENSORS, CONFIGS)))
 
 
-def test_all_that_is_wrong_stands_in_one_message(folder, hub):
+def test_all_problems_are_in_one_message(folder, hub):
     for spoil in (
         setting(r="4", lora_alpha=-1, use_dora=True, target_modules=".*", evil=1),
         numbers("F32", math.nan),
@@ -831,7 +831,7 @@ def test_all_that_is_wrong_stands_in_one_message(folder, hub):
         "weights a FIFO",
     ],
 )
-def test_a_pool_member_is_checked_as_a_stranger(case, hub):
+def test_a_pool_member_is_checked_like_an_untrusted_folder(case, hub):
     spoil, words = CASES[case]
     folder = write_good(hub.pool.root / "bad", hub)
     spoil(folder)
@@ -844,7 +844,7 @@ def test_a_pool_member_is_checked_as_a_stranger(case, hub):
         shutil.rmtree(folder)
 
 
-def test_modules_sizes_and_numbers_that_are_wrong_stand_in_one_message(folder, hub):
+def test_wrong_modules_sizes_and_numbers_are_in_one_message(folder, hub):
     for case in ("one module missing", "21 another hidden size", "17 nan in F32"):
         CASES[case][0](folder)
     with pytest.raises(AdapterError) as refused:
@@ -868,7 +868,7 @@ def test_a_long_list_of_misfits_ends():
     modules = [f"m{n}" for n in range(2000)]
     data = file_of({key(m, f): ("F32", (2, 2)) for m in modules for f in "AB"})
     with pytest.raises(AdapterError) as refused:
-        check("it", config_text(r=3, target_modules=modules[:1500]), memoryview(data))
+        check_files("it", config_text(r=3, target_modules=modules[:1500]), memoryview(data))
     assert "m98: the config says rank 3" in str(refused.value)
     assert str(refused.value).endswith("and 1901 more")
 
@@ -882,16 +882,16 @@ def test_one_large_rank_among_small_ones_is_no_memory_bomb():
     with pytest.raises(
         AdapterError, match=r"largest rank, 1024, .* would take 962 times its numbers"
     ):
-        check("it", config_text(r=1, rank_pattern={"m0": 1024}), memoryview(data))
+        check_files("it", config_text(r=1, rank_pattern={"m0": 1024}), memoryview(data))
     spread = {key(f"m{n}", f): ("F32", (4, 4)) for n in range(9) for f in "AB"}
     spread |= {key("m0", "A"): ("F32", (64, 4)), key("m0", "B"): ("F32", (4, 64))}
-    check("it", config_text(r=4, rank_pattern={"m0": 64}), memoryview(file_of(spread)))
+    check_files("it", config_text(r=4, rank_pattern={"m0": 64}), memoryview(file_of(spread)))
 
 
 # ---- what is good stays good ---------------------------------------------------------------------
 
 
-def test_what_else_lies_in_the_folder_is_never_opened(folder, hub, tmp_path):
+def test_other_files_in_the_folder_are_never_opened(folder, hub, tmp_path):
     for file in ("adapter_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / file).write_bytes(pickle.dumps(Touch(marker(folder))))
     (folder / "README.md").write_text(
@@ -974,7 +974,7 @@ def test_an_honest_adapter_is_accepted(case, folder, hub):
     assert again.lora_alpha == before["lora_alpha"]
 
 
-def test_the_config_that_is_handed_on_is_another(folder):
+def test_the_returned_config_is_rebuilt(folder):
     good = json.loads((folder / CONFIG).read_text())
     setting(
         eva_config={"rho": 2.0, "a": {"b": "c"}},
@@ -1016,14 +1016,14 @@ def as_safetensors_has_it(data):
 
 
 def as_the_guard_has_it(data, config=None):
-    checked = check("it", config or config_text(), memoryview(data))
+    checked = check_files("it", config or config_text(), memoryview(data))
     return {
         key(module, factor): (
-            place.kind,
+            place.dtype,
             place.shape,
             bytes(data[checked.start + place.start : checked.start + place.end]),
         )
-        for (module, factor), place in checked.layout.places.items()
+        for (module, factor), place in checked.layout.spans.items()
     }
 
 
@@ -1082,7 +1082,7 @@ def test_any_bytes_are_refused(content):
         bytearray(packed(b"{", content)),
     ):
         with pytest.raises(AdapterError):
-            check("it", config_text(), memoryview(data))
+            check_files("it", config_text(), memoryview(data))
 
 
 NUMBERS = st.integers(-2, 40) | st.sampled_from([2**31, 2**63, 2**64, 10**30, 1.0, True, None, "1"])
@@ -1118,7 +1118,7 @@ def test_numbers_of_any_bits_are_judged_as_torch_judges_them(kind, bits, spaces)
     a, b = torch.frombuffer(bytearray(bits), dtype=DTYPES[kind]).double().split(16 // width)
     limit = MAX_GAIN * math.sqrt(8 // width)
     try:
-        check("it", config_text(), memoryview(data))
+        check_files("it", config_text(), memoryview(data))
     except AdapterError as error:
         found = str(error)
     else:
@@ -1140,11 +1140,11 @@ def test_one_bad_number_among_millions_is_found(kind, place):
     width = DTYPES[kind].itemsize
     described = {key("m", "A"): (kind, (2, 2**20)), key("m", "B"): (kind, (2**19, 2))}
     data = file_of(described)
-    check("it", config_text(), memoryview(data))
+    check_files("it", config_text(), memoryview(data))
     start = len(data) - (3 * 2**20 - place) * width
     data[start : start + width] = b"\xff" * width
     with pytest.raises(AdapterError, match="m: some numbers are not finite"):
-        check("it", config_text(), memoryview(data))
+        check_files("it", config_text(), memoryview(data))
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -1158,10 +1158,10 @@ def test_the_norm_is_that_of_all_pieces_of_a_factor(kind):
         data[-values.nbytes :] = values.view(torch.uint8).numpy().tobytes()
         config = config_text(lora_alpha=alpha)
         if fits:
-            check("it", config, memoryview(data))
+            check_files("it", config, memoryview(data))
         else:
             with pytest.raises(AdapterError, match=r"m: its update may have a norm of 1\.08e\+06"):
-                check("it", config, memoryview(data))
+                check_files("it", config, memoryview(data))
 
 
 # ---- the config, by any means --------------------------------------------------------------------
@@ -1199,21 +1199,21 @@ def test_any_value_in_any_field_is_refused_or_a_plain_config(changes):
     text = config_text(**{"target_modules": ["q_proj"], **changes})
     data = file_of({key("model.layers.0.q_proj", f): ("F32", (2, 2)) for f in "AB"})
     try:
-        config = dict(check("it", text, memoryview(data)).config)
+        config = dict(check_files("it", text, memoryview(data)).config)
     except AdapterError:
         return
     assert config.keys() - NARROWING == PLAIN
     assert all(map(is_plain, config.values()))
     again = peft.LoraConfig.from_peft_type(**config)
     assert again.task_type == "CAUSAL_LM"
-    assert check("it", json.dumps(config).encode(), memoryview(data)).config == config
+    assert check_files("it", json.dumps(config).encode(), memoryview(data)).config == config
 
 
 @given(st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_for_a_config_are_refused(text):
     data = file_of({key("m", f): ("F32", (2, 2)) for f in "AB"})
     with pytest.raises(AdapterError):
-        check("it", text, memoryview(data))
+        check_files("it", text, memoryview(data))
 
 
 KNOWN = [
@@ -1238,24 +1238,26 @@ NAMED = st.lists(st.sampled_from(TAILS), max_size=3)
     st.lists(st.integers(0, 2), max_size=2),
     st.lists(st.sampled_from(["layers", "blocks", "model", "experts"]), max_size=2),
 )
-def test_targets_mean_what_they_mean_to_peft(targets, excluded, layers, patterns):
+def test_targets_match_as_in_peft(targets, excluded, layers, patterns):
     config = {"target_modules": targets}
     config |= {"exclude_modules": excluded} if excluded else {}
     config |= {"layers_to_transform": layers} if layers else {}
     config |= {"layers_pattern": patterns} if layers and patterns else {}
     theirs = peft.LoraConfig(**config)
     meant = {m for m in KNOWN if check_target_module_exists(theirs, m) is True}
-    assert absent_misfits(config, meant, KNOWN) == spare_misfits(config, meant) == []
+    assert (
+        missing_module_misfits(config, meant, KNOWN) == surplus_module_misfits(config, meant) == []
+    )
     for module in KNOWN:
         held = meant ^ {module}
-        assert bool(absent_misfits(config, held, KNOWN)) == (module in meant)
-        assert bool(spare_misfits(config, held)) == (module not in meant)
+        assert bool(missing_module_misfits(config, held, KNOWN)) == (module in meant)
+        assert bool(surplus_module_misfits(config, held)) == (module not in meant)
 
 
 @given(st.dictionaries(st.sampled_from(TAILS), st.integers(1, 99), max_size=6))
-def test_patterns_mean_what_they_mean_to_peft(pattern):
+def test_patterns_match_as_in_peft(pattern):
     theirs = {m: pattern.get(get_pattern_key(pattern, m), 0) for m in KNOWN}
-    assert by_module(pattern, KNOWN, 0) == theirs
+    assert values_by_module(pattern, KNOWN, 0) == theirs
 
 
 # ---- time and memory -----------------------------------------------------------------------------
@@ -1314,7 +1316,7 @@ def test_the_worst_case_takes_little_time_and_memory(case):
 
     def once():
         try:
-            check("it", config, memoryview(data))
+            check_files("it", config, memoryview(data))
         except AdapterError as error:
             return str(error)
         return ""

@@ -12,7 +12,7 @@ from pico import toy_task
 from pydantic import ValidationError
 
 from adapterhub_chat.artifact.manifest import (
-    FILE,
+    MANIFEST,
     Manifest,
     Probe,
     Training,
@@ -56,19 +56,19 @@ def written(folder, **changes):
     """Write FULL with changes in its JSON; None takes a key out."""
     values = json.loads(dump_manifest(FULL)) | changes
     kept = {key: value for key, value in values.items() if value is not None}
-    (folder / FILE).write_text(json.dumps(kept))
+    (folder / MANIFEST).write_text(json.dumps(kept))
     return folder
 
 
 def refusal(folder):
     with pytest.raises(AdapterError) as refused:
         read_manifest(folder)
-    assert str(folder / FILE) in str(refused.value)
+    assert str(folder / MANIFEST) in str(refused.value)
     return str(refused.value)
 
 
-def test_what_is_written_is_read(tmp_path):
-    (tmp_path / FILE).write_text(dump_manifest(FULL), encoding="utf-8")
+def test_a_written_manifest_is_read_back(tmp_path):
+    (tmp_path / MANIFEST).write_text(dump_manifest(FULL), encoding="utf-8")
     read = read_manifest(tmp_path)
     assert read == FULL
     assert isinstance(read.contract, PromptContract)
@@ -87,12 +87,12 @@ def test_what_is_written_is_read(tmp_path):
     ),
     st.text(),
 )
-def test_any_words_come_back_as_they_were(contract, about):
+def test_any_text_survives_a_round_trip(contract, about):
     manifest = FULL.model_copy(update={"contract": contract, "about": about})
     assert Manifest.model_validate_json(dump_manifest(manifest).encode()) == manifest
 
 
-def test_the_file_is_for_people_too():
+def test_the_file_is_readable_json():
     text = dump_manifest(FULL)
     assert "好" in text
     assert text.endswith("}\n")
@@ -105,17 +105,17 @@ def test_a_folder_without_the_file_has_no_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"name: a", b"[]", b"null", b"\xff\xfe{}", b"[" * 9999])
-def test_a_file_that_is_no_manifest_is_refused(content, tmp_path):
-    (tmp_path / FILE).write_bytes(content)
+def test_an_invalid_manifest_is_refused(content, tmp_path):
+    (tmp_path / MANIFEST).write_bytes(content)
     refusal(tmp_path)
 
 
 def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path):
-    (tmp_path / FILE).mkdir()
+    (tmp_path / MANIFEST).mkdir()
     assert "not a regular file" in refusal(tmp_path)
 
 
-def test_all_misfits_stand_in_one_message(tmp_path):
+def test_all_misfits_are_in_one_message(tmp_path):
     written(
         tmp_path,
         backbone=None,
@@ -155,7 +155,7 @@ def test_all_misfits_stand_in_one_message(tmp_path):
         {"shift": -1.0},
     ],
 )
-def test_a_probe_that_cannot_be_asked_is_refused(changes, tmp_path):
+def test_an_invalid_probe_is_refused(changes, tmp_path):
     probe = FULL.probe.model_dump()
     with pytest.raises(ValidationError):
         Probe(**probe | changes)
@@ -187,11 +187,11 @@ def test_file_sha256_is_that_of_the_bytes(tmp_path):
     assert file_sha256(tmp_path / "file") == expected
 
 
-def test_a_fresh_adapters_manifest_says_where_it_comes_from(backbone, make_weights):
+def test_a_new_adapters_manifest_names_its_origin(backbone, make_weights):
     task = toy_task()
     job = make_job(backbone.tokenizer, "mine", task, TrainConfig(rank=2))
     trained = Trained(make_weights(), 10, 8, 0.25, 999, 1.26, "finished")
-    manifest = manifest_of([task], backbone, job, trained, how="joint", beside=["other"])
+    manifest = manifest_of([task], backbone, job, trained, how="joint", trained_with=["other"])
     assert manifest.name == "mine"
     assert manifest.fingerprint == backbone.fingerprint
     assert manifest.contract == task.contract
@@ -224,15 +224,15 @@ def test_a_loss_that_was_never_measured_stays_out_of_the_json(loss, backbone, ma
         {str(n): 1 for n in range(80_000)},
     ],
 )
-def test_a_manifest_of_many_values_is_refused_before_they_are_looked_at(tmp_path, change):
-    (tmp_path / FILE).write_text(json.dumps(change))
+def test_a_manifest_of_many_values_is_refused_before_parsing(tmp_path, change):
+    (tmp_path / MANIFEST).write_text(json.dumps(change))
     started = time.monotonic()
     assert "more than 10,000 values" in refusal(tmp_path)
     assert time.monotonic() - started < 0.5
 
 
-def test_a_strangers_keys_are_shown_without_control_characters(tmp_path):
-    (tmp_path / FILE).write_text(json.dumps({"\x1b[2J\n" + "k" * 5000: 1}))
+def test_untrusted_keys_are_shown_without_control_characters(tmp_path):
+    (tmp_path / MANIFEST).write_text(json.dumps({"\x1b[2J\n" + "k" * 5000: 1}))
     message = refusal(tmp_path)
     assert "\x1b" not in message
     assert len(message) < 3000

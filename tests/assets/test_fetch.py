@@ -156,7 +156,7 @@ def test_a_second_call_downloads_nothing(poems, index):
 
 def test_a_whole_entry_needs_no_write_access(poem_at_hand, monkeypatch):
     path = fetch(poem_at_hand)
-    monkeypatch.setattr(assets, "_alone", None)
+    monkeypatch.setattr(assets, "locked_entry", None)
     assert fetch(poem_at_hand) == path
 
 
@@ -401,20 +401,9 @@ def test_a_killed_run_leaves_no_entry_and_the_next_one_works(downloads):
     run.communicate(timeout=20)
     assert run.returncode == -signal.SIGXFSZ
     [half] = leftovers()
-    assert half.startswith(f"{killed.key}.tmp-")
+    assert half.startswith(f".tmp-{killed.key}-")
     assert (fetch(killed) / "p/text").read_bytes() == text
     assert leftovers() == [killed.key]
-
-
-def test_without_locks_the_second_to_finish_is_content(poem_at_hand, downloads, monkeypatch):
-    monkeypatch.setattr(assets, "fcntl", None)
-    entry = assets.cache_dir() / "assets" / poem_at_hand.key
-    first = fetch(poem_at_hand)
-    stamp = (entry / "stamp.json").stat().st_ino
-    assets._make(entry, poem_at_hand, downloads)  # it looked before the first was done
-    assert first.read_bytes() == POEM
-    assert (entry / "stamp.json").stat().st_ino == stamp
-    assert leftovers() == [poem_at_hand.key]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ def test_the_table_has_every_way_and_ratio(pico_folder, monkeypatch):
     )
     assert {(row["kind"], row["rows"], row["adapters"]) for row in found["rows"]} == {
         *(("here", rows, adapters) for rows, adapters in cases),
-        *((kind, 16, adapters) for kind in mixed_bench.ASIDE for adapters in (0, 8)),
+        *((kind, 16, adapters) for kind in mixed_bench.VARIANT_RANKS for adapters in (0, 8)),
         ("generate", 1, 0),
         ("generate", 16, 0),
         ("peft", 16, 8),
@@ -35,10 +35,10 @@ def test_the_table_has_every_way_and_ratio(pico_folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not which("c++"), reason="needs a C++ compiler")
-def test_recorded_steps_are_a_way_of_their_own(pico_folder, monkeypatch):
+def test_recorded_steps_are_a_kind_of_their_own(pico_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("ADAPTERHUB_PEERS", raising=False)
-    monkeypatch.setattr(mixed_bench, "ASIDE", {})
+    monkeypatch.setattr(mixed_bench, "VARIANT_RANKS", {})
     monkeypatch.setattr(mixed_bench.importlib.util, "find_spec", lambda _name: None)
     found = mixed_bench.bench_mixed(
         backbone=str(pico_folder), rank=4, tokens=3, repeats=1, cases=((16, 8),), graphs=True
@@ -47,7 +47,7 @@ def test_recorded_steps_are_a_way_of_their_own(pico_folder, monkeypatch):
     assert found["ratios"]["graphs8_over_mixed8"] > 0
 
 
-def test_a_random_adapter_changes_what_is_said(pico_folder):
+def test_a_random_adapter_has_a_nonzero_update(pico_folder):
     backbone = load_backbone(str(pico_folder), dtype="fp32", device="cpu")
     model = AdapterModel(backbone)
     weights = mixed_bench.random_adapter(model, 4, 0)

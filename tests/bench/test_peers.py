@@ -151,8 +151,8 @@ GONE, STOPPED = {"", "Z"}, {"T"}
 # ---- finding them --------------------------------------------------------------------------------
 
 
-def test_only_whole_environments_are_found(tmp_path, monkeypatch):
-    monkeypatch.delenv(peers.FOLDER, raising=False)
+def test_only_complete_environments_are_found(tmp_path, monkeypatch):
+    monkeypatch.delenv(peers.FOLDER_VARIABLE, raising=False)
     assert peers.installed() == {}
     (tmp_path / "vllm" / "bin").mkdir(parents=True)  # its installation was cut off
     (tmp_path / "llamacpp").mkdir()
@@ -160,7 +160,7 @@ def test_only_whole_environments_are_found(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "VERSION").write_text("9\n")
     assert peers.installed(tmp_path) == {"llamacpp": "7.8"}
-    monkeypatch.setenv(peers.FOLDER, str(tmp_path))
+    monkeypatch.setenv(peers.FOLDER_VARIABLE, str(tmp_path))
     assert peers.installed() == {"llamacpp": "7.8"}
     assert peers.python_of(None, "llamacpp") == str(tmp_path / "llamacpp" / "bin" / "python")
     assert peers.python_of("elsewhere", "vllm") == str(Path("elsewhere/vllm/bin/python").absolute())
@@ -172,17 +172,17 @@ def test_a_folder_that_is_not_there_is_an_error_with_the_cure(tmp_path):
 
 
 def test_llama_cpp_serves_gguf_files_alone(tmp_path, pico_folder):
-    for name in peers.NAMES:
+    for name in peers.PEER_NAMES:
         (tmp_path / name).mkdir()
         (tmp_path / name / "VERSION").write_text("1\n")
-    assert peers.able(tmp_path, str(pico_folder)) == {"vllm": "1"}
-    assert peers.able(tmp_path, str(tmp_path / "x.gguf")) == {"vllm": "1", "llamacpp": "1"}
+    assert peers.usable_peers(tmp_path, str(pico_folder)) == {"vllm": "1"}
+    assert peers.usable_peers(tmp_path, str(tmp_path / "x.gguf")) == {"vllm": "1", "llamacpp": "1"}
 
 
 # ---- a server's life -----------------------------------------------------------------------------
 
 
-def test_a_server_answers_stops_goes_on_and_ends_with_its_children(start, tmp_path):
+def test_a_server_answers_pauses_resumes_and_ends_with_its_children(start, tmp_path):
     server = start()
     server.wait()
     pids = processes(tmp_path)
@@ -232,7 +232,7 @@ def test_a_refusal_and_a_lost_server_are_sentences(start):
         server.ask("/v1/completions", {"max_tokens": 1})
 
 
-def test_another_environments_interpreter_is_not_led_astray(tmp_path, monkeypatch):
+def test_python_variables_are_not_passed_to_other_environments(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/ours")
     monkeypatch.setenv("KEPT", "kept")
     show = "import json, os; print(json.dumps(dict(os.environ)))"
@@ -265,7 +265,7 @@ class Short(peers_bench.VLLM):
         return super().body(prompt, adapter, tokens - 1)
 
 
-def test_all_rows_are_asked_for_at_once_each_for_its_own_adapter(start, tmp_path):
+def test_all_rows_are_requested_at_once_each_with_its_adapter(start, tmp_path):
     server = start()
     server.wait()
     settings = {"kind": "vllm", "peers": "peers", "tokens": 3, "rows": 4, "rank": 4}
@@ -285,7 +285,7 @@ def test_all_rows_are_asked_for_at_once_each_for_its_own_adapter(start, tmp_path
         peers_bench.ask_all(server, Short(tmp_path, settings), [[1]], 0, 3)
 
 
-def test_llama_cpp_is_told_which_adapters_are_off(tmp_path):
+def test_llama_cpp_requests_scale_other_adapters_to_0(tmp_path):
     peer = peer_of("llamacpp", tmp_path)
     assert peer.body([1], None, 3)["lora"] == [{"id": 0, "scale": 0.0}]
     assert peer.body([1], 2, 3)["lora"] == [{"id": 2, "scale": 1.0}]
@@ -299,7 +299,7 @@ def test_command_lines_name_the_adapters_or_none(tmp_path):
     llamacpp.model = Path("m.gguf")
     settings = json.loads(llamacpp.command(1, 2)[-1])
     assert settings["adapters"] == ["a0.gguf", "a1.gguf"]
-    assert settings["cells"] >= 4 * (mixed_bench.PROMPT + 3)
+    assert settings["cells"] >= 4 * (mixed_bench.PROMPT_TOKENS + 3)
 
 
 def test_vllm_reads_what_is_written(tmp_path, pico_folder):
@@ -352,7 +352,7 @@ def test_servers_run_only_while_they_are_measured_and_end_with_the_worker(
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
-def test_servers_end_with_a_worker_that_is_told_to(folder, pico_folder, tmp_path, number):
+def test_servers_end_when_their_worker_gets_a_signal(folder, pico_folder, tmp_path, number):
     command = [sys.executable, "-m", mixed_bench.PEER_WORKERS, "vllm"]
     worker = subprocess.Popen(
         [*command, json.dumps(settings_of(pico_folder, folder))],
@@ -393,16 +393,16 @@ def test_the_table_has_the_peers_rows_and_ratios(folder, pico_folder, tmp_path):
 
 # ---- the real ones -------------------------------------------------------------------------------
 
-REAL = peers.installed() if Path(os.environ.get(peers.FOLDER, "")).is_dir() else {}
+REAL = peers.installed() if Path(os.environ.get(peers.FOLDER_VARIABLE, "")).is_dir() else {}
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", peers.NAMES)
+@pytest.mark.parametrize("kind", peers.PEER_NAMES)
 def test_the_engine_computes_what_we_compute(kind, tmp_path):
     """Its likeliest next tokens have our probabilities, for the backbone and for each adapter."""
     if kind not in REAL:
-        pytest.skip(f"{kind} is not installed in ${peers.FOLDER}")
-    peer = peer_of(kind, tmp_path, peers=os.environ[peers.FOLDER], rank=8)
+        pytest.skip(f"{kind} is not installed in ${peers.FOLDER_VARIABLE}")
+    peer = peer_of(kind, tmp_path, peers=os.environ[peers.FOLDER_VARIABLE], rank=8)
     peer.write_backbone(load_backbone("smollm2-135m", dtype="bf16", device="cpu"))
     backbone = load_backbone("smollm2-135m", dtype="fp32", device="cpu")
     model = AdapterModel(backbone)
@@ -412,7 +412,7 @@ def test_the_engine_computes_what_we_compute(kind, tmp_path):
         peer.write_adapter(n, weights, backbone)
         model.load(f"a{n}", weights)
     text = "The capital of France is Paris. The capital of Italy is Rome. The capital of Germany"
-    prompt = backbone.tokenizer(text).input_ids[: mixed_bench.PROMPT]
+    prompt = backbone.tokenizer(text).input_ids[: mixed_bench.PROMPT_TOKENS]
     names = (None, "a0", "a1")
     requests = [Request(tuple(prompt), as_mix(name)) for name in names]
     ours = next_token_logits(model, requests).log_softmax(-1)
@@ -442,10 +442,10 @@ def likeliest(server, peer, prompt, adapter):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", peers.NAMES)
+@pytest.mark.parametrize("kind", peers.PEER_NAMES)
 def test_the_engine_is_measured(kind):
     if kind not in REAL:
-        pytest.skip(f"{kind} is not installed in ${peers.FOLDER}")
+        pytest.skip(f"{kind} is not installed in ${peers.FOLDER_VARIABLE}")
     settings = {"backbone": "smollm2-135m", "rank": 8, "tokens": 4, "adapters": 2, "rows": 4}
     worker = Worker(mixed_bench.PEER_WORKERS, kind, {**settings, "peers": None})
     try:

@@ -54,10 +54,10 @@ def test_without_peft_its_number_is_null(pico_folder, monkeypatch):
 
 
 def test_adapters_differ_and_their_probes_are_answered(settings):
-    told = swap_bench.save(settings)
+    told = swap_bench.save_adapters(settings)
     pool = Pool(settings["pool"])
     manifests = [pool.manifest(name) for name in pool.names()]
-    assert len({m.sha256 for m in manifests}) == len(pool.answered()) == 3
+    assert len({m.sha256 for m in manifests}) == len(pool.answered_probes()) == 3
     assert all(m.probe.shift > 0 for m in manifests)
     assert told["parameters"] == pool.load("a0").weights.num_parameters
 
@@ -75,19 +75,19 @@ def test_the_bytes_are_those_of_the_dtype(pico_folder, monkeypatch):
         swap_bench.bench_swap(**settings, dtype="int3")
 
 
-def test_both_ways_load_what_they_are_told(settings):
-    swap_bench.save(settings)
+def test_both_kinds_load_the_named_adapter(settings):
+    swap_bench.save_adapters(settings)
     for make in swap_bench.SWAP_WORKERS.values():
         assert make(settings)("a1")["seconds"] > 0
 
 
 def test_a_switch_is_timed_so_many_times(settings):
-    swap_bench.save(settings)
-    told = swap_bench.ours_swap(settings)
+    swap_bench.save_adapters(settings)
+    told = swap_bench.hub_loader(settings)
     told("a0")
     assert len(told("switch")["seconds"]) == 7
 
 
 def test_ends_are_the_first_and_the_last_loads():
-    assert swap_bench._ends([1.0] * 10 + [9.0] * 30 + [2.0] * 10) == (1.0, 2.0)
-    assert swap_bench._ends([1.0, 3.0]) == (2.0, 2.0)
+    assert swap_bench._first_and_last([1.0] * 10 + [9.0] * 30 + [2.0] * 10) == (1.0, 2.0)
+    assert swap_bench._first_and_last([1.0, 3.0]) == (2.0, 2.0)

@@ -1,13 +1,8 @@
-"""A working folder with a trained pool, and the command line run in this process."""
+"""A working folder with a trained pool, and the command line in it."""
 
 from __future__ import annotations
 
-import io
-import json
 import shutil
-import sys
-import warnings
-from dataclasses import dataclass
 
 import pytest
 from pico import (
@@ -16,7 +11,6 @@ from pico import (
 )
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.cli.app import main
 from adapterhub_chat.data.task import load_task
 
 
@@ -41,41 +35,7 @@ def here(prepared, tmp_path, monkeypatch):
     return tmp_path
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-    @property
-    def rows(self):
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
 @pytest.fixture
-def run(here, monkeypatch, capsys, pico_folder):
-    """run("verb", "--flag", ..., stdin="...") -> Result, in this process; verbs get the pico backbone."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def go(verb, *args, stdin=b"", backbone=True):
-        given = [verb, *map(str, args)]
-        if backbone:
-            given += ["--backbone", str(pico_folder), "--dtype", "fp32", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["adapterhub-chat", *given])
-        raw = stdin if isinstance(stdin, bytes) else stdin.encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return go
+def run(here, run_verb):
+    """`run_verb`, in the working folder of the test."""
+    return run_verb

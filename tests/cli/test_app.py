@@ -16,9 +16,10 @@ import pytest
 from pico import TOYS, snapshot, toy_task, write_task
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.cli.app import app
+from adapterhub_chat.cli.app import app, load_verb
 from adapterhub_chat.cli.json_lines import open_output
-from adapterhub_chat.config import TrainConfig
+from adapterhub_chat.cli.options import HubOptions
+from adapterhub_chat.config import EngineOptions, TrainConfig
 from adapterhub_chat.data.task import load_task
 from adapterhub_chat.errors import PoolError
 from adapterhub_chat.training.run_log import RunLog
@@ -110,7 +111,7 @@ def test_help_names_every_verb(run):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_explains_itself(run, verb):
+def test_each_verb_has_a_help_page(run, verb):
     shown = run(verb, "--help", backbone=False)
     assert shown.code == 0
     assert "Usage: " in shown.out
@@ -149,7 +150,7 @@ def test_train_makes_measured_adapters(run, here, how):
     assert run("verify", "qa", "--pool", "new").code == 0
 
 
-def test_train_json_is_the_manifests_and_nothing_else(run):
+def test_train_json_prints_only_the_manifests(run):
     done = run("train", "qa", "--name", "mine", "--json", "--test-examples", 0, *QUICK)
     assert (done.code, done.err) == (0, "")
     assert done.json == {"mine": printed("mine")}
@@ -244,7 +245,7 @@ def test_a_switch_can_be_turned_off_again(run, here):
     assert run("train", *args).json["a"]["training"]["settings"]["rslora"] is False
 
 
-def test_settings_that_do_not_fit_come_at_once_and_change_nothing(run, here):
+def test_invalid_settings_are_listed_together_and_change_no_file(run, here):
     Path("run.toml").write_text("""
         how = "both"
         pol = "typo"
@@ -273,7 +274,7 @@ def test_settings_that_do_not_fit_come_at_once_and_change_nothing(run, here):
     assert snapshot(here) == before
 
 
-def test_an_adapter_that_learns_nothing_is_no_success(run, here):
+def test_an_adapter_that_learns_nothing_gives_exit_code_1(run, here):
     before = snapshot(here / "adapters")
     done = run(
         "train",
@@ -310,7 +311,7 @@ def test_eval_json_has_the_promised_shape(run):
     assert first["n"] == len(load_task("sentiment").split("test"))
 
 
-def test_eval_takes_the_whole_pool_on_its_own_tasks(run):
+def test_eval_defaults_to_all_adapters_on_their_training_tasks(run):
     done = run("eval", "--limit", 3, "--json")
     found = {(s["adapter"], s["task"], s["metric"], s["n"]) for s in done.json["scores"]}
     assert found == {
@@ -338,7 +339,7 @@ def test_one_refused_adapter_does_not_end_eval(run, here):
     assert run("eval", "--limit", 2).code == 2
 
 
-def test_eval_keeps_scores_only_when_told_to(run, here):
+def test_eval_stores_scores_only_with_save(run, here):
     args = ("eval", "--adapter", "qa", "--limit", 2, "--json")
     before = snapshot(here)
     measured = run(*args).json["scores"]
@@ -451,7 +452,7 @@ def test_predict_answers_json_lines_in_order_from_anywhere_to_anywhere(run, here
     assert not [p for p in here.iterdir() if "part" in p.name]
 
 
-def test_predict_takes_the_tasks_own_fields_and_another_task(run):
+def test_predict_accepts_fields_and_another_task(run):
     free = run("predict", "--adapter", "qa", stdin=json_lines([{"question": "Which song?"}]))
     assert (free.rows[0]["label"], free.rows[0]["scores"]) == (None, {})
     assert free.rows == run("predict", "--adapter", "qa", stdin='{"text": "Which song?"}').rows
@@ -461,7 +462,32 @@ def test_predict_takes_the_tasks_own_fields_and_another_task(run):
     assert set(bare.rows[0]["scores"]) == {"bad", "good"}
 
 
-def test_predict_of_nothing_is_nothing(run, here):
+def test_engine_flags_reach_the_options_of_the_hub(run, monkeypatch):
+    hubs, open_hub = [], HubOptions.open
+    monkeypatch.setattr(HubOptions, "open", lambda *args: hubs.append(open_hub(*args)) or hubs[-1])
+    flags = ("--rows", 2, "--adapter-bytes", 10**9, "--ram-bytes", 0, "--prefix-bytes", 0)
+    done = run("predict", "--adapter", "qa", *flags, stdin='{"text": "a"}')
+    assert (done.code, len(done.rows)) == (0, 1)
+    wanted = EngineOptions(rows=2, adapter_bytes=10**9, ram_bytes=0, prefix_bytes=0)
+    assert hubs[0].model.options == wanted
+    assert run("predict", "--adapter", "qa", stdin='{"text": "a"}').rows == done.rows
+    assert hubs[1].model.options == EngineOptions()
+
+
+def test_engine_flags_out_of_range_are_listed_together(run):
+    failed = run("eval", "--rows", 0, "--cache-bytes", -1)
+    assert (failed.code, failed.out) == (2, "")
+    assert "rows: input should be greater than or equal to 1; got 0" in failed.err
+    assert "cache_bytes: input should be greater than or equal to 0; got -1" in failed.err
+
+
+@pytest.mark.parametrize("verb", ["demo", "eval", "predict", "chat"])
+def test_every_field_of_the_engine_options_has_a_flag(verb):
+    flags = {option for parameter in load_verb(verb).params for option in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in EngineOptions.model_fields} <= flags
+
+
+def test_predict_of_empty_input_gives_empty_output(run, here):
     assert run("predict", "--adapter", "qa", stdin="\n \n").out == ""
     assert run("predict", "--adapter", "qa", "--output", "out.jsonl", stdin="").code == 0
     assert Path("out.jsonl").read_bytes() == b""
@@ -511,7 +537,7 @@ def test_predict_on_a_full_disk_and_to_a_device(run):
     assert not Path(f"{os.devnull}.part").exists()
 
 
-def test_an_output_that_is_not_finished_leaves_nothing(tmp_path):
+def test_an_unfinished_output_leaves_no_file(tmp_path):
     def fail(error):
         with open_output(str(tmp_path / "out")) as file:
             file.write("half")
@@ -538,7 +564,7 @@ def test_list_shows_the_pool(run):
     assert not Path("nowhere").exists()
 
 
-def test_list_shows_the_others_beside_a_damaged_one_and_plain_peft(run):
+def test_list_shows_damaged_and_plain_peft_adapters(run):
     Path("adapters/qa/adapterhub.json").write_text('{"name": "qa"}')
     Path("adapters/generation/adapterhub.json").unlink()
     found = run("list", "--json", backbone=False).json
@@ -573,7 +599,7 @@ def test_rollback_exchanges_the_two_versions(run):
     assert run("verify", "qa").code == 0
 
 
-def test_verify_says_ok_by_its_exit_code(run, other_folder):
+def test_verify_exit_code_is_0_only_when_ok(run, other_folder):
     good = run("verify", "qa", "--json")
     assert (good.code, good.json) == (0, {"ok": True, "status": "exact", "problems": []})
     assert run("verify", "qa").out.strip() == "qa: exact"
@@ -644,7 +670,7 @@ def test_an_interrupted_run_is_resumed_as_it_was_ordered(run, here, monkeypatch)
     assert (late.code, "the run in b has finished" in late.err) == (2, True)
 
 
-def test_what_cannot_be_resumed_is_said(run, here):
+def test_an_impossible_resume_is_an_error(run, here):
     assert "--resume needs --run-dir" in run("train", "--resume", backbone=False).err
     missing = run("train", "--resume", "--run-dir", "nowhere", backbone=False)
     assert (missing.code, "nowhere holds no run to resume" in missing.err) == (2, True)
@@ -670,7 +696,7 @@ def test_a_sweep_on_the_command_line(run, here):
         assert part in wrong.err
 
 
-def test_shared_and_grown_runs_print_what_they_found(run, here):
+def test_shared_and_grown_runs_print_their_tables(run, here):
     quick = ("--max-steps", 6, "--rows-per-step", 1, "--row-length", 64, "--test-examples", 3)
     shared = run("train", "qa", "sentiment", "--how", "shared", *quick)
     assert shared.code == 0, shared.err
@@ -685,7 +711,9 @@ def test_shared_and_grown_runs_print_what_they_found(run, here):
 
 
 def test_demo_runs_the_main_job(run, monkeypatch):
-    monkeypatch.setattr("adapterhub_chat.cli.demo.SETTINGS", {"max_steps": 2, "rows_per_step": 1})
+    monkeypatch.setattr(
+        "adapterhub_chat.cli.demo.DEMO_SETTINGS", {"max_steps": 2, "rows_per_step": 1}
+    )
     done = run("demo", "--json")
     assert (done.code, done.err) == (0, "")
     found = done.json
@@ -702,7 +730,7 @@ def test_demo_runs_the_main_job(run, monkeypatch):
 
 
 def test_demo_prints_what_a_newcomer_needs(run, monkeypatch):
-    monkeypatch.setattr("adapterhub_chat.cli.demo.SETTINGS", {"max_steps": 1})
+    monkeypatch.setattr("adapterhub_chat.cli.demo.DEMO_SETTINGS", {"max_steps": 1})
     done = run("demo", "--pool", "mine")
     assert done.code == 0, done.err
     assert "larger budget" in " ".join(done.err.split())
@@ -710,7 +738,7 @@ def test_demo_prints_what_a_newcomer_needs(run, monkeypatch):
         assert word in done.out
 
 
-def test_bench_knows_its_kinds(run):
+def test_bench_rejects_unknown_kinds(run):
     failed = run("bench", "speed", backbone=False)
     assert (
         failed.code,
@@ -780,7 +808,7 @@ def test_bench_takes_peers_where_they_are_measured(run):
         (("train", "tasks/wrong.toml"), "wrong.toml: 3 problems"),
     ],
 )
-def test_errors_are_one_message_and_change_nothing(run, here, args, wanted):
+def test_errors_print_one_message_and_change_no_file(run, here, args, wanted):
     (here / "tasks/empty.csv").write_text("text,answer\n")
     (here / "tasks/label.csv").write_text("text,answer\na,good\nb,maybe\n")
     for name in ("empty", "label"):
@@ -801,7 +829,7 @@ def test_errors_are_one_message_and_change_nothing(run, here, args, wanted):
 
 
 @pytest.mark.parametrize("verb", ["train qa", "eval", "predict --adapter qa", "chat", "verify qa"])
-def test_an_unknown_backbone_is_named_with_those_there_are(run, here, verb):
+def test_an_unknown_backbone_error_lists_the_packaged_ones(run, here, verb):
     before = snapshot(here)
     failed = run(*verb.split(), "--backbone", "./no-such-model", backbone=False)
     assert failed.code == 2
@@ -865,7 +893,7 @@ def process(*args):
         started.communicate()
 
 
-def test_a_real_process_answers_its_standard_input(here, pico_folder):
+def test_a_separate_process_reads_standard_input(here, pico_folder):
     base = ("--backbone", pico_folder, "--dtype", "fp32", "--device", "cpu")
     asked = '{"text": "good film"}\n{"text": "bad film"}\n'
     with process("predict", "--adapter", "sentiment", *base) as good:

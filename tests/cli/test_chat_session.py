@@ -54,7 +54,7 @@ def test_a_line_is_answered_and_remembered(talk):
     assert [m.role for m in talk.session.history] == ["user", "assistant"] * 2
 
 
-def test_use_changes_who_answers_from_now_on(talk):
+def test_use_changes_the_adapter_of_later_messages(talk):
     turns = [Message("user", "good film")]
     wanted = {n: reply(talk, turns, n) for n in ("toy", "talk", None)}
     assert len(set(wanted.values())) == 3
@@ -82,7 +82,7 @@ def test_a_folder_can_be_used_and_is_listed(talk, tmp_path):
     assert talk("/list") == "  backbone\n* mine\n  talk\n  toy\n"
 
 
-def test_list_marks_who_answers(talk):
+def test_list_marks_the_current_adapter(talk):
     assert talk("/list") == "* backbone\n  talk\n  toy\n"
     talk("/mix toy=0.5 talk=0.5")
     assert talk("/list") == "  backbone\n* talk\n* toy\n"
@@ -125,7 +125,7 @@ def test_help_names_every_command_and_empty_lines_do_nothing(talk):
         ("/mix toy=0.5 nobody=0.5", "error: unknown adapter 'nobody'"),
     ],
 )
-def test_a_bad_command_is_told_and_changes_nothing(talk, line, wanted):
+def test_a_bad_command_writes_an_error_and_keeps_the_state(talk, line, wanted):
     talk("/use talk")
     talk("Hello")
     before = talk.session.mix, talk.session.history

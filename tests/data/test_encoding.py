@@ -29,7 +29,7 @@ def test_a_prompt_is_the_tokenizers_own_chat_format(backbone):
     )
 
 
-def test_training_teaches_the_answer_and_its_end(backbone):
+def test_training_targets_are_the_answer_and_the_end_token(backbone):
     tokenizer = backbone.tokenizer
     (encoded,) = encode_examples(
         tokenizer, CONTRACT, [Example({"text": "x"}, "good")], max_length=99

@@ -152,7 +152,7 @@ def test_the_interval_holds_the_value_and_repeats(name):
 
 def test_the_interval_is_the_textbook_one_for_a_mean(monkeypatch):
     items = np.random.default_rng(1).normal(10, 2, size=400)
-    monkeypatch.setattr(metrics, "_CHUNK_NUMBERS", 3_000)  # many chunks
+    monkeypatch.setattr(metrics, "_MAX_CHUNK_NUMBERS", 3_000)  # many chunks
     low, high = bootstrap_interval(items, METRICS["token_f1"].statistic, resamples=4_000)
     half = 1.96 * items.std() / math.sqrt(len(items))
     assert low == pytest.approx(items.mean() - half, abs=0.02)

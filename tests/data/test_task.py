@@ -136,7 +136,7 @@ def test_the_template_s_words_move_no_example():
     assert plain == wordy
 
 
-def test_contradicting_labels_all_go():
+def test_examples_with_contradicting_labels_are_dropped():
     rows = [example("so so", "0"), example("So so", "1"), example("so so", "1")]
     splits = split_examples([*rows, example("fine", "1"), example("fine", "1")], LABELLED)
     assert [e.fields["text"] for part in splits.parts.values() for e in part] == ["fine"]
@@ -167,7 +167,7 @@ def test_splits_of_the_source_are_kept_and_leaks_closed():
     assert splits.duplicates == 10
 
 
-def test_misfits_are_told_all_at_once():
+def test_misfits_are_listed_together():
     rows = [example("a", "1"), example("b", "meh"), example(" ", "2"), Example({"txet": "c"}, "")]
     with pytest.raises(DataError) as caught:
         split_examples(rows, LABELLED, source="films")
@@ -212,7 +212,7 @@ def test_a_task_reads_once_and_late():
         task.split("dev")
 
 
-def test_the_hash_is_of_the_data_and_nothing_else():
+def test_the_hash_depends_on_the_data_only():
     task = labelled_task("t")
     assert task.data_hash() == labelled_task("t").data_hash()
     assert replace(task, about="other", metric="macro_f1").data_hash() == task.data_hash()
@@ -263,7 +263,7 @@ def test_weights_count_training_examples_only():
     assert len(mixed.split("test")) == len(a.split("test")) + len(b.split("test"))
 
 
-def test_a_mixture_trains_on_nothing_that_a_member_tests():
+def test_a_mixture_excludes_members_test_items_from_training():
     rows = tuple(example(str(i), "1") for i in range(50))
     a = Task("a", LABELLED, "accuracy", lambda: Splits({"train": rows}))
     b = Task("b", LABELLED, "accuracy", lambda: Splits({"test": rows[:10]}))
@@ -397,13 +397,13 @@ def test_one_misfit_of_a_toml_file(tmp_path, change, misfit):
         ("review,label\nfine, really,1\n", "row 1 is not one value for each column"),
     ],
 )
-def test_a_csv_that_does_not_fit_is_told_when_the_task_is_loaded(tmp_path, csv, misfit):
+def test_misfits_of_a_csv_are_errors_when_the_task_is_loaded(tmp_path, csv, misfit):
     misfits = misfits_of(task_file(tmp_path, files={"reviews.csv": csv}))
     assert len(misfits) == 1
     assert misfit in misfits[0]
 
 
-def test_rows_that_do_not_fit_are_told_when_they_are_read(tmp_path):
+def test_misfits_of_rows_are_errors_when_they_are_read(tmp_path):
     csv = "review,label\nfine,1\nbad\n,0\nso so,2\n"
     task = load_task(task_file(tmp_path, files={"reviews.csv": csv}))
     with pytest.raises(DataError) as caught:

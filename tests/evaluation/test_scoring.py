@@ -1,4 +1,4 @@
-"""Scores: equal to what plain transformers gives, one example at a time, with no packing at all."""
+"""Scores equal those of plain transformers, one example at a time, without packing."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def ids(tokenizer, text):
 
 def guesses_by_hand(model, mix, task, examples):
     tokenizer, contract = model.backbone.tokenizer, task.contract
-    found = []
+    actual = []
     for example in examples:
         prompt = prompt_of(tokenizer, contract, example)
         likely = {
             label: log_likelihood(model, mix, prompt, ids(tokenizer, words))
             for label, words in contract.labels.items()
         }
-        found.append(max(likely, key=likely.get))
-    return found
+        actual.append(max(likely, key=likely.get))
+    return actual
 
 
 def test_accuracy_and_macro_f1_equal_a_hand_computation(loaded):
@@ -129,13 +129,13 @@ def test_label_shares_are_the_softmax_of_the_label_likelihoods(loaded):
     assert shares.shape == (len(examples), 2)
     for row, example in zip(shares, examples, strict=True):
         prompt = prompt_of(tokenizer, task.contract, example)
-        wanted = torch.tensor(
+        expected = torch.tensor(
             [log_likelihood(loaded, A, prompt, ids(tokenizer, w)) for w in ("negative", "positive")]
         ).softmax(-1)
-        torch.testing.assert_close(row, wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_labels_that_begin_alike_are_told_apart_to_their_last_word(loaded):
+def test_labels_with_a_common_prefix_are_scored_in_full(loaded):
     """60 labels whose words differ only at their end: none may be cut to fit a row."""
     words = {str(i): f"the film is about a role in a {i}" for i in range(60)}
     contract = PromptContract(template="{text}", labels=words)
@@ -144,10 +144,10 @@ def test_labels_that_begin_alike_are_told_apart_to_their_last_word(loaded):
     tokenizer = loaded.backbone.tokenizer
     prompt = prompt_of(tokenizer, contract, example)
     end = [tokenizer.eos_token_id]  # "... 1" begins "... 10": the end of the turn takes part
-    wanted = torch.tensor(
+    expected = torch.tensor(
         [log_likelihood(loaded, A, prompt, ids(tokenizer, w) + end) for w in words.values()]
     ).softmax(-1)
-    torch.testing.assert_close(row, wanted, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-3)
     assert len(set(row.tolist())) == 60
 
 
@@ -162,7 +162,7 @@ def test_packing_changes_no_loss(loaded):
             torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-5)
 
 
-def test_a_mixture_judges_each_example_by_its_own_labels_and_rules(loaded):
+def test_mixture_scores_each_example_by_its_own_contract(loaded):
     one = toy_task("one")
     words = {"good": "negative", "bad": "positive"}  # the other way round
     two = toy_task("two")
@@ -177,8 +177,8 @@ def test_a_mixture_judges_each_example_by_its_own_labels_and_rules(loaded):
         wrong = replace(own, contract=replace(own.contract, labels=other.contract.labels))
         foreign += guesses_by_hand(loaded, A, wrong, [example])
     assert guesses != foreign, "both label sets guess alike: prove nothing"
-    wanted = label_rows([e.answer for e in examples], guesses)
-    assert judge(loaded, both, examples, A).rows.tolist() == wanted.tolist()
+    expected = label_rows([e.answer for e in examples], guesses)
+    assert judge(loaded, both, examples, A).rows.tolist() == expected.tolist()
 
     short = toy_answers("short")
     long = replace(short, contract=replace(short.contract, max_new_tokens=40, stop=("user",)))
@@ -189,19 +189,19 @@ def test_a_mixture_judges_each_example_by_its_own_labels_and_rules(loaded):
     assert max(map(len, texts[8:])) > max(map(len, texts[:8]))
 
 
-def test_answers_are_in_order_whatever_their_length_and_batch(loaded):
+def test_answers_keep_their_order_across_batches(loaded):
     contract = PromptContract(template="{text}", max_new_tokens=5)
     texts = [f"film {'x' * (i * 7 % 11)} {i}" for i in range(40)]  # more than one batch
     examples = [Example({"text": t}, "") for t in texts]
     mixes = [(A, B, Mix())[i % 3] for i in range(40)]
-    told = []
-    found = answers(loaded, contract, examples, mixes, on_progress=told.append)
-    assert sum(told) == 40
+    progress = []
+    actual = answers(loaded, contract, examples, mixes, on_progress=progress.append)
+    assert sum(progress) == 40
     for i in (0, 1, 2, 17, 38, 39):
-        assert answers(loaded, contract, examples[i : i + 1], mixes[i : i + 1]) == [found[i]]
+        assert answers(loaded, contract, examples[i : i + 1], mixes[i : i + 1]) == [actual[i]]
 
 
-def test_seeded_answers_depend_on_the_place_in_the_list_alone(loaded):
+def test_seeded_answers_depend_only_on_their_index(loaded):
     contract = PromptContract(template="{text}", max_new_tokens=8, temperature=1.5)
     same = [Example({"text": "Say something"}, "")] * 5
     first = answers(loaded, contract, same, [A] * 5, seed=0)
@@ -216,26 +216,26 @@ def test_seeded_answers_depend_on_the_place_in_the_list_alone(loaded):
 
 
 @pytest.mark.parametrize("make", [toy_task, toy_answers, toy_talk])
-def test_scores_stand_beside_the_backbone_with_an_interval(loaded, make):
+def test_scores_have_intervals_and_the_backbones_value(loaded, make):
     task = make()
     pairs = [(task, task.split("test"))]
     counted = []
-    found = evaluate(
+    actual = evaluate(
         loaded,
         [("a", A), ("b", B), ("backbone", Mix())],
         pairs,
         on_progress=lambda what, n: counted.append((what, n)),
     )
-    assert [s.adapter for s in found] == ["a", "b", "backbone"]
-    for s, mix in zip(found, (A, B, Mix()), strict=True):
+    assert [s.adapter for s in actual] == ["a", "b", "backbone"]
+    for s, mix in zip(actual, (A, B, Mix()), strict=True):
         assert (s.task, s.metric, s.n) == (task.name, task.metric, len(task.split("test")))
         assert s.value == score("x", task, judge(loaded, task, task.split("test"), mix), None).value
         assert s.low <= s.value <= s.high
-        assert s.backbone_value == found[-1].value
+        assert s.backbone_value == actual[-1].value
     assert {what for what, _ in counted} == {task.name}
-    assert sum(n for _, n in counted) == 3 * found[0].n  # the backbone is measured once
+    assert sum(n for _, n in counted) == 3 * actual[0].n  # the backbone is measured once
     again = evaluate(loaded, [("a", A), ("b", B), ("backbone", Mix())], pairs)
-    assert again == found
+    assert again == actual
 
 
 def test_the_interval_shrinks_with_the_number_of_items(loaded):
@@ -247,7 +247,7 @@ def test_the_interval_shrinks_with_the_number_of_items(loaded):
     assert (many.high - many.low) < (few.high - few.low) / 2
 
 
-def test_without_a_backbone_measurement_there_is_no_value_for_it(loaded):
+def test_backbone_value_is_none_without_a_measurement(loaded):
     task = toy_task()
     judged = judge(loaded, task, task.split("test"), A)
     assert score("x", task, judged, None).backbone_value is None
@@ -255,16 +255,16 @@ def test_without_a_backbone_measurement_there_is_no_value_for_it(loaded):
 
 
 @pytest.mark.parametrize("make", [toy_task, toy_answers, toy_talk])
-def test_nothing_to_judge_is_an_error(loaded, make):
+def test_empty_split_is_an_error(loaded, make):
     empty = replace(make(), load=lambda: Splits({}))
     with pytest.raises(DataError):
         evaluate(loaded, [("a", A)], [(empty, empty.split("test"))])
 
 
-def test_a_long_prompt_is_cut_and_still_judged(loaded):
+def test_long_prompt_is_truncated_and_scored(loaded):
     contract = PromptContract(template="{text}", labels={"a": "good", "b": "bad"})
     long = Example({"text": "a very long story " * 200}, "a")
     task = Task("long", contract, "accuracy", lambda: Splits({"test": (long, long)}))
-    (found,) = evaluate(loaded, [("a", A)], [(task, task.split("test"))])
-    assert found.value in (0.0, 1.0)
-    assert found.n == 2
+    (actual,) = evaluate(loaded, [("a", A)], [(task, task.split("test"))])
+    assert actual.value in (0.0, 1.0)
+    assert actual.n == 2

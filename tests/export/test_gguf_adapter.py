@@ -31,7 +31,7 @@ def read(tmp_path, config):
     return written
 
 
-def by_hand(b, heads):
+def interleaved_by_loop(b, heads):
     """Row 2j + half of a head is the row that stood at half * (width / 2) + j."""
     out = torch.empty_like(b)
     for head in range(heads):
@@ -42,7 +42,7 @@ def by_hand(b, heads):
     return out
 
 
-def test_every_factor_is_there_under_llama_cpps_name(read, make_weights, model):
+def test_every_factor_has_llama_cpps_name(read, make_weights, model):
     fields, tensors = read(make_weights(rank=4, alpha=8.0))
     assert fields["general.type"] == "adapter"
     assert fields["general.architecture"] == "llama"
@@ -58,13 +58,13 @@ def test_every_factor_is_there_under_llama_cpps_name(read, make_weights, model):
     assert {t.dtype for t in tensors.values()} == {torch.float16}
 
 
-def test_rows_of_q_and_k_are_interleaved_and_no_others(read, make_weights):
+def test_only_rows_of_q_and_k_are_interleaved(read, make_weights):
     weights = make_weights(rank=4, alpha=8.0)
     _, tensors = read(weights)
     block = "model.layers.1"
     for module, name, reordered in (
-        ("self_attn.q_proj", "attn_q", lambda b: by_hand(b, HEADS)),
-        ("self_attn.k_proj", "attn_k", lambda b: by_hand(b, KV_HEADS)),
+        ("self_attn.q_proj", "attn_q", lambda b: interleaved_by_loop(b, HEADS)),
+        ("self_attn.k_proj", "attn_k", lambda b: interleaved_by_loop(b, KV_HEADS)),
         ("self_attn.v_proj", "attn_v", lambda b: b),
         ("mlp.down_proj", "ffn_down", lambda b: b),
     ):
@@ -73,12 +73,12 @@ def test_rows_of_q_and_k_are_interleaved_and_no_others(read, make_weights):
         assert tensors[f"blk.1.{name}.weight.lora_b"].equal(reordered(b).half())
 
 
-def test_the_order_of_a_head_written_out():
+def test_the_order_of_interleaved_rows():
     rows = torch.arange(12.0)[:, None]
     assert interleaved(rows, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-def test_other_architectures_keep_their_rows(read, make_weights):
+def test_rows_of_other_architectures_are_not_interleaved(read, make_weights):
     weights = make_weights(rank=4, alpha=8.0)
     _, tensors = read(weights, model_type="qwen2")
     b = weights.factors["model.layers.0.self_attn.q_proj"][1]
@@ -86,7 +86,7 @@ def test_other_architectures_keep_their_rows(read, make_weights):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_scales_that_differ_between_layers_end_up_in_b(read, make_weights, rslora):
+def test_differing_scales_are_multiplied_into_b(read, make_weights, rslora):
     start = make_weights(rank=4, alpha=8.0, only=("v_proj", "o_proj"), rslora=rslora)
     alphas = dict(start.alphas) | {"model.layers.0.self_attn.v_proj": 3.0}
     weights = AdapterWeights(start.factors, alphas, rslora)
@@ -100,7 +100,7 @@ def test_scales_that_differ_between_layers_end_up_in_b(read, make_weights, rslor
         torch.testing.assert_close(theirs, weights.scale(full) * (b @ a), rtol=2e-3, atol=2e-3)
 
 
-def test_what_llama_cpp_has_not_is_refused(read, make_weights):
+def test_unsupported_architectures_and_layers_are_refused(read, make_weights):
     weights = make_weights()
     with pytest.raises(AdapterError, match="no architecture 'unheard-of'"):
         read(weights, model_type="unheard-of")

@@ -46,7 +46,7 @@ def plain_logits(folder, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize("choice", ["toy", {"toy": 0.5, "other": 0.75}])
-def test_plain_transformers_gives_the_mixs_logits(hub, tmp_path, choice):
+def test_plain_transformers_gives_the_logits_of_the_mix(hub, tmp_path, choice):
     done = hub.export(choice, tmp_path / "merged")
     wanted = hub.next_token_logits(PROMPTS, [choice] * len(PROMPTS))
     assert done.form == "merged"
@@ -56,7 +56,7 @@ def test_plain_transformers_gives_the_mixs_logits(hub, tmp_path, choice):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp")] == []
 
 
-def test_the_backbone_itself_is_not_touched(hub, tmp_path):
+def test_the_backbone_is_not_changed(hub, tmp_path):
     before = {n: t.clone() for n, t in hub.backbone.model.state_dict().items()}
     hub.export("toy", tmp_path / "merged")
     after = hub.backbone.model.state_dict()
@@ -76,14 +76,14 @@ def test_bf16_rounds_once(pico_folder, tmp_path, make_weights):
         assert torch.equal(model.get_submodule(module).weight, merged)
 
 
-def test_a_merged_model_is_a_backbone_like_any_other(hub, tmp_path):
+def test_a_merged_model_can_be_used_as_a_backbone(hub, tmp_path):
     done = hub.export("toy", tmp_path / "merged")
     again = AdapterHub(str(done.path), tmp_path / "elsewhere", dtype="fp32", device="cpu")
     wanted = hub.generate(PROMPTS, ["toy"] * 3, max_new_tokens=8, ignore_eos=True)
     assert again.generate(PROMPTS, max_new_tokens=8, ignore_eos=True) == wanted
 
 
-def test_layers_that_keep_their_weights_transposed(hub, tmp_path):
+def test_transposed_layers_are_merged(hub, tmp_path):
     """GPT-2's Conv1D is (in, out); a square one would take a wrong update without a word."""
     torch.manual_seed(0)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -105,7 +105,7 @@ def test_layers_that_keep_their_weights_transposed(hub, tmp_path):
     torch.testing.assert_close(plain_logits(done.path), wanted, atol=2e-5, rtol=1e-5)
 
 
-def test_how_the_backbone_generates_is_kept(pico_folder, tmp_path, make_weights):
+def test_the_generation_config_is_exported(pico_folder, tmp_path, make_weights):
     shutil.copytree(pico_folder, tmp_path / "backbone")
     own = GenerationConfig.from_pretrained(tmp_path / "backbone")
     own.update(eos_token_id=[2, 5], repetition_penalty=1.25)
@@ -120,7 +120,7 @@ def test_how_the_backbone_generates_is_kept(pico_folder, tmp_path, make_weights)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_over_a_packed_backbone_each_form_is_measured(
+def test_on_a_quantized_backbone_each_form_is_measured(
     pico_folder, tmp_path, make_weights, quantize
 ):
     hub = opened(pico_folder, tmp_path, dtype="fp32", quantize=quantize)
@@ -138,7 +138,7 @@ def test_over_a_packed_backbone_each_form_is_measured(
     assert hub.export("toy", tmp_path / "auto", most_drift=between).form == "merged"
 
 
-def test_a_requantized_model_does_what_was_measured(pico_folder, tmp_path, make_weights):
+def test_a_requantized_model_has_the_measured_drift(pico_folder, tmp_path, make_weights):
     hub = opened(pico_folder, tmp_path, dtype="fp32", quantize="nf4")
     keep(hub, make_weights(seed=1))
     done = hub.export("toy", tmp_path / "packed", form="requantized")
@@ -156,7 +156,7 @@ def test_a_requantized_model_does_what_was_measured(pico_folder, tmp_path, make_
     assert packed < merged
 
 
-def test_all_that_does_not_fit_is_said_at_once(hub, tmp_path):
+def test_all_misfits_of_an_export_are_reported_together(hub, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError) as error:
         hub.export(None, tmp_path / "there", form="int3")
@@ -166,13 +166,13 @@ def test_all_that_does_not_fit_is_said_at_once(hub, tmp_path):
         hub.export("toy", tmp_path / "new", form="requantized")
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(hub, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(hub, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PoolError, match="cannot be written"):
         hub.export("toy", tmp_path / "file" / "merged")
 
 
-def test_the_verb(hub, pico_folder, tmp_path):
+def test_the_export_command(hub, pico_folder, tmp_path):
     command = ["export", "toy", str(tmp_path / "out"), "--json", "--device", "cpu"]
     command += ["--backbone", str(pico_folder), "--pool", str(hub.pool.root), "--dtype", "fp32"]
     result = CliRunner().invoke(app, command)

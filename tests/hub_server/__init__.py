@@ -5,7 +5,7 @@ It speaks the protocol that huggingface_hub speaks, and can be told to lie (see 
     python -m tests.hub_server --port 8123 --folder /tmp/hub --user alice=hf_alice
 """
 
-from .mischief import Answer, Mischief, Reply, Seen, after, fail, only
+from .mischief import Answer, Mischief, RecordedRequest, Reply, after, fail, only
 from .server import HubServer
 
-__all__ = ["Answer", "HubServer", "Mischief", "Reply", "Seen", "after", "fail", "only"]
+__all__ = ["Answer", "HubServer", "Mischief", "RecordedRequest", "Reply", "after", "fail", "only"]

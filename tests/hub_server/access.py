@@ -1,4 +1,4 @@
-"""Who asks, and what they may see and change: the dependencies of the routes."""
+"""Authentication and authorisation: the dependencies of the routes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("models", "datasets")
 
 @dataclass(frozen=True)
 class Caller:
-    """A user with a token of a role (read or write); without a name, anybody."""
+    """The user of a token with a role (read or write); without a name, an anonymous caller."""
 
     name: str | None = None
     role: str = "read"
@@ -26,7 +26,7 @@ class Caller:
 
 @dataclass
 class Hub:
-    """What the routes share."""
+    """Shared state of the routes."""
 
     endpoint: str
     store: Store
@@ -48,7 +48,7 @@ TheHub = Annotated[Hub, Depends(_hub)]
 
 
 def _caller(request: Request, hub: TheHub) -> Caller:
-    """A token that is not known is refused, before it could tell whether anything is there."""
+    """Refuse an unknown token before anything else is checked."""
     header = request.headers.get("authorization")
     if header is None:
         return Caller()
@@ -75,7 +75,7 @@ def check_writer(caller: Caller, namespace: str) -> str:
 
 
 def find(hub: Hub, caller: Caller, kind: str, namespace: str, name: str) -> Repo:
-    """Return a repository that the caller may see."""
+    """Return a repository that the caller may read."""
     repo = hub.store.repo(kind, unquote(namespace), unquote(name)) if kind in KINDS else None
     if repo is None or (repo.private and caller.name != repo.namespace):
         raise repo_not_found()

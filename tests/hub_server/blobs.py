@@ -1,4 +1,4 @@
-"""Contents, kept by their sha256, and how git and LFS name them."""
+"""Contents stored by their sha256, and their names in git and LFS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a tree. `oid` is git's name for it; of its pointer where the file is an LFS object."""
+    """A file of a tree. `oid` is git's hash of it, or of its pointer for an LFS object."""
 
     oid: str
     size: int
@@ -36,7 +36,7 @@ def git_oid(data: bytes) -> str:
 
 
 def pointer(sha256: str, size: int) -> bytes:
-    """The text that git keeps in place of an LFS object."""
+    """The text that git stores in place of an LFS object."""
     head = "version https://git-lfs.github.com/spec/v1"
     return f"{head}\noid sha256:{sha256}\nsize {size}\n".encode()
 
@@ -46,7 +46,7 @@ def lfs_entry(sha256: str, size: int) -> Entry:
 
 
 class Incoming:
-    """A content on its way in: hashed and counted as it is written."""
+    """A content being received: hashed and counted while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.size = path, 0
@@ -63,7 +63,7 @@ class Incoming:
         self.size += len(data)
 
     def move(self, path: Path) -> None:
-        """Let it be found under `path`, whatever happens to the machine from here on."""
+        """Move it to `path`, durably."""
         self._file.flush()
         os.fsync(self._file.fileno())
         os.replace(self.path, path)
@@ -88,12 +88,12 @@ class Blobs:
         return self.folder / sha256
 
     def part(self, repo: int, sha256: str, number: int) -> Path:
-        """Where one part of an upload waits for the others."""
+        """The path of one part of an upload."""
         return self._incoming / f"{repo}-{sha256}-{number}"
 
     @contextmanager
     def incoming(self) -> Iterator[Incoming]:
-        """Give a content to write and then move; what was not moved is gone after it."""
+        """Yield a content to write and move; it is deleted unless it was moved."""
         content = Incoming(self._incoming / uuid.uuid4().hex)
         try:
             yield content
@@ -101,7 +101,7 @@ class Blobs:
             content.close()
 
     def add(self, data: bytes) -> Entry:
-        """Keep a content; return it as a regular file."""
+        """Store a content; return it as a regular file."""
         with self.incoming() as content:
             content.write(data)
             if not self.path(content.sha256).exists():

@@ -1,4 +1,4 @@
-"""Upload URLs that are a permission by themselves: signed, for one act on one object, until a time."""
+"""Signed upload URLs, each valid for one operation on one object until it expires."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import HubError
 
 @dataclass(frozen=True)
 class Permit:
-    """To PUT an object of a repository (part 0 is the whole), or to POST that its parts be joined."""
+    """To PUT an object or a part of it (part 0: the whole), or to POST that its parts are joined."""
 
     method: str
     repo: int
@@ -27,7 +27,7 @@ class Permit:
 
 
 class Signer:
-    """Makes and checks such URLs, with a key that dies with it."""
+    """Makes and checks upload URLs, with a key of its own."""
 
     def __init__(self, seconds: float) -> None:
         self._key, self._seconds = secrets.token_bytes(32), seconds

@@ -1,4 +1,4 @@
-"""The metadata on top of a README.md, and the tags that a repository is found by."""
+"""The metadata block of a README.md, and the tags of a repository."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOT
 
 
 def read_card(text: str) -> dict[str, Any]:
-    """Return the metadata, empty where there is none; ValueError where it is no plain mapping.
+    """Return the metadata, empty without a block; ValueError unless it is a plain mapping.
 
     Aliases are refused: a few lines of them unfold into more than a server can write out.
     """
-    found = BLOCK.match(text)
-    if not found:
+    match = BLOCK.match(text)
+    if not match:
         return {}
     depth = 0
     try:
-        for event in yaml.parse(found[1], Loader=yaml.SafeLoader):
+        for event in yaml.parse(match[1], Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("Aliases are not supported.")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:  # the interpreter's own limit is changed by torch's compiler
                 raise ValueError(f"The metadata is nested deeper than {MAX_DEPTH} levels.")
-        card = yaml.safe_load(found[1])
+        card = yaml.safe_load(match[1])
         card = json.loads(json.dumps({} if card is None else card, default=str, allow_nan=False))
     except (yaml.YAMLError, TypeError, RecursionError) as error:
         raise ValueError(f"The metadata is no YAML: {error}") from error
@@ -41,7 +41,7 @@ def read_card(text: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=100)
 def card_json(text: str) -> str:
-    """The metadata as JSON; that of a card which cannot be read is empty."""
+    """The metadata as JSON; empty for an unreadable card."""
     try:
         return json.dumps(read_card(text))
     except ValueError:
@@ -53,7 +53,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def tags_of(card: dict[str, Any]) -> list[str]:
-    """Return the tags, each once."""
+    """Return the tags without duplicates."""
     tags = [
         tag for key in ("library_name", "pipeline_tag", "tags") for tag in _listed(card.get(key))
     ]

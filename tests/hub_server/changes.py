@@ -1,4 +1,4 @@
-"""What a commit asks for: lines of JSON, checked one by one, and a tree with all of them done or an error."""
+"""Operations of a commit: JSON lines, validated, and applied to a tree all together or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_PATH, MOST_NAME = 1000, 255
 
 
 def check_path(path: str) -> str:
-    """Return a path as it stands in a tree; ValueError for one that could lead out of it."""
+    """Return a normalised path of a tree; ValueError for one that leads out of it."""
     names = path.rstrip("/").split("/")
     if any(name in {"", ".", ".."} or name.lower() == ".git" for name in names):
         raise ValueError(f"{path!r} is no path within a repository")
@@ -50,7 +50,7 @@ class Header(BaseModel):
 
 
 class File(BaseModel):
-    """A file that comes within the commit."""
+    """A file with its content in the commit."""
 
     path: RepoPath
     content: Content
@@ -58,7 +58,7 @@ class File(BaseModel):
 
 
 class LfsFile(BaseModel):
-    """A file whose content was uploaded to this repository before."""
+    """A file whose content was uploaded before."""
 
     path: RepoPath
     algo: Literal["sha256"]
@@ -73,7 +73,7 @@ class DeletedFile(BaseModel):
 
 
 class DeletedFolder(BaseModel):
-    """A folder to remove with all that is in it."""
+    """A folder to remove with its content."""
 
     path: RepoPath
 
@@ -97,14 +97,14 @@ KINDS: dict[str, type[Header] | type[Operation]] = {
 
 @dataclass(frozen=True)
 class Changes:
-    """A commit that is well formed; whether it fits its branch is seen when it is done."""
+    """A well-formed commit; conflicts with its branch are found when it is applied."""
 
     header: Header
     operations: tuple[Operation, ...]
 
 
 def read_changes(body: bytes) -> Changes:
-    """Return what the lines say; the first that is wrong is an error."""
+    """Return the operations of the lines; the first invalid line is an error."""
     header, *rest = [
         _read_line(number, line)
         for number, line in enumerate(body.split(b"\n"), 1)

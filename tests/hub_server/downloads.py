@@ -1,4 +1,4 @@
-"""The route by which files go out, whole or a range of them."""
+"""The route of downloads, of whole files or of ranges."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def resolve(hub: TheHub, repo: Readable, request: Request, revision: str, path: 
 
 
 def _range(text: str, size: int) -> tuple[int, int]:
-    """Return the first byte to send and the one after the last; what is not understood means all."""
-    found = RANGE.fullmatch(text.replace(" ", ""))
-    if not found or found.groups() == ("", ""):
+    """Return the first byte to send and the end; an invalid range means the whole file."""
+    match = RANGE.fullmatch(text.replace(" ", ""))
+    if not match or match.groups() == ("", ""):
         return 0, size
-    first, last = found.groups()
+    first, last = match.groups()
     if not first:
         start, stop = max(0, size - int(last)), size
     else:

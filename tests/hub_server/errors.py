@@ -1,4 +1,4 @@
-"""What a refused request is told: a status, a sentence, and a code that picks the client's exception."""
+"""Error replies: a status, a message, and a code that selects the client's exception."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HubError(Exception):
 
 
 def repo_not_found() -> HubError:
-    """The same for a repository that is not there and for one that the caller may not see."""
+    """The same error for a missing repository and for one that the caller may not read."""
     return HubError(404, "Repository not found", "RepoNotFound")
 
 

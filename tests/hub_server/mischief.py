@@ -1,4 +1,4 @@
-"""A server that lies: a test puts itself between the requests and their true answers.
+"""Fault injection: a test can replace or change the server's replies to chosen requests.
 
 `server.mischief` is called with each request as it was seen and a function that gives the true reply; what
 it returns is sent. It may change the reply, make one up, or get the true one and then pretend that it failed:
@@ -26,8 +26,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A request as it came: `path` is still percent-encoded, the names of headers are lower case."""
+class RecordedRequest:
+    """A received request: `path` is percent-encoded, header names are lower case."""
 
     method: str
     path: str
@@ -45,7 +45,7 @@ class Seen:
 
 @dataclass
 class Reply:
-    """What is sent: the names of headers are lower case; an iterator of bytes is sent piece by piece.
+    """A reply: header names are lower case; an iterator of bytes is sent piece by piece.
 
     Content-Length follows the body, except of a HEAD. After `cut` bytes the connection breaks off.
     """
@@ -67,35 +67,35 @@ class Reply:
 
 
 Answer = Callable[[], Reply]
-Mischief = Callable[[Seen, Answer], Reply]
+Mischief = Callable[[RecordedRequest, Answer], Reply]
 
 
 def only(pattern: str, mischief: Mischief) -> Mischief:
-    """Leave alone every request in whose `METHOD /path?query` the pattern is not found."""
+    """Apply `mischief` only to requests whose `METHOD /path?query` contains the pattern."""
 
-    def play(seen: Seen, answer: Answer) -> Reply:
+    def reply_to(seen: RecordedRequest, answer: Answer) -> Reply:
         found = re.search(pattern, f"{seen.method} {seen.target}")
         return mischief(seen, answer) if found else answer()
 
-    return play
+    return reply_to
 
 
 def after(change: Callable[[Reply], object]) -> Mischief:
-    """Change the true reply in place."""
+    """Return a mischief that changes the correct reply in place."""
 
-    def play(_seen: Seen, answer: Answer) -> Reply:
+    def reply_to(_seen: RecordedRequest, answer: Answer) -> Reply:
         reply = answer()
         change(reply)
         return reply
 
-    return play
+    return reply_to
 
 
 def fail(times: int, status: int, error: str = "Not now.", done: bool = False) -> Mischief:
-    """Refuse the first so many requests; with `done`, after doing what they asked for."""
+    """Refuse the first `times` requests; with `done`, after carrying them out."""
     turns = itertools.count()
 
-    def play(_seen: Seen, answer: Answer) -> Reply:
+    def reply_to(_seen: RecordedRequest, answer: Answer) -> Reply:
         if next(turns) >= times:
             return answer()
         if done:
@@ -104,4 +104,4 @@ def fail(times: int, status: int, error: str = "Not now.", done: bool = False) -
         reply.json = {"error": error}
         return reply
 
-    return play
+    return reply_to

@@ -36,7 +36,7 @@ RawBody = Annotated[bytes, Depends(body_of)]
 
 
 def page(hub: Hub, request: Request, items: Sequence[Any], size: int | None = None) -> JSONResponse:
-    """Answer with one page; a link leads to the next."""
+    """Reply with one page, and a link to the next."""
     query = dict(request.query_params)
     size = max(1, min(size or hub.settings.page_size, hub.settings.page_size))
     cursor = query.get("cursor", "0")
@@ -144,7 +144,7 @@ def info(
 
 
 class Search(BaseModel):
-    """What is asked of a list of repositories."""
+    """Query parameters of a search of repositories."""
 
     filter: list[str] = []
     search: str = ""
@@ -177,16 +177,16 @@ class Search(BaseModel):
 
 @router.get("/api/{kind}")
 def search(
-    hub: TheHub, caller: TheCaller, request: Request, kind: str, asked: Annotated[Search, Query()]
+    hub: TheHub, caller: TheCaller, request: Request, kind: str, query: Annotated[Search, Query()]
 ) -> JSONResponse:
     if kind not in KINDS:
         raise HubError(404, f"There is nothing at /api/{kind}.")
     repos = [r for r in hub.store.repos(kind) if not r.private or r.namespace == caller.name]
     infos = [model_info(hub.store, repo, hub.store.commit(repo, "main")) for repo in repos]
-    found = [info for info in infos if asked.finds(info)]
-    if asked.sort in ("lastModified", "createdAt"):
-        found.sort(key=lambda info: info[asked.sort], reverse=asked.direction == "-1")
-    return page(hub, request, [asked.shows(info) for info in found], asked.limit)
+    matches = [info for info in infos if query.finds(info)]
+    if query.sort in ("lastModified", "createdAt"):
+        matches.sort(key=lambda info: info[query.sort], reverse=query.direction == "-1")
+    return page(hub, request, [query.shows(info) for info in matches], query.limit)
 
 
 # ---- what is in a repository ---------------------------------------------------------------------
@@ -204,17 +204,17 @@ def tree(
 ) -> JSONResponse:
     commit = hub.store.commit(repo, unquote(revision))
     folder = unquote(path).strip("/")
-    found = listing(commit.tree, folder, recursive)
-    if folder and not found:
+    items = listing(commit.tree, folder, recursive)
+    if folder and not items:
         raise entry_not_found(f"{folder} does not exist on {unquote(revision)}", commit.oid)
-    return page(hub, request, found)
+    return page(hub, request, items)
 
 
 @router.post("/api/{kind}/{namespace}/{name}/paths-info/{revision}")
 def paths_info(hub: TheHub, repo: Readable, revision: str, body: RawBody) -> list[Json]:
     paths = parse_qs(body.decode("utf-8", "replace")).get("paths", [])
-    found = entries(hub.store.commit(repo, unquote(revision)).tree, paths)
-    return sorted(found, key=lambda entry: entry["path"])
+    items = entries(hub.store.commit(repo, unquote(revision)).tree, paths)
+    return sorted(items, key=lambda entry: entry["path"])
 
 
 @router.get("/api/{kind}/{namespace}/{name}/commits/{revision}")

@@ -15,7 +15,7 @@ from .access import Caller, Hub
 from .app import make_app
 from .blobs import Tree, lfs_entry
 from .capability import Signer
-from .mischief import Mischief, Seen
+from .mischief import Mischief, RecordedRequest
 from .settings import Settings
 from .store import Change, Store
 from .uploads import is_lfs
@@ -46,7 +46,7 @@ class HubServer:
     def __init__(
         self, folder: Path | str, users: Mapping[str, str] = {}, *, port: int = 0, **settings: Any
     ) -> None:
-        self.requests: list[Seen] = []
+        self.requests: list[RecordedRequest] = []
         self.mischief: Mischief | None = None
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How a server behaves."""
+"""Settings of the server."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Settings:
     """The keyword arguments of `HubServer`."""
 
     page_size: int = 1000
-    """Most items on a page of a listing."""
+    """Maximum number of items on a page of a listing."""
     lfs_over: int | None = 1000
-    """Binary files of more bytes travel as LFS objects; None: every file travels within its commit."""
+    """Larger binary files are LFS objects; None: all files are inside their commits."""
     part_size: int = 5_000_000
-    """LFS objects of more bytes are uploaded in parts of so many."""
+    """Larger LFS objects are uploaded in parts of this size, in bytes."""
     url_seconds: float = 3600
-    """How long an upload URL is good for."""
+    """Lifetime of an upload URL, in seconds."""
     commit_seconds: float = 0
-    """How much longer a commit takes than it needs."""
+    """Additional duration of a commit, in seconds."""
     patient: bool = True
-    """Whether a commit waits while another of the same repository is under way, or is refused with 409."""
+    """Whether a commit waits for another one of the same repository, or is refused with 409."""

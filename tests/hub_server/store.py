@@ -78,7 +78,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Change:
-    """What to make of a branch's tree, and what is noted about it."""
+    """A new tree for a branch, and its commit message."""
 
     make: Callable[[Tree], Tree]
     author: str
@@ -88,7 +88,7 @@ class Change:
 
 
 class Store:
-    """All that the server remembers."""
+    """The server's persistent state."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.blobs = Blobs(folder / "blobs")
@@ -129,12 +129,12 @@ class Store:
         return _repo(rows[0]) if rows else None
 
     def repos(self, kind: str) -> list[Repo]:
-        """The newest first."""
+        """The repositories, newest first."""
         rows = self._rows("SELECT * FROM repos WHERE kind = ? ORDER BY id DESC", kind)
         return [_repo(row) for row in rows]
 
     def create(self, kind: str, namespace: str, name: str, private: bool) -> Repo | None:
-        """Return a new repository with a first commit; None where there is one of that name."""
+        """Return a new repository with a first commit; None if the name is taken."""
         row = (kind, namespace, name, private, _now())
         with self._transaction():
             if self.repo(kind, namespace, name):
@@ -157,7 +157,7 @@ class Store:
     # ---- commits ---------------------------------------------------------------------------------
 
     def commit(self, repo: Repo, revision: str) -> Commit:
-        """Return what a branch, a tag or a full commit id names."""
+        """Return the commit of a branch, a tag or a full commit id."""
         oid = self._target(repo, "branches", revision) or self._target(repo, "tags", revision)
         query = f"SELECT {COMMIT} FROM commits WHERE repo = ? AND oid = ?"
         rows = self._rows(query, repo.id, oid or revision)
@@ -166,7 +166,7 @@ class Store:
         return _commit(rows[0])
 
     def history(self, repo: Repo, commit: Commit) -> list[Commit]:
-        """The commit and all before it, the newest first."""
+        """The commit and its ancestors, newest first."""
         return [_commit(row) for row in self._rows(LINE, commit.oid, repo.id)]
 
     def advance(self, repo: Repo, branch: str, change: Change) -> Commit:
@@ -233,7 +233,7 @@ class Store:
     # ---- LFS objects -----------------------------------------------------------------------------
 
     def object_size(self, repo: int, sha256: str) -> int | None:
-        """The size of an object that was uploaded to this repository, else None, whoever else has it."""
+        """The size of an object that was uploaded to this repository, else None."""
         query = "SELECT size FROM objects WHERE repo = ? AND sha256 = ?"
         rows = self._rows(query, repo, sha256)
         return rows[0][0] if rows else None
@@ -245,7 +245,7 @@ class Store:
             raise repo_not_found() from None
 
     def link(self, repo: Repo, sha256: str, size: int | None) -> Entry:
-        """Return the file that an uploaded object makes."""
+        """Return the file of an uploaded object."""
         known = self.object_size(repo.id, sha256)
         if known is None:
             raise HubError(400, f"LFS object {sha256} was not uploaded to this repository.")

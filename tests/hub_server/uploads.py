@@ -1,4 +1,4 @@
-"""The routes by which files come in: preupload, LFS objects whole or in parts, and the commit."""
+"""The routes of uploads: preupload, LFS objects whole or in parts, and commits."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ router = APIRouter()
 
 
 def is_lfs(limit: int | None, path: str, size: int, sample: bytes) -> bool:
-    """Whether a file travels as an LFS object: it is binary and larger than the limit."""
+    """Whether a file becomes an LFS object: it is binary and larger than the limit."""
     binary = path.lower().endswith(BINARY) or b"\0" in sample
     return limit is not None and size > limit and binary
 
 
 class Planned(BaseModel):
-    """A file that a commit is going to bring; `sample` is how it begins."""
+    """A file of a planned commit; `sample` is its beginning."""
 
     path: RepoPath
     sample: Content = b""
@@ -62,7 +62,7 @@ def preupload(hub: TheHub, repo: Writable, revision: str, plan: Plan) -> Json:
 
 
 class Announced(BaseModel):
-    """An LFS object that is to come."""
+    """An LFS object to be uploaded."""
 
     oid: Sha256
     size: int = Field(ge=0)
@@ -83,7 +83,7 @@ def lfs_batch(hub: TheHub, repo: Writable, batch: Batch) -> Json:
 
 
 def _actions(hub: Hub, repo: Repo, wanted: Announced, parts: bool) -> Json:
-    """What to do to bring an object: nothing if this repository has it, whoever else has it too."""
+    """The upload actions of an object; none if this repository has it."""
     known = hub.store.object_size(repo.id, wanted.oid)
     if known == wanted.size:
         return {}
@@ -151,7 +151,7 @@ async def lfs_put(hub: TheHub, request: Request, permit: Permitted) -> Response:
 
 
 async def _receive(request: Request, content: Incoming, length: int) -> None:
-    """Write the body; stop as soon as it is longer than it may be."""
+    """Write the body; stop when it exceeds its limit."""
     async for chunk in request.stream():
         content.write(chunk)
         if content.size > length:
@@ -168,7 +168,7 @@ def _keep(hub: Hub, permit: Permit, content: Incoming) -> None:
 
 
 class Part(BaseModel):
-    """A part that was uploaded, by the ETag that was given for it."""
+    """An uploaded part, by its ETag."""
 
     partNumber: int
     etag: str

@@ -1,4 +1,4 @@
-"""Between the socket and the application: raw paths, a record of requests, and mischief."""
+"""ASGI middleware: raw paths, a record of the requests, and fault injection."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import anyio
 from anyio import CapacityLimiter, from_thread, to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .mischief import Mischief, Reply, Seen
+from .mischief import Mischief, RecordedRequest, Reply
 
 GIT = re.compile(r"/(?:(datasets)/)?([^/]+)/([^/]+?)(?:\.git/info(?=/lfs/)|(?=/resolve/))(.*)")
 THREADS = 64
 
 
 def route(path: str) -> str:
-    """Return the path that the routes know: the kind of a repository is written out."""
-    found = GIT.fullmatch(path)
-    return f"/{found[1] or 'models'}/{found[2]}/{found[3]}{found[4]}" if found else path
+    """Return the path of a route, in which the kind of a repository is explicit."""
+    match = GIT.fullmatch(path)
+    return f"/{match[1] or 'models'}/{match[2]}/{match[3]}{match[4]}" if match else path
 
 
 class Wire:
-    """Sees every request first; the routes get paths still encoded, as `feat%2Fx` is one branch."""
+    """Middleware that records requests; paths stay percent-encoded, so that `feat%2Fx` is one branch."""
 
     def __init__(
         self,
         app: ASGIApp,
-        record: Callable[[Seen], object],
+        record: Callable[[RecordedRequest], object],
         mischief: Callable[[], Mischief | None],
     ) -> None:
         self._app, self._record, self._mischief = app, record, mischief
@@ -43,23 +43,23 @@ class Wire:
         if mischief is None:
             return await self._app(scope, receive, send)
 
-        def play() -> Reply:
+        def reply_to() -> Reply:
             return mischief(seen, lambda: from_thread.run(_answer, self._app, scope, receive))
 
-        reply = await to_thread.run_sync(play, limiter=self._threads)
+        reply = await to_thread.run_sync(reply_to, limiter=self._threads)
         if seen.method != "HEAD":
             _fit_length(reply)
         await _send(reply, receive, send)
 
 
-def _seen(scope: Scope) -> Seen:
+def _seen(scope: Scope) -> RecordedRequest:
     headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
     path, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
-    return Seen(scope["method"], path, query, headers)
+    return RecordedRequest(scope["method"], path, query, headers)
 
 
 async def _answer(app: ASGIApp, scope: Scope, receive: Receive) -> Reply:
-    """Return what the application says, all of it."""
+    """Return the application's complete reply."""
     reply, body = Reply(), bytearray()
 
     async def keep(message: Message) -> None:

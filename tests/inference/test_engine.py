@@ -1,9 +1,11 @@
-"""The engine: whatever joins, leaves, is cancelled, evicted or published anew, a row is what it is alone."""
+"""The engine: whatever joins, leaves, is cancelled, evicted or replaced, a row equals that row alone."""
 
+import gc
 import math
 import random
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +23,13 @@ from adapterhub_chat.errors import (
     UnknownNameError,
     UsageError,
 )
-from adapterhub_chat.inference import batch as running
-from adapterhub_chat.inference.decoder import ModuleDecoder
-from adapterhub_chat.inference.engine import PREFETCH_ROWS, Engine
-from adapterhub_chat.inference.fused_decoder import FusedDecoder, _packed
-from adapterhub_chat.inference.kv_cache import KeyValues, shared_length
+from adapterhub_chat.inference.decoder import ModuleDecoder, StepInput
+from adapterhub_chat.inference.engine import Engine
+from adapterhub_chat.inference.fetching import MAX_PREFETCHES
+from adapterhub_chat.inference.fused_decoder import FusedDecoder, _reordered, make_decoder
+from adapterhub_chat.inference.kv_cache import KVCache, common_prefix_length
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
-from adapterhub_chat.lora.slots import plan_of
 from adapterhub_chat.lora.weights import initial_weights
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
@@ -48,14 +49,35 @@ def loaded(model, make_weights):
 
 
 @pytest.fixture
-def engine(loaded, tmp_path_factory):
+def engine(loaded):
     return Engine(loaded, rows=8, chunk=32)
 
 
-# ---- rows are alone ------------------------------------------------------------------------------
+class WrappedDecoder:
+    """Another decoder's forward, to be watched or broken by a test."""
+
+    def __init__(self, model):
+        self.inner = make_decoder(model)
+        self.max_length, self.takes_chunks = self.inner.max_length, self.inner.takes_chunks
+        self.new_cache = self.inner.new_cache
+        self.early_states = self.inner.early_states
+
+    def forward(self, cache, inputs, plan):
+        return self.inner.forward(cache, inputs, plan)
 
 
-def test_requests_that_join_and_leave_give_what_they_give_alone(engine, loaded):
+def assert_all_released(model, make_weights):
+    """Every adapter that is loaded can be evicted: no row holds a slot."""
+    weights = make_weights(rank=64)
+    model.slots.budget = make_size(model, weights)
+    model.load("last", weights)
+    assert model.names == ("last",)
+
+
+# ---- rows are independent ------------------------------------------------------------------------------
+
+
+def test_requests_that_join_and_leave_equal_those_run_alone(engine, loaded):
     requests = some_requests(40)
     tickets = [engine.submit(r) for r in requests[:10]]
     for request in requests[10:]:
@@ -68,25 +90,25 @@ def test_requests_that_join_and_leave_give_what_they_give_alone(engine, loaded):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_decoders_agree(loaded, native, monkeypatch, tmp_path):
-    """Fused, with and without native products, and transformers' own modules: one row, one text."""
+    """Fused, with and without native products, and transformers' own modules give the same tokens."""
     monkeypatch.setenv("ADAPTERHUB_NATIVE", "1" if native else "0")
-    engines = [Engine(loaded, folder=tmp_path), Engine(loaded, folder=tmp_path)]
-    decoder = engines[0].decoder
-    assert isinstance(decoder, FusedDecoder)
-    assert (decoder._products is not None) == native
-    engines[1].decoder = engines[1]._batch.decoder = ModuleDecoder(loaded)
+    decoders = [make_decoder(loaded, tmp_path), ModuleDecoder(loaded)]
+    assert isinstance(decoders[0], FusedDecoder)
+    assert (decoders[0]._products is not None) == native
+    engines = [Engine(loaded, decoder=decoder) for decoder in decoders]
+    assert [engine.decoder for engine in engines] == decoders
     for request in some_requests(12, seed=1):
         first, second = (engine.submit(request).result().ids for engine in engines)
         assert first == second
     ids = torch.randint(3, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(1))
-    first, second = (engine.decoder.early_states(ids) for engine in engines)
+    first, second = (decoder.early_states(ids) for decoder in decoders)
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
-    shorter = engines[0].decoder.early_states(ids[:, :9])  # what stands behind changes nothing
+    shorter = decoders[0].early_states(ids[:, :9])  # later tokens change nothing
     torch.testing.assert_close(shorter, first[:, :9], rtol=1e-5, atol=1e-5)
 
 
-def test_four_bits_give_one_text_together_and_alone(pico_folder, make_weights):
-    """The 4-bit backbone goes through its own layers' products; rows do not meet there either."""
+def test_rows_of_a_4bit_backbone_equal_those_run_alone(pico_folder, make_weights):
+    """A 4-bit backbone runs its layers' own products; rows are independent there too."""
     model = AdapterModel(
         load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
     )
@@ -100,7 +122,7 @@ def test_four_bits_give_one_text_together_and_alone(pico_folder, make_weights):
 
 
 class Library(LoadedOnly):
-    """Adapters that are loaded when they are asked for, as a registry does."""
+    """Loads adapters when they are acquired, as a registry does."""
 
     def __init__(self, model, make_weights, count):
         super().__init__(model.slots)
@@ -121,23 +143,31 @@ class Library(LoadedOnly):
         self.prefetched.append(str(mix))
 
 
-def test_bf16_is_decoded_on_every_processor(pico_folder, tmp_path):
-    """oneDNN's own products refuse it where the processor has no instructions for it."""
-    hub = AdapterHub(str(pico_folder), tmp_path, dtype="bf16", device="cpu")
-    found = Engine(hub.model, rows=2).submit(
-        Request((5, 6, 7), sampling=Sampling(max_new_tokens=3))
-    )
-    assert len(found.result().ids) > 0
+def test_bf16_logits_equal_those_of_transformers_modules(pico_folder, tmp_path):
+    """On every processor: oneDNN's products refuse bf16 on one without instructions for it."""
+    model = AdapterHub(str(pico_folder), tmp_path, dtype="bf16", device="cpu").model
+    steps = [
+        StepInput(0, torch.tensor([[5, 6, 7], [8, 9, 0]]), [0, 0], [3, 2]),
+        StepInput(0, torch.tensor([[10], [11]]), [3, 2], [1, 1]),
+    ]
+    logits = []
+    for decoder in (make_decoder(model), ModuleDecoder(model)):
+        cache = decoder.new_cache()
+        cache.reserve(2, 64)
+        logits.append(torch.stack([decoder.forward(cache, step, None) for step in steps]).float())
+    fused, expected = logits
+    assert isinstance(make_decoder(model), FusedDecoder)
+    assert float((fused - expected).norm() / expected.norm()) < 0.02
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 33, 200])
-def test_an_ordered_weight_gives_the_plain_product(rows):
+def test_a_reordered_weight_gives_the_same_product(rows):
     torch.manual_seed(rows)
     weight, bias, x = torch.randn(96, 40), torch.randn(96), torch.randn(rows, 40)
-    ordered, product = _packed(weight)
+    reordered, product = _reordered(weight)
     exact = x.double() @ weight.double().T + bias.double()
-    torch.testing.assert_close(product(x, ordered, bias).double(), exact, atol=1e-4, rtol=1e-4)
-    assert ordered.is_mkldnn == torch.backends.mkldnn.is_available()  # else it is the slow one
+    torch.testing.assert_close(product(x, reordered, bias).double(), exact, atol=1e-4, rtol=1e-4)
+    assert reordered.is_mkldnn == torch.backends.mkldnn.is_available()  # else it is slow
 
 
 @pytest.mark.slow
@@ -146,52 +176,51 @@ def test_an_ordered_weight_gives_the_plain_product(rows):
     reason="no bf16 instructions: fp32 is the default here, and it is held to equality",
 )
 def test_in_bf16_only_near_ties_differ():
-    """SmolLM2 with the shipped adapters: a text is what it is alone up to a token whose two likeliest
-    logits lie within a rounding step of bf16 (0.125 for logits from 16 on), which another batch may tip."""
+    """SmolLM2 with the shipped adapters: a text equals that of the row alone up to a token whose two
+    largest logits differ by a rounding step of bf16 (0.125 for logits from 16 on), which a batch may swap."""
     hub = AdapterHub("smollm2-135m", ROOT / "adapters", dtype="bf16", device="cpu")
-    rng, rules = random.Random(0), Sampling(max_new_tokens=24, ignore_eos=True, logprobs=2)
+    rng, sampling = random.Random(0), Sampling(max_new_tokens=24, ignore_eos=True, logprobs=2)
     questions = [f"Tell me about {word}." for word in ("Paris", "rivers", "old films", "bread")]
     encoded = hub.backbone.tokenizer(questions).input_ids
     requests = [
-        Request(tuple(rng.choice(encoded)), as_mix(name), rules)
+        Request(tuple(rng.choice(encoded)), as_mix(name), sampling)
         for name in ["qa", "generation", "sentiment", None, {"qa": 0.5, "generation": 0.5}] * 5
     ]
     engine = Engine(hub.model, rows=16)
     tickets = [engine.submit(request) for request in requests]
-    same = 0
+    num_equal = 0
     for request, ticket in zip(requests, tickets, strict=True):
         got, wanted = ticket.result(), alone(hub.model, request)
         if got.ids == wanted.ids:
-            same += 1
+            num_equal += 1
             continue
-        first = shared_length(got.ids, wanted.ids)
+        first = common_prefix_length(got.ids, wanted.ids)
         (_, best), (_, second) = wanted.logprobs[first].likeliest
         assert best - second <= 0.25
-    assert same >= 12
+    assert num_equal >= 12
 
 
 def make_size(model, weights):
-    """Bytes of a slot for such weights."""
+    """Bytes of a slot for weights of this rank."""
     return model.slots._layout(weights)[1]
 
 
 # ---- prompts in chunks, prefixes -------------------------------------------------------------------
 
 
-def test_a_long_prompt_does_not_hold_up_the_others(engine):
-    first = engine.submit(Request((5, 6), sampling=LONG), lambda piece: heard.append(piece))
-    heard = []
+def test_a_long_prompt_does_not_delay_other_rows(engine):
+    sampling = Sampling(max_new_tokens=5, ignore_eos=True)
+    first = engine.submit(Request((5, 6), sampling=sampling))
     engine.step()
     long = engine.submit(Request(tuple(range(3, 253)), sampling=Sampling(max_new_tokens=2)))
-    before = len(first.engine._batch.rows[0].writing.ids)
-    for _ in range(4):
+    for _ in range(4):  # one token each
         engine.step()
-    assert len(engine._batch.rows[0].writing.ids) == before + 4  # a token a step, all along
+    assert len(first.completion.ids) == 5
     assert not long.done
     assert long.result().prompt_tokens == 250
 
 
-def test_a_shared_beginning_is_computed_once(loaded):
+def test_a_shared_prefix_is_computed_once(loaded):
     engine, start = Engine(loaded), tuple(range(3, 60))
     first = engine.submit(Request((*start, 7), as_mix("a1"), LONG)).result()
     again = Request((*start, 9, 11), as_mix("a1"), LONG)
@@ -201,7 +230,7 @@ def test_a_shared_beginning_is_computed_once(loaded):
     assert second.ids == alone(loaded, again).ids
 
 
-def test_a_prefix_belongs_to_the_content_not_to_the_name(loaded, make_weights):
+def test_prefixes_are_keyed_by_content_not_by_name(loaded, make_weights):
     engine, prompt = Engine(loaded), tuple(range(3, 60))
     engine.submit(Request(prompt, as_mix("a1"), LONG)).result()
     loaded.load("a1", make_weights(seed=99))
@@ -219,29 +248,29 @@ def test_the_same_content_under_two_names_shares_prefixes(model, make_weights):
     engine = Engine(model)
     engine.submit(Request(prompt, as_mix("one"), LONG)).result()
     reused = engine.submit(Request(prompt, as_mix("two"), LONG)).result()
-    assert reused.reused_tokens == len(prompt) - 1  # the last one gives the logits
+    assert reused.reused_tokens == len(prompt) - 1  # the last token gives the logits
 
 
-def test_keys_and_values_keep_to_their_budget_and_a_long_row_narrows_it_for_no_one(loaded):
-    token_bytes = Engine(loaded)._batch._token_bytes
+def test_keys_and_values_stay_within_cache_bytes_also_after_a_long_row(loaded):
+    token_bytes = make_decoder(loaded).new_cache().token_bytes
     budget = 6 * 192 * token_bytes
     engine = Engine(loaded, cache_bytes=budget, prefix_bytes=0)
     for length in (8, 8, 300, 8, 8, 8, 300, 8):
         tickets = [engine.submit(Request((44,) * length, sampling=LONG)) for _ in range(9)]
-        most = 0
+        max_running = 0
         while not all(ticket.done for ticket in tickets):
             engine.step()
-            most = max(most, engine.running)
-            assert engine._batch.cache.nbytes <= budget
-        assert most >= (9 if length == 8 else 2)
-    alone_too_large = Engine(loaded, cache_bytes=1, prefix_bytes=0)
-    assert len(alone_too_large.submit(Request((44,), sampling=LONG)).result().ids) == 24
+            max_running = max(max_running, engine.running)
+            assert engine.cache_nbytes <= budget
+        assert max_running >= (9 if length == 8 else 2)
+    small = Engine(loaded, cache_bytes=1, prefix_bytes=0)  # one request may always run
+    assert len(small.submit(Request((44,), sampling=LONG)).result().ids) == 24
 
 
-# ---- rules ----------------------------------------------------------------------------------------
+# ---- sampling -------------------------------------------------------------------------------------
 
 
-def test_logprobs_are_the_models_own(engine, loaded):
+def test_logprobs_equal_those_of_the_model(engine, loaded):
     rules = Sampling(max_new_tokens=5, ignore_eos=True, logprobs=3)
     done = engine.submit(Request((44, 45), as_mix("a2"), rules)).result()
     assert [p.token for p in done.logprobs] == list(done.ids)
@@ -255,7 +284,7 @@ def test_logprobs_are_the_models_own(engine, loaded):
         ids.append(item.token)
 
 
-def test_top_k_leaves_the_likeliest_alone(engine, loaded):
+def test_top_k_samples_only_the_likeliest_tokens(engine, loaded):
     greedy = engine.submit(Request((44,), sampling=LONG)).result()
     hot = Sampling(max_new_tokens=24, ignore_eos=True, temperature=5.0, top_k=1, seed=1)
     assert engine.submit(Request((44,), sampling=hot)).result().ids == greedy.ids
@@ -283,7 +312,7 @@ def test_a_strong_repetition_penalty_repeats_nothing(engine):
         ("repetition_penalty", math.inf),
     ],
 )
-def test_a_rule_without_meaning_is_refused(field, value):
+def test_invalid_sampling_is_refused(field, value):
     with pytest.raises(UsageError, match=field):
         Sampling(**{field: value})
 
@@ -291,7 +320,7 @@ def test_a_rule_without_meaning_is_refused(field, value):
 # ---- ends ----------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_request_ends_with_what_there_is(engine, loaded):
+def test_a_cancelled_request_ends_with_the_text_so_far(engine, loaded, make_weights):
     request = Request((44, 5), as_mix("a1"), LONG)
     running, waiting = engine.submit(request), engine.submit(request)
     for _ in range(5):
@@ -301,10 +330,10 @@ def test_a_cancelled_request_ends_with_what_there_is(engine, loaded):
     assert done.reason == "cancelled"
     assert 1 <= len(done.ids) < 24
     assert done.ids == waiting.result().ids[: len(done.ids)]
-    assert not any(r.users for r in loaded.slots._names.values())
+    assert_all_released(loaded, make_weights)
 
 
-def test_a_deadline_ends_a_request_wherever_it_is(loaded):
+def test_a_deadline_ends_waiting_and_running_requests(loaded):
     engine = Engine(loaded, rows=1)
     slow = engine.submit(Request((44,), sampling=Sampling(max_new_tokens=400, ignore_eos=True)))
     late = engine.submit(Request((44,), sampling=LONG, deadline=0.0))
@@ -317,16 +346,16 @@ def test_a_deadline_ends_a_request_wherever_it_is(loaded):
     assert ends.result().reason in {"deadline", "length"}
 
 
-def test_a_full_queue_refuses_and_a_patient_caller_waits(loaded):
+def test_a_full_queue_refuses_or_blocks(loaded):
     engine = Engine(loaded, rows=1, queue=2)
     first = [engine.submit(Request((44,), sampling=LONG)) for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 requests wait"):
         engine.submit(Request((44,)))
-    third = engine.submit(Request((44,), sampling=LONG), patient=True)
+    third = engine.submit(Request((44,), sampling=LONG), block=True)
     assert third.result().ids == first[0].result().ids
 
 
-def test_a_listener_that_fails_ends_its_own_request_alone(engine):
+def test_an_exception_in_on_text_ends_that_request_only(engine):
     def broken(piece):
         raise ValueError("no more")
 
@@ -337,32 +366,36 @@ def test_a_listener_that_fails_ends_its_own_request_alone(engine):
         bad.result()
 
 
-def test_a_failed_step_ends_the_running_requests_and_the_next_ones_are_answered(engine, loaded):
+def test_a_failed_step_ends_the_running_requests_and_later_ones_are_answered(loaded, make_weights):
+    class FailsOnce(WrappedDecoder):
+        fails = False
+
+        def forward(self, *arguments):
+            if self.fails:
+                self.fails = False
+                raise RuntimeError("out of memory")
+            return super().forward(*arguments)
+
+    engine = Engine(loaded, decoder=FailsOnce(loaded))
     request = Request((44, 5), as_mix("a1"), LONG)
     running = engine.submit(request)
     engine.step()
-    forward = engine._batch.decoder.forward
-
-    def fails(*_):
-        engine._batch.decoder.forward = forward
-        raise RuntimeError("out of memory")
-
-    engine._batch.decoder.forward = fails
+    engine.decoder.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
         running.result()
-    assert not any(r.users for r in loaded.slots._names.values())
     assert engine.submit(request).result().ids == alone(loaded, request).ids
+    assert_all_released(loaded, make_weights)
 
 
 def overflowing(make_weights):
-    """An adapter whose numbers are finite, and whose answers are not."""
-    own = make_weights(seed=1)
-    return own.with_factors({m: (a, b * 1e30) for m, (a, b) in own.factors.items()})
+    """An adapter whose weights are finite, and whose logits are not."""
+    weights = make_weights(seed=1)
+    return weights.with_factors({m: (a, b * 1e30) for m, (a, b) in weights.factors.items()})
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 1}])
-def test_a_row_without_numbers_ends_alone_and_leaves_none_behind(loaded, make_weights, sampling):
-    """Attention weighs what is hidden by zero, and zero times a NaN that somebody left is a NaN."""
+def test_a_row_with_nan_logits_ends_alone_and_leaves_no_nan(loaded, make_weights, sampling):
+    """Attention gives masked positions weight zero, but zero times a NaN left in the cache is NaN."""
     loaded.load("wild", overflowing(make_weights))
     engine = Engine(loaded, rows=2, prefix_bytes=2**20)
     rules = Sampling(max_new_tokens=40, ignore_eos=True, **sampling)
@@ -376,48 +409,47 @@ def test_a_row_without_numbers_ends_alone_and_leaves_none_behind(loaded, make_we
         else:
             with pytest.raises(AdapterError, match="wild: the logits are not finite"):
                 ticket.result()
-    assert not any(bool(t.isnan().any()) for t in engine._batch.cache.keys)
-    assert {r.users for r in loaded.slots._names.values()} == {0}
+    assert_all_released(loaded, make_weights)
 
 
-def test_a_request_without_memory_for_its_keys_fails_alone(loaded, monkeypatch):
+def test_a_request_without_memory_for_its_cache_fails_alone(loaded, make_weights, monkeypatch):
     engine = Engine(loaded)
     rules = Sampling(max_new_tokens=30, ignore_eos=True)
     short = Request(tuple(range(20, 30)), as_mix("a0"), rules)
     wanted = alone(loaded, short).ids
     going = engine.submit(short)
     engine.step()
-    larger, count = KeyValues._larger, iter(range(100))
+    enlarged, calls = KVCache._enlarged, iter(range(100))
 
     def fails(self, *args):
-        if next(count) == 1:  # in the middle
+        if next(calls) == 1:  # some tensors are allocated already
             raise MemoryError("no memory")
-        return larger(self, *args)
+        return enlarged(self, *args)
 
-    monkeypatch.setattr(KeyValues, "_larger", fails)
+    monkeypatch.setattr(KVCache, "_enlarged", fails)
     long = engine.submit(Request(tuple(range(3, 290)), as_mix("a1"), rules))
     with pytest.raises(MemoryError):
         long.result()
     assert going.result().ids == wanted
     assert len(engine.submit(replace(long.request, mix=as_mix("a0"))).result().ids) == 30
-    assert {r.users for r in loaded.slots._names.values()} == {0}
+    assert_all_released(loaded, make_weights)
 
 
 def test_unknown_adapters_fail_alone(engine):
-    lost, fine = (engine.submit(Request((44,), as_mix(name), LONG)) for name in ("nobody", "a1"))
-    with pytest.raises(UnknownNameError, match="nobody"):
-        lost.result()
+    unknown, fine = (engine.submit(Request((44,), as_mix(name), LONG)) for name in ("x", "a1"))
+    with pytest.raises(UnknownNameError, match="'x'"):
+        unknown.result()
     assert len(fine.result().ids) == 24
 
 
-def test_prompts_that_cannot_be_answered_are_all_named(engine):
+def test_all_invalid_prompts_are_named(engine):
     with pytest.raises(
         UsageError, match=r"prompt 0 is empty.*prompt 2 has 600 tokens.*at most 511"
     ):
         engine.check([Request(()), Request((1,)), Request((1,) * 600)])
 
 
-def test_a_text_ends_where_the_backbone_ends(loaded):
+def test_a_text_ends_at_the_backbones_max_length(loaded):
     engine = Engine(loaded)
     done = engine.submit(
         Request(tuple([7] * 500), sampling=Sampling(max_new_tokens=100, ignore_eos=True))
@@ -427,7 +459,7 @@ def test_a_text_ends_where_the_backbone_ends(loaded):
 
 def test_many_threads_share_one_engine(engine, loaded):
     requests = some_requests(24, seed=5)
-    wanted = [alone(loaded, r).ids for r in requests]
+    expected = [alone(loaded, r).ids for r in requests]
     got = [None] * len(requests)
 
     def ask(n):
@@ -438,10 +470,10 @@ def test_many_threads_share_one_engine(engine, loaded):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert got == wanted
+    assert got == expected
 
 
-def test_a_served_engine_answers_without_its_callers_help(engine):
+def test_serve_answers_requests_that_nobody_drives(engine):
     stopping = threading.Event()
     server = threading.Thread(target=engine.serve, args=(stopping,))
     server.start()
@@ -457,10 +489,10 @@ def test_a_served_engine_answers_without_its_callers_help(engine):
     assert not server.is_alive()
 
 
-# ---- adapters that are not there yet ---------------------------------------------------------------
+# ---- adapters that are not loaded yet --------------------------------------------------------------
 
 
-def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
+def test_other_rows_run_while_an_adapter_is_loaded(loaded, make_weights):
     gate = threading.Event()
 
     class Slow(LoadedOnly):
@@ -471,7 +503,7 @@ def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
             return super().acquire(mix)
 
     loaded.use_source(Slow(loaded.slots))
-    engine = Engine(loaded, beside=True)
+    engine = Engine(loaded, load_in_thread=True)
     late = engine.submit(Request((44,), as_mix("late"), LONG))
     quick = engine.submit(Request((44,), as_mix("a1"), LONG))
     assert len(quick.result().ids) == 24
@@ -480,11 +512,12 @@ def test_others_go_on_while_an_adapter_is_fetched(loaded, make_weights):
     assert late.result().ids == alone(loaded, Request((44,), as_mix("late"), LONG)).ids
 
 
-def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_weights):
+@pytest.mark.parametrize("load_in_thread", [True, False])
+def test_requests_wait_for_slots_and_fail_if_there_can_be_none(model, make_weights, load_in_thread):
     library = Library(model, make_weights, 4)
     model.slots.budget = 2 * make_size(model, library.weights["a0"])
     model.use_source(library)
-    engine = Engine(model)
+    engine = Engine(model, load_in_thread=load_in_thread)
     tickets = [engine.submit(Request((44, n), as_mix(f"a{n}"), LONG)) for n in range(4)]
     assert [len(t.result().ids) for t in tickets] == [24] * 4
     assert model.slots.nbytes <= model.slots.budget
@@ -494,32 +527,32 @@ def test_requests_wait_for_room_and_fail_where_there_never_will_be(model, make_w
 
 
 def test_waiting_requests_prefetch_adapters(model, make_weights):
-    """Before there is a row, and while there is no slot: of the first ones in the queue, once each."""
+    """Those of the first requests in the queue, once each, before there is a row or a slot."""
     library = Library(model, make_weights, 40)
     model.use_source(library)
     model.slots.budget = 2 * make_size(model, library.weights["a0"])
-    engine = Engine(model, rows=1, beside=True)
+    engine = Engine(model, rows=1, load_in_thread=True)
     tickets = [engine.submit(Request((44, n + 3), as_mix(f"a{n}"), LONG)) for n in range(30)]
     for _ in range(12):
         engine.step()
-    assert 0 < len(library.prefetched) <= PREFETCH_ROWS + 12
+    assert 0 < len(library.prefetched) <= MAX_PREFETCHES + 12
     assert all(t.result().ids for t in tickets)
     assert len(library.prefetched) == len({*library.prefetched})
 
 
-def test_the_least_recently_used_goes_first(model, make_weights):
+def test_the_least_recently_used_adapter_is_evicted(model, make_weights):
     library = Library(model, make_weights, 4)
     model.use_source(library)
     model.slots.budget = 3 * make_size(model, library.weights["a0"])
     engine = Engine(model)
-    for name in ("a0", "a1", "a2", "a0", "a3"):  # a1 has waited longest when a3 comes
+    for name in ("a0", "a1", "a2", "a0", "a3"):  # a1 is the least recently used when a3 comes
         engine.submit(Request((44,), as_mix(name), LONG)).result()
     assert set(model.names) == {"a0", "a2", "a3"}
     assert library.loaded == ["a0", "a1", "a2", "a3"]
 
 
-def test_ranks_share_a_budget_and_nobody_goes_in_vain(model, make_weights):
-    """Under a budget a slot that is free is free for every rank; where nothing helps, all stay."""
+def test_ranks_share_a_budget_and_nothing_is_evicted_in_vain(model, make_weights):
+    """Under a budget free bytes serve every rank; where no eviction suffices, all stay."""
     small, large = make_weights(rank=8), make_weights(rank=64)
     model.slots.budget = make_size(model, large)  # eight small ones
     for n in range(8):
@@ -537,18 +570,25 @@ def test_ranks_share_a_budget_and_nobody_goes_in_vain(model, make_weights):
     assert model.slots.nbytes <= model.slots.budget
 
 
-def test_a_plan_is_made_once_for_a_change_of_the_batch(loaded, monkeypatch):
-    made = []
-    monkeypatch.setattr(running, "plan_of", lambda held: made.append(len(held)) or plan_of(held))
-    engine = Engine(loaded, prefix_bytes=0)
+def test_a_plan_is_reused_until_the_batch_changes_and_then_freed(loaded):
+    plans = []
+
+    class Recorder(WrappedDecoder):
+        def forward(self, cache, inputs, plan):
+            plans.append(weakref.ref(plan))
+            return super().forward(cache, inputs, plan)
+
+    engine = Engine(loaded, prefix_bytes=0, decoder=Recorder(loaded))
     tickets = [engine.submit(Request((44, 45), as_mix(f"a{n}"), LONG)) for n in range(3)]
     for ticket in tickets:
         ticket.result()
-    assert made == [3, 3]  # the prompts', and one for 23 steps
-    assert engine._batch._plan == ([], None)  # which nobody's slots are kept by
+    assert len(plans) == 24
+    assert len({id(plan) for plan in plans[1:]}) == 1  # one for the prompts, one for 23 steps
+    gc.collect()
+    assert not any(plan() for plan in plans)  # a plan would keep its slots
 
 
-def test_a_row_that_runs_ends_at_its_deadline(loaded):
+def test_a_running_row_ends_at_its_deadline(loaded):
     engine = Engine(loaded)
     rules = Sampling(max_new_tokens=400, ignore_eos=True)
     late = engine.submit(Request((44,), as_mix("a1"), rules, deadline=0.2))
@@ -559,22 +599,26 @@ def test_a_row_that_runs_ends_at_its_deadline(loaded):
     assert 0 < len(done.ids) < 400
 
 
-def test_a_prompt_is_not_overtaken_for_ever(loaded):
-    """Rows of one mix are fed together, but the oldest row's mix is first."""
+def test_newer_prompts_of_another_mix_do_not_overtake_an_old_one(loaded):
+    """Prompts of one mix are computed together, but the mix of the oldest one comes first."""
     engine = Engine(loaded, rows=8, chunk=16, prefix_bytes=0)
     long = tuple(range(3, 35))
     engine.submit(Request(long, as_mix("a0"), LONG))
     last = engine.submit(Request(long, as_mix("a5"), LONG))
-    for n in range(6):  # a0, whose name comes first, comes again and again
+    newer = []
+    for n in range(6):
         engine.step()
-        engine.submit(Request((*long, 40 + n), as_mix("a0"), LONG))
-    fed = next(row.num_computed for row in engine._batch.rows if row.ticket is last)
-    assert fed > 0
+        newer.append(engine.submit(Request((*long, 40 + n), as_mix("a0"), LONG)))
     assert last.result().ids == alone(loaded, last.request).ids
+
+    def first_token_time(ticket):
+        return ticket.submitted + ticket.result().first_token_seconds
+
+    assert first_token_time(last) < min(map(first_token_time, newer))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=30))
-def test_slots_keep_their_promises(slots_of, events):
+def test_slots_never_overlap_and_stay_within_their_budget(slots_of, events):
     slots, weights, size = slots_of
     slots.budget, held = 3 * size, []
     for n, what in events:
@@ -585,7 +629,7 @@ def test_slots_keep_their_promises(slots_of, events):
             except NoRoomError:
                 assert len({r for h in held for r, _ in h.weights}) >= 3
         elif what >= 3:  # filled ahead, then taken or refused
-            with slots.ahead(lambda own: own is weights) as ahead:
+            with slots.stage(lambda own: own is weights) as ahead:
                 before = slots.names
                 ahead.fill(weights)
                 ahead.fill(weights)
@@ -597,14 +641,30 @@ def test_slots_keep_their_promises(slots_of, events):
         elif held:
             slots.release(held.pop(n % len(held)))
         assert slots.nbytes <= slots.budget
-        places = [r.place for r in slots._names.values()]
-        places += [r.place for r in {r for h in held for r, _ in h.weights} if not r.current]
-        assert len({(id(bank), slot) for bank, slot in places}) == len(places)
-    for one in held:
-        slots.release(one)
+        assert_no_overlap(slots, held)
+    for lease in held:
+        slots.release(lease)
+    assert_all_can_be_freed(slots, weights)
+
+
+def assert_all_can_be_freed(slots, weights):
+    """After all adapters are unloaded, as many fit as the budget allows: three."""
     for name in slots.names:
         slots.unload(name)
-    assert all(len(s.free) == s.bank.slots for s in slots._segments)
+    for n in range(3):
+        slots.load(f"new{n}", weights)
+    assert slots.names == ("new0", "new1", "new2")
+    for name in slots.names:
+        slots.unload(name)
+
+
+def assert_no_overlap(slots, leases):
+    """No two of the adapters that are named or leased share a slot."""
+    named = [slots.hold(as_mix(name)) for name in slots.names]
+    records = {r for lease in [*leases, *named] for r, _ in lease.weights}
+    assert len({(id(r.place[0]), r.place[1]) for r in records}) == len(records)
+    for lease in named:
+        slots.release(lease)
 
 
 @pytest.fixture(scope="module")
@@ -614,7 +674,7 @@ def slots_of(pico_folder):
     return model.slots, weights, make_size(model, weights)
 
 
-def test_a_pinned_adapter_stays(model, make_weights):
+def test_a_pinned_adapter_is_not_evicted(model, make_weights):
     model.slots.budget = 2 * make_size(model, make_weights(rank=4))
     model.slots.pinned.add("x0")
     for n in range(5):
@@ -622,13 +682,12 @@ def test_a_pinned_adapter_stays(model, make_weights):
     assert model.names == ("x0", "x4")
 
 
-def test_ranks_have_buckets(model, make_weights):
-    """A large adapter does not make the small ones large, and rows of both kinds meet in one batch."""
+def test_slots_are_sized_by_rank(model, make_weights):
+    """A large adapter does not enlarge small slots, and rows of both ranks run in one batch."""
     model.load("small", make_weights(rank=4, seed=1))
     before = model.slots.nbytes
     model.load("large", make_weights(rank=60, seed=2))
-    assert {s.bank.rank for s in model.slots._segments} == {8, 64}
-    assert model.slots.nbytes == before * 9
+    assert model.slots.nbytes == before * 9  # a slot of rank 8 and one of rank 64
     names = ["small", "large", None, {"small": 0.5, "large": 2.0}]
     engine = Engine(model)
     tickets = [engine.submit(Request((44, 45), as_mix(n), LONG)) for n in names]

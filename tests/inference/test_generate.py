@@ -1,4 +1,4 @@
-"""Decoding: greedy is transformers' own; a row depends on nothing but itself; stops never leak."""
+"""Decoding: greedy equals transformers; rows are independent; stop strings are never emitted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from adapterhub_chat.errors import UnknownNameError, UsageError
-from adapterhub_chat.inference.detokenizer import Detokenizer, certain
+from adapterhub_chat.inference.detokenizer import Detokenizer, stable_length
 from adapterhub_chat.inference.generate import generate
 from adapterhub_chat.inference.likelihood import next_token_logits
 from adapterhub_chat.inference.requests import Request
@@ -42,7 +42,7 @@ def reference(pico_folder):
 
 @pytest.fixture
 def loaded(model, make_weights):
-    """The pico model with two adapters that change everything it says."""
+    """The pico model with two adapters that change every text."""
     model.load("a", make_weights(rank=4, seed=1, size=0.6))
     model.load("b", make_weights(rank=8, seed=2, size=0.6, only=("q_proj", "down_proj")))
     return model
@@ -85,7 +85,7 @@ def merged(folder, weights):
 
 
 def ending_prompts(reference, count, *, before):
-    """(token, prompts): a token that greedy decoding says after many prompts, after some very soon."""
+    """(token, prompts): a token that greedy decoding generates after many prompts, at different steps."""
     ids = torch.arange(3, VOCABULARY)[:, None]
     out = reference.generate(
         ids,
@@ -115,8 +115,8 @@ def test_greedy_rows_of_one_batch_equal_transformers_row_by_row(model, reference
         assert len(set(texts)) == len(texts)
 
 
-def test_a_backbone_that_counts_positions_is_asked_at_the_right_ones(model, tmp_path):
-    """GPT-2 learns a vector per position, so rows padded on the left must not be counted from the pad."""
+def test_learned_position_embeddings_get_the_right_positions(model, tmp_path):
+    """GPT-2 learns a vector per position, so padding must not shift positions."""
     torch.manual_seed(0)
     shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     config = GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, eos_token_id=2, **shape)
@@ -159,7 +159,7 @@ def test_a_row_of_a_mixed_batch_equals_that_row_alone(loaded):
 # ---- the end of a row ----------------------------------------------------------------------------
 
 
-def test_rows_that_end_early_leave_the_others_alone(model, reference):
+def test_rows_that_end_early_do_not_change_the_others(model, reference):
     tokenizer = model.backbone.tokenizer
     end, early = ending_prompts(reference, 6, before=20)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
@@ -174,7 +174,7 @@ def test_rows_that_end_early_leave_the_others_alone(model, reference):
     assert not all(went_on[: len(PROMPTS)]), "every row ends: none had to go on without the others"
 
 
-def test_each_row_has_its_own_length(model):
+def test_each_row_has_its_own_max_new_tokens(model):
     rules = [Sampling(max_new_tokens=n, ignore_eos=True) for n in range(1, 10)]
     texts = generate(model, [Request((44,), sampling=r) for r in rules])
     for shorter, longer in pairwise(texts):
@@ -183,27 +183,27 @@ def test_each_row_has_its_own_length(model):
 
 
 def pieces_of(model, requests):
-    heard = [[] for _ in requests]
-    texts = generate(model, requests, on_text=lambda row, piece: heard[row].append(piece))
-    return texts, heard
+    pieces = [[] for _ in requests]
+    texts = generate(model, requests, on_text=lambda row, piece: pieces[row].append(piece))
+    return texts, pieces
 
 
-def test_stop_strings_cut_the_text_wherever_the_tokens_part_it(model):
-    """Every substring of what the model says, as a stop: cut there, and never a letter of it heard."""
+def test_stop_strings_cut_the_text_across_token_boundaries(model):
+    """Every substring of a text, as a stop: cut there, and no letter of it emitted."""
     rules = {"max_new_tokens": 24, "ignore_eos": True}
     (whole,) = generate(model, [Request((44, 6), sampling=Sampling(**rules))])
     spans = {whole[i : i + n] for n in (1, 2, 3, 7) for i in range(len(whole) - n)}
     stops = sorted(span for span in spans if "\ufffd" not in span)
     assert len(stops) > 20, f"{whole!r} says too little: the test needs another prompt"
-    texts, heard = pieces_of(
+    texts, streams = pieces_of(
         model, [Request((44, 6), sampling=Sampling(**rules, stop=("\x00", s))) for s in stops]
     )
-    for stop, text, pieces in zip(stops, texts, heard, strict=True):
+    for stop, text, pieces in zip(stops, texts, streams, strict=True):
         assert text == whole[: whole.index(stop)]
         assert "".join(pieces) == text
 
 
-def test_the_first_of_several_stops_counts(model):
+def test_the_first_of_several_stops_cuts(model):
     rules = {"max_new_tokens": 16, "ignore_eos": True}
     (whole,) = generate(model, [Request((44,), sampling=Sampling(**rules))])
     late, early = whole[8:10], whole[2:9]
@@ -214,24 +214,24 @@ def test_the_first_of_several_stops_counts(model):
 def test_streamed_pieces_add_up_to_the_text_of_all_tokens(model, reference):
     tokenizer = model.backbone.tokenizer
     wanted = [greedy(reference, p, 40, tokenizer, ignore_eos=True) for p in PROMPTS]
-    assert any("\ufffd" in text for text in wanted), "no broken letters: prove nothing"
+    assert any("\ufffd" in text for text in wanted), "no broken letters: the test proves nothing"
     for strip in (False, True):
         rules = Sampling(max_new_tokens=40, ignore_eos=True, strip=strip)
-        texts, heard = pieces_of(model, [Request(p, sampling=rules) for p in PROMPTS])
+        texts, streams = pieces_of(model, [Request(p, sampling=rules) for p in PROMPTS])
         assert texts == [text.strip() if strip else text for text in wanted]
-        assert ["".join(pieces) for pieces in heard] == texts
-        assert min(map(len, heard)) > 5
+        assert ["".join(pieces) for pieces in streams] == texts
+        assert min(map(len, streams)) > 5
 
 
-def say(model, text, **rules):
-    """Let the real decoding rules run over a given text's bytes, a token each; return pieces."""
+def detokenized(model, text, **rules):
+    """Detokenize a text's bytes, a token each; return the text and its pieces."""
     tokenizer, letters = model.backbone.tokenizer, bytes_to_unicode()
     ids = [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in text.encode()]
     row = Detokenizer(tokenizer, Sampling(max_new_tokens=len(ids) + 1, **rules))
     pieces = []
     for token in [*ids, tokenizer.eos_token_id]:
-        if not row.ended:
-            pieces.append(row.take(token))
+        if not row.finish_reason:
+            pieces.append(row.append(token))
     return row.text, pieces
 
 
@@ -242,18 +242,18 @@ def say(model, text, **rules):
     text=st.text(st.sampled_from("ab 你好🙂é\n"), max_size=12),
     stops=st.lists(st.text(st.sampled_from("ab 你🙂é"), min_size=1, max_size=3), max_size=3),
 )
-def test_letters_and_stops_in_halves_are_never_heard(byte_model, text, stops):
-    said, pieces = say(byte_model, text, stop=tuple(stops))
+def test_half_letters_and_half_stops_are_never_emitted(byte_model, text, stops):
+    emitted, pieces = detokenized(byte_model, text, stop=tuple(stops))
     cut = first_stop(text, stops)
-    assert said == text[:cut]
-    assert "".join(pieces) == said
+    assert emitted == text[:cut]
+    assert "".join(pieces) == emitted
     assert not any("\ufffd" in piece for piece in pieces)
-    stripped, pieces = say(byte_model, text, stop=tuple(stops), strip=True)
+    stripped, pieces = detokenized(byte_model, text, stop=tuple(stops), strip=True)
     assert stripped == text[:cut].strip() == "".join(pieces)
 
 
 def first_stop(text, stops):
-    """Where the text is cut: at the stop that is complete first."""
+    """Return the index at which the text is cut: that of the stop which is complete first."""
     for end in range(len(text) + 1):
         if starts := [text[:end].index(s) for s in stops if s in text[:end]]:
             return min(starts)
@@ -265,22 +265,22 @@ def byte_model(pico_folder):
     return AdapterModel(load_backbone(str(pico_folder), dtype="fp32", device="cpu"))
 
 
-def test_what_iscertain():
-    assert certain("abc", ()) == 3
-    assert certain("abc\ufffd\ufffd", ()) == 3
-    assert certain("abc", ("cd", "bcd", "x")) == 1
-    assert certain("xa\ufffd", ("a你",)) == 1
+def test_stable_length_excludes_half_letters_and_half_stops():
+    assert stable_length("abc", ()) == 3
+    assert stable_length("abc\ufffd\ufffd", ()) == 3
+    assert stable_length("abc", ("cd", "bcd", "x")) == 1
+    assert stable_length("xa\ufffd", ("a你",)) == 1
 
 
 # ---- sampling ------------------------------------------------------------------------------------
 
 
-def test_a_seed_fixes_a_row_whatever_stands_beside_it(loaded):
+def test_a_seed_fixes_a_row_in_any_batch(loaded):
     hot = Sampling(max_new_tokens=12, temperature=1.0, seed=7, ignore_eos=True)
     row = Request((44, 6), as_mix("a"), hot)
     (alone,) = generate(loaded, [row])
-    beside = [Request(p, sampling=Sampling(temperature=2.0, max_new_tokens=4)) for p in PROMPTS]
-    assert generate(loaded, [*beside, row, row])[-2:] == [alone, alone]
+    others = [Request(p, sampling=Sampling(temperature=2.0, max_new_tokens=4)) for p in PROMPTS]
+    assert generate(loaded, [*others, row, row])[-2:] == [alone, alone]
     other = Request((44, 6), as_mix("a"), Sampling(12, 1.0, seed=8, ignore_eos=True))
     assert generate(loaded, [other]) != [alone]
 
@@ -290,7 +290,7 @@ def test_without_a_seed_samples_differ(model):
     assert len(set(generate(model, [Request((44,), sampling=hot)] * 8))) > 1
 
 
-def test_global_seeds_and_sampling_leave_each_other_alone(model):
+def test_sampling_neither_uses_nor_changes_the_global_generator(model):
     hot = Sampling(max_new_tokens=6, temperature=1.0, seed=1)
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -325,7 +325,7 @@ def test_sampling_follows_the_softmax_of_the_logits(model, reference):
             assert abs(texts.count(word) - count * p) <= 5 * spread + 3, word
 
 
-def test_a_nucleus_of_next_to_nothing_is_greedy(model):
+def test_a_tiny_nucleus_is_greedy(model):
     cold = generate(model, [Request(p) for p in PROMPTS])
     for rules in (Sampling(temperature=1.0, top_p=1e-9), Sampling(temperature=1e-40)):
         assert generate(model, [Request(p, sampling=rules) for p in PROMPTS]) == cold
@@ -349,12 +349,12 @@ def test_a_nucleus_of_next_to_nothing_is_greedy(model):
         ({"max_new_tokens": -3, "top_p": 2}, "max_new_tokens=-3 must be at least 1; top_p=2"),
     ],
 )
-def test_sampling_values_without_meaning_are_refused(values, wanted):
+def test_invalid_sampling_values_are_refused(values, wanted):
     with pytest.raises(UsageError, match=wanted):
         Sampling(**values)
 
 
-def test_no_rows_no_texts(model):
+def test_no_requests_give_no_texts(model):
     assert generate(model, []) == []
     assert next_token_logits(model, []).shape == (0, VOCABULARY)
 
@@ -364,7 +364,7 @@ def test_an_empty_prompt_is_named(model):
         generate(model, [Request((4,)), Request(()), Request((5,)), Request(())])
 
 
-def test_an_adapter_that_is_not_there_is_named(model):
+def test_an_unknown_adapter_is_named(model):
     with pytest.raises(UnknownNameError, match="unknown adapter 'qa'; known: backbone"):
         generate(model, [Request((4,), as_mix("qa"))])
 
@@ -372,7 +372,7 @@ def test_an_adapter_that_is_not_there_is_named(model):
 # ---- logits --------------------------------------------------------------------------------------
 
 
-def test_next_token_logits_are_transformers_own(loaded, pico_folder, reference):
+def test_next_token_logits_equal_those_of_transformers(loaded, pico_folder, reference):
     models = {n: merged(pico_folder, loaded.weights(n)) for n in ("a", "b")} | {"": reference}
     names = ["b", "", "a", "a", "b", "", "a"]
     rows = [Request(p, as_mix(n or None)) for p, n in zip(PROMPTS, names, strict=True)]

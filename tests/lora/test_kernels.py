@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterhub_chat.lora.kernels import Batched, Dense, Ragged, choose_form, terms
+from adapterhub_chat.lora.kernels import Batched, Dense, Ragged, choose_form, split_terms
 
 WIDTH, OUT, RANK, TOKENS = 5, 7, 3, 2
 
@@ -104,7 +104,7 @@ def test_any_mix(data):
         check(choose_form(mix), mix)
 
 
-def test_numbers_that_are_not_finite_stay_in_their_own_group():
+def test_non_finite_numbers_stay_in_their_own_group():
     mix = one_hot([0, 1, 1])
     x, a, b, _ = problem(mix)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_numbers_that_are_not_finite_stay_in_their_own_group():
     assert y[1:].isfinite().all()
 
 
-def test_what_is_added_to_lies_in_place_and_keeps_its_own_gradient():
+def test_in_place_addition_keeps_the_gradient_of_its_input():
     mix = one_hot([0, 0, 1, 1])
     form = choose_form(mix)
     x, a, b, wanted = problem(mix)
@@ -136,7 +136,7 @@ def test_what_is_added_to_lies_in_place_and_keeps_its_own_gradient():
 )
 def test_terms_sum_up_to_the_mix(rows):
     mix = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
-    found = terms(mix)
+    found = split_terms(mix)
     assert torch.equal(sum(found, torch.zeros_like(mix)), mix)
     if len(found) > 1:
         assert all(int((term != 0).sum(1).max()) <= 1 for term in found)
@@ -144,6 +144,6 @@ def test_terms_sum_up_to_the_mix(rows):
 
 def test_shared_and_task_rows_are_two_one_hot_terms():
     shared = torch.tensor([[1.0, 1, 0, 0], [1.0, 0, 1, 0], [1.0, 0, 0, 1]])
-    assert [int((term != 0).any(0).sum()) for term in terms(shared)] == [1, 3]
+    assert [int((term != 0).any(0).sum()) for term in split_terms(shared)] == [1, 3]
     everywhere = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
-    assert len(terms(everywhere)) == 1
+    assert len(split_terms(everywhere)) == 1

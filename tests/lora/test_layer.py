@@ -123,7 +123,7 @@ def test_a_slot_is_reused_and_leaves_nothing_behind(model, make_weights):
         torch.testing.assert_close(got[i].double(), wanted, atol=TOLERANCE, rtol=0)
 
 
-def test_many_adapters_grow_the_bank_and_keep_their_answers(model, make_weights):
+def test_many_adapters_grow_the_bank_and_keep_their_outputs(model, make_weights):
     model.load("first", make_weights(rank=4, seed=50))
     before = logits(model, ["first"] * 6)
     for i in range(9):
@@ -162,7 +162,7 @@ def test_threads_do_not_see_each_other(loaded):
     assert wrong == []
 
 
-def test_misfits_are_all_named_and_nothing_changes(loaded, make_weights):
+def test_all_misfits_are_named_and_nothing_changes(loaded, make_weights):
     good = make_weights()
     factors = dict(good.factors)
     first, second, third = list(factors)[:3]
@@ -190,7 +190,7 @@ def test_sites_join_linears_that_share_an_input(model):
     assert not any("lm_head" in m for members in names for m in members)
 
 
-def test_members_with_different_inputs_are_still_right():
+def test_site_members_with_different_inputs_are_correct():
     """Cross attention: k and v read another tensor than q; the shared shrink must notice."""
 
     class Cross(nn.Module):
@@ -267,7 +267,7 @@ def test_a_slot_of_another_type_is_rounded_once(dtype, make_weights):
         assert torch.equal(bank.B[module][0, :3], scaled.T)
 
 
-def test_a_vector_s_gradient_is_autograd_s(model, make_weights):
+def test_the_gradient_of_a_vector_equals_autograds(model, make_weights):
     """The bank's gradient against plain autograd over the scaled factors."""
     weights = make_weights(rank=3, alpha=12.0)
     modules = list(weights.factors)
@@ -300,7 +300,7 @@ def test_concatenated_adapters_are_their_sum(loaded, make_weights):
     torch.testing.assert_close(logits(loaded, ["both"] * 6), wanted, atol=TOLERANCE, rtol=0)
 
 
-def test_a_backbone_carries_one_model_at_a_time_and_is_given_back(backbone):
+def test_a_backbone_has_one_model_at_a_time_and_is_restored(backbone):
     model = AdapterModel(backbone)
     with pytest.raises(UsageError, match="carries adapters already: close the other model first"):
         AdapterModel(backbone)

@@ -103,7 +103,7 @@ def test_a_rows_update_is_the_same_bits_beside_any_others(folder, dtype, site, t
         assert torch.equal(alone, together[own])
 
 
-def test_tiles_do_what_has_their_shape(folder):
+def test_tiles_compute_the_shapes_that_they_support(folder):
     products, bank_list = native.Products(torch.bfloat16, folder), banks(torch.bfloat16)
     (entries,) = Plan(bank_list[0].places, MIX[:, :3]).entries(16)
     kept = []
@@ -173,14 +173,14 @@ def test_attention_sees_its_own_row_up_to_its_own_position(folder, dtype, width)
         torch.testing.assert_close(got[n].double(), wanted, **CLOSE[dtype])
 
 
-def test_numbers_that_are_none_stay_none(folder, dtype):
+def test_nan_stays_nan(folder, dtype):
     products = native.Products(dtype, folder)
     bad = torch.full((1, 64), float("nan"), dtype=dtype)
     assert products.silu(bad).isnan().all()
     assert products.norm(bad, None, torch.ones(64, dtype=dtype), 1e-5).isnan().all()
 
 
-def test_without_a_compiler_there_is_none(tmp_path, monkeypatch):
+def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch):
     native.library.cache_clear()
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert native.library(tmp_path) is None
@@ -224,7 +224,7 @@ def test_a_slot_is_filled_without_a_library_too(tmp_path):
     assert not (tmp_path / "nothing here").exists()
 
 
-def test_a_slot_of_another_device_is_put_together_here(folder, dtype):
+def test_a_slot_of_another_device_is_assembled_on_the_cpu(folder, dtype):
     """What another device is given in one copy is what it would be given piece by piece."""
     sites, heads = ALL[:1], (2, 70)
     ours, theirs = (Bank(sites, slots=2, rank=8, dtype=dtype, head=heads) for _ in range(2))
@@ -233,7 +233,7 @@ def test_a_slot_of_another_device_is_put_together_here(folder, dtype):
     head = Head(torch.randn(2, 70), torch.randn(2))
     weights = AdapterWeights(factors, whole.alphas, head=head)
     ours.flat.fill_(7.0)  # what was there before is gone
-    native._write_whole(folder, ours, 1, weights)
+    native._write_through_host(folder, ours, 1, weights)
     theirs.write(1, weights)
     assert torch.equal(ours.flat[1], theirs.flat[1])
     assert ours.labels == theirs.labels == [0, 2]

@@ -1,4 +1,4 @@
-"""What enters the linear layers: as plain transformers sees it, example by example."""
+"""Second moments of the layers' inputs equal those of plain transformers, example by example."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from adapterhub_chat.data.encoding import encode_examples
 from adapterhub_chat.data.splits import Splits, sample
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import DataError
-from adapterhub_chat.merge import moments as moments_module
-from adapterhub_chat.merge.moments import ITEMS, InputMoments
+from adapterhub_chat.merge.moments import NUM_MOMENT_ITEMS, InputMoments
 from adapterhub_chat.types import as_mix
 
 MODULES = [
@@ -30,7 +29,7 @@ def tasks(model, make_weights):
 
 def one_by_one(model, adapter, own, module):
     """The mean of x x^T over all tokens, with every example in a forward of its own."""
-    each = -(-ITEMS // len(own))
+    each = -(-NUM_MOMENT_ITEMS // len(own))
     inputs = []
     layer = model.backbone.model.get_submodule(module)
     hook = layer.register_forward_pre_hook(lambda _layer, given: inputs.append(given[0][0]))
@@ -44,40 +43,42 @@ def one_by_one(model, adapter, own, module):
     return x.T @ x / len(x)
 
 
-def test_moments_are_those_of_every_example_by_itself(model, tasks):
-    found = InputMoments(model, tasks, MODULES)
+def test_moments_equal_those_of_unbatched_examples(model, tasks):
+    actual = InputMoments(model, tasks, MODULES)
     for module in MODULES:
         for n, (adapter, own) in enumerate(tasks.items()):
-            wanted = one_by_one(model, adapter, own, module).float()
-            torch.testing.assert_close(found(module)[n], wanted, rtol=1e-3, atol=1e-5)
-            assert torch.equal(found.of(n, module)[0], found(module)[n])
-    films, answers = found(MODULES[-1])
+            expected = one_by_one(model, adapter, own, module).float()
+            torch.testing.assert_close(actual(module)[n], expected, rtol=1e-3, atol=1e-5)
+            assert torch.equal(actual.for_source(n, module)[0], actual(module)[n])
+    films, answers = actual(MODULES[-1])
     assert (films - answers).norm() > 0.05 * films.norm()
 
 
-def test_little_memory_gives_the_same_in_more_turns(model, tasks, monkeypatch):
-    looked = []
-    items = moments_module._items
-    monkeypatch.setattr(
-        moments_module, "_items", lambda *given: looked.append(given) or items(*given)
-    )
+@pytest.fixture
+def forwards(model):
+    """One entry for each forward pass of the backbone."""
+    passes = []
+    embeddings = model.backbone.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda *_: passes.append(1))
+    yield passes
+    hook.remove()
+
+
+def test_small_memory_limit_gives_equal_moments_in_more_passes(model, tasks, forwards):
     whole = InputMoments(model, tasks, MODULES)
+    assert not forwards  # nothing is computed at construction
     expected = {module: whole(module) for module in MODULES}
-    assert len(looked) == len(tasks)
-    looked.clear()
-    narrow = InputMoments(model, tasks, MODULES, most=1)
-    for module, parts in expected.items():
-        assert all(map(torch.equal, narrow(module), parts))
-    assert len(looked) == len(tasks) * 4  # q and k share their input
+    num_forwards = len(forwards)
+    assert num_forwards >= len(tasks)
+    forwards.clear()
+    narrow = InputMoments(model, tasks, MODULES, max_bytes=1)
+    for module, moments in expected.items():
+        assert all(map(torch.equal, narrow(module), moments))
+    assert len(forwards) == 4 * num_forwards  # q and k share their input
 
 
-def test_a_source_without_examples_is_said(model, tasks):
+def test_source_without_examples_raises(model, tasks):
     empty = Task("empty", toy_task().contract, "accuracy", lambda: Splits({}))
-    found = InputMoments(model, {**tasks, "answers": [empty]}, MODULES)
+    actual = InputMoments(model, {**tasks, "answers": [empty]}, MODULES)
     with pytest.raises(DataError, match="the tasks of 'answers' have no training examples"):
-        found(MODULES[0])
-
-
-def test_nothing_is_run_before_it_is_asked_for(model, tasks, monkeypatch):
-    monkeypatch.setattr(moments_module, "_items", lambda *_: pytest.fail("looked"))
-    InputMoments(model, tasks, MODULES)
+        actual(MODULES[0])

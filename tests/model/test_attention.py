@@ -1,4 +1,4 @@
-"""Packed attention against torch's own, in float64: values and gradients, grouped queries, both masks."""
+"""Packed attention against torch's, in float64: values and gradients, grouped queries, both masks."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn import functional
 
 from adapterhub_chat.errors import UsageError
-from adapterhub_chat.model import attention as backbone
+from adapterhub_chat.model import attention
 from adapterhub_chat.model.attention import explicit_attention, packed_attention
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("whole", [True, False])
-def test_it_is_the_textbook_s_attention(heads, groups, whole):
+@pytest.mark.parametrize("full_mask", [True, False])
+def test_packed_attention_equals_torchs(heads, groups, full_mask):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -22,20 +22,20 @@ def test_it_is_the_textbook_s_attention(heads, groups, whole):
     mask = torch.zeros(2, 1, 5, 5, dtype=torch.float64)
     mask.masked_fill_(torch.ones(5, 5, dtype=torch.bool).triu(1), torch.finfo(torch.float64).min)
     mask[1, :, 3:, :3] = torch.finfo(torch.float64).min  # a second example in the row
-    given = mask.expand(-1, heads, -1, -1).contiguous() if whole else mask
+    used_mask = mask.expand(-1, heads, -1, -1).contiguous() if full_mask else mask
     repeated = [t.repeat_interleave(heads // groups, 1) for t in (key, value)]
     wanted = functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
-    got = packed_attention(query, key, value, given, 0.3)
+    got = packed_attention(query, key, value, used_mask, 0.3)
     torch.testing.assert_close(got, wanted.transpose(1, 2))
-    slope = torch.randn(got.shape, dtype=torch.float64)
+    upstream = torch.randn(got.shape, dtype=torch.float64)
     leaves = (query, key, value)
-    mine = torch.autograd.grad(got, leaves, slope)
-    its = torch.autograd.grad(wanted, leaves, slope.transpose(1, 2))
-    torch.testing.assert_close(mine, its)
+    gradients = torch.autograd.grad(got, leaves, upstream)
+    expected = torch.autograd.grad(wanted, leaves, upstream.transpose(1, 2))
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_large_scores_keep_their_differences_in_bf16():
-    """A part that all keys have in common is nothing to the softmax, but drowns the rest in bf16."""
+    """A vector added to all keys does not change the softmax, but costs the rest its bits in bf16."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 32, 16, generator=generator) for _ in range(3))
     key = key + 20 * torch.randn(16, generator=generator)
@@ -45,24 +45,24 @@ def test_large_scores_keep_their_differences_in_bf16():
     wanted = packed_attention(*exact, mask.double(), 0.25)
     got = packed_attention(query, key, value, mask.bfloat16(), 0.25)
     assert float((got - wanted).detach().norm() / wanted.detach().norm()) < 0.02
-    slope = torch.randn(got.shape, generator=generator)
-    mine = torch.autograd.grad(got, (query, key, value), slope.bfloat16())
-    its = torch.autograd.grad(wanted, exact, slope.double())
-    for one, other in zip(mine, its, strict=True):
-        assert float((one - other).norm() / other.norm()) < 0.05
+    upstream = torch.randn(got.shape, generator=generator)
+    gradients = torch.autograd.grad(got, (query, key, value), upstream.bfloat16())
+    expected = torch.autograd.grad(wanted, exact, upstream.double())
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert float((gradient - reference).norm() / reference.norm()) < 0.05
 
 
-def test_training_uses_it_and_generation_does_not(model, monkeypatch):
-    seen = []
-    plain = backbone.packed_attention
-    monkeypatch.setattr(backbone, "packed_attention", lambda *a: seen.append(1) or plain(*a))
+def test_packed_attention_is_used_for_training_only(model, monkeypatch):
+    calls = []
+    plain = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda *a: calls.append(1) or plain(*a))
     ids = torch.tensor([[5, 9, 60, 31]])
     mask = torch.zeros(1, 1, 4, 4)
     with torch.no_grad():
         inference = model.backbone.model(ids, attention_mask=mask).logits
-    assert not seen
+    assert not calls
     training = model.backbone.model(ids, attention_mask=mask).logits
-    assert len(seen) == 2
+    assert len(calls) == 2
     torch.testing.assert_close(training, inference)
 
 
@@ -101,4 +101,4 @@ def test_values_may_be_narrower_than_keys():
 def test_an_option_that_brings_unknown_numbers_is_refused():
     tensor = torch.randn(1, 2, 3, 4)
     with pytest.raises(UsageError, match="indices"):
-        backbone._attention(nn.Identity(), tensor, tensor, tensor, None, indices=torch.zeros(1))
+        attention._attention(nn.Identity(), tensor, tensor, tensor, None, indices=torch.zeros(1))

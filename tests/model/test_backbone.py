@@ -1,4 +1,4 @@
-"""Backbones: every way to name one, precision, quantization, fingerprints, and that they are frozen."""
+"""Backbones: names, precision, quantization, fingerprints, and that they are frozen."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from adapterhub_chat.types import as_mix
 IDS = torch.tensor([[5, 9, 60, 31, 7, 120]])
 
 
-def test_a_folder_gives_transformers_own_model(backbone, pico_folder):
+def test_a_folder_loads_as_transformers_loads_it(backbone, pico_folder):
     plain = transformers.AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
     assert type(backbone.model) is type(plain)
     with torch.no_grad():
@@ -29,14 +29,14 @@ def test_a_folder_gives_transformers_own_model(backbone, pico_folder):
     assert not any(p.requires_grad for p in backbone.model.parameters())
 
 
-def test_hooks_leave_the_modules_alone(model, pico_folder):
+def test_hooks_change_no_modules(model, pico_folder):
     plain = transformers.AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
-    mine = model.backbone.model
-    assert [n for n, _ in mine.named_modules()] == [n for n, _ in plain.named_modules()]
-    assert mine.state_dict().keys() == plain.state_dict().keys()
+    hooked = model.backbone.model
+    assert [n for n, _ in hooked.named_modules()] == [n for n, _ in plain.named_modules()]
+    assert hooked.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_dtype_and_device_are_chosen_and_can_be_asked_for(pico_folder):
+def test_dtype_and_device_have_defaults_and_can_be_given(pico_folder):
     assert load_backbone(str(pico_folder), dtype="bf16", device="cpu").dtype is torch.bfloat16
     assert pick_dtype(None, torch.device("cpu")) in (torch.bfloat16, torch.float32)
     assert pick_dtype(torch.float16, torch.device("cpu")) is torch.float16
@@ -49,7 +49,7 @@ def test_dtype_and_device_are_chosen_and_can_be_asked_for(pico_folder):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "missing.gguf", "a/b/c"])
-def test_a_backbone_that_is_nowhere_is_one_sentence(name, tmp_path, monkeypatch):
+def test_an_unknown_backbone_is_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnknownNameError, match="smollm2-135m"):
         load_backbone(name)
@@ -120,7 +120,7 @@ def _write_gguf(gguf, path, width=32, layers=1, vocabulary=64):
     writer.close()
 
 
-def test_a_fingerprint_tells_models_apart_and_precisions_together(pico_folder, other_folder):
+def test_fingerprints_differ_between_models_not_between_precisions(pico_folder, other_folder):
     exact = load_backbone(str(pico_folder), dtype="fp32", device="cpu").fingerprint
     rounded = load_backbone(str(pico_folder), dtype="bf16", device="cpu").fingerprint
     other = load_backbone(str(other_folder), dtype="fp32", device="cpu").fingerprint
@@ -130,7 +130,7 @@ def test_a_fingerprint_tells_models_apart_and_precisions_together(pico_folder, o
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantized_backbone_carries_adapters(pico_folder, make_weights, quantize):
+def test_a_quantized_backbone_runs_adapters(pico_folder, make_weights, quantize):
     pytest.importorskip("bitsandbytes")
     quantized = load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize=quantize)
     model = AdapterModel(quantized)
@@ -169,7 +169,7 @@ def test_4bit_gradients_survive_an_evaluation(pico_folder, make_weights):
     torch.testing.assert_close(gradients(), before)
 
 
-def test_training_on_4bit_learns_and_moves_no_byte(pico_folder):
+def test_training_on_4bit_learns_and_changes_no_weight(pico_folder):
     pytest.importorskip("bitsandbytes")
     model = AdapterModel(
         load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
@@ -187,25 +187,24 @@ def test_training_on_4bit_learns_and_moves_no_byte(pico_folder):
     assert all(torch.equal(t, after[n]) for n, t in before.items())
 
 
-def test_the_vocabulary_is_what_the_fixture_says(backbone):
+def test_the_vocabulary_has_the_size_of_the_fixture(backbone):
     assert backbone.model.config.vocab_size == VOCABULARY
-    assert backbone.end_of_turn == backbone.tokenizer.eos_token_id
 
 
-def dense_twin(quantized):
-    """The same network with the 4-bit weights written out, in plain linear layers."""
+def dequantized_copy(quantized):
+    """The same network in plain linear layers with the dequantized weights."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    twin = pico_model()
-    twin.requires_grad_(False)
+    copy = pico_model()
+    copy.requires_grad_(False)
     for name, module in quantized.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight = bitsandbytes.functional.dequantize_4bit(
                 module.weight.data, module.weight.quant_state
             )
-            twin.get_submodule(name).weight.data = weight.float().view(
-                twin.get_submodule(name).weight.shape
+            copy.get_submodule(name).weight.data = weight.float().view(
+                copy.get_submodule(name).weight.shape
             )
-    return twin
+    return copy
 
 
 def test_4bit_gradients_are_those_of_the_dense_model_before_and_after_an_evaluation(
@@ -213,7 +212,7 @@ def test_4bit_gradients_are_those_of_the_dense_model_before_and_after_an_evaluat
 ):
     quantized = load_backbone(str(pico_folder), dtype="fp32", device="cpu", quantize="nf4")
     model = AdapterModel(quantized)
-    dense = AdapterModel(replace(quantized, model=dense_twin(quantized.model), quantize=None))
+    dense = AdapterModel(replace(quantized, model=dequantized_copy(quantized.model), quantize=None))
 
     def gradient(of):
         bank = of.new_bank(list(of.shapes), slots=1, rank=8, dtype=torch.float32, trainable=True)

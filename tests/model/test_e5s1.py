@@ -12,7 +12,7 @@ from adapterhub_chat.data.packing import pack
 from adapterhub_chat.errors import AssetError
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import load_backbone
-from adapterhub_chat.model.e5s1 import GLOBAL, IN_LAYER, unpack
+from adapterhub_chat.model.e5s1 import GLOBAL_TENSORS, LAYER_MODULES, unpack
 from adapterhub_chat.types import Message
 
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁good", "▁film", "▁query:", "s"]
@@ -43,9 +43,9 @@ def write(path):
     """Write a file of the package's layout; return the model that it holds."""
     torch.manual_seed(0)
     model = BertModel(BertConfig(**SIZES, layer_norm_eps=1e-12), add_pooling_layer=False).eval()
-    short = {long: name for name, long in GLOBAL.items()}
+    short = {long: name for name, long in GLOBAL_TENSORS.items()}
     for n in range(SIZES["num_hidden_layers"]):
-        for name, long in IN_LAYER.items():
+        for name, long in LAYER_MODULES.items():
             short[f"encoder.layer.{n}.{long}.weight"] = f"l{n}.{name}.w"
             short[f"encoder.layer.{n}.{long}.bias"] = f"l{n}.{name}.b"
     tensors = []
@@ -73,7 +73,7 @@ def write(path):
     return model
 
 
-def test_what_is_written_is_read_tensor_by_tensor(tmp_path):
+def test_every_tensor_is_read_as_written(tmp_path):
     model = write(tmp_path / "small.bin")
     (folder := tmp_path / "out").mkdir()
     unpack(tmp_path / "small.bin", folder, torch.float32)

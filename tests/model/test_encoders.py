@@ -50,9 +50,9 @@ def topics(name="topics", size=60):
 def pooled_of(model, example, name):
     """The features (1, H) of one text under an adapter."""
     batch = pack([[example]], 64)
-    with capture_blocks(model, [-1]) as heard, model.mixing([as_mix(name)]):
+    with capture_blocks(model, [-1]) as outputs, model.mixing([as_mix(name)]):
         model.answer_logits(batch)
-        return mean_pooled(heard[-1], batch)
+        return mean_pooled(outputs[-1], batch)
 
 
 def random_weights(model, labels=2, seed=1):
@@ -90,16 +90,18 @@ def test_two_adapters_with_heads_of_two_sizes_learn_together_and_answer(trained)
 def test_chat_answers_in_one_batch_with_the_words_of_the_chosen_label(trained):
     rows = ["good good film", "bad bad film", "joke 4"]
     talk = [[{"role": "user", "content": text}] for text in rows]
-    heard = []
-    said = trained.chat(talk, ["toy", "toy", "topics"], on_text=lambda *what: heard.append(what))
-    assert said[:2] == ["positive", "negative"]
-    assert said[2] in topics().contract.labels.values()
-    assert heard == list(enumerate(said))
+    pieces = []
+    texts = trained.chat(
+        talk, ["toy", "toy", "topics"], on_text=lambda *piece: pieces.append(piece)
+    )
+    assert texts[:2] == ["positive", "negative"]
+    assert texts[2] in topics().contract.labels.values()
+    assert pieces == list(enumerate(texts))
     with pytest.raises(UsageError, match=r"row 1 \(backbone\) has none"):
         trained.chat(talk[:2], ["toy", None])
 
 
-def test_what_an_encoder_cannot_do_is_said(trained):
+def test_what_an_encoder_cannot_do_is_refused(trained):
     for asked in (trained.generate, trained.next_token_logits):
         with pytest.raises(UsageError, match="is an encoder: it writes no text"):
             asked(["good"], ["toy"])
@@ -133,7 +135,7 @@ def texts_of(hub, rows, adapters):
     return next_token_logits(hub.model, requests)
 
 
-def test_a_row_of_a_mixed_batch_is_that_row_alone(encoder_hub):
+def test_a_row_of_a_mixed_batch_equals_that_row_alone(encoder_hub):
     model = encoder_hub.model
     model.load("two", random_weights(model))
     model.load("five", random_weights(model, labels=5, seed=2))
@@ -146,7 +148,7 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(encoder_hub):
     assert together[2].eq(0).all()  # no head: all labels are alike
 
 
-def test_features_under_a_zero_row_are_the_backbones_own_bit_for_bit(encoder_hub):
+def test_features_of_a_row_without_adapter_equal_the_backbones_bit_for_bit(encoder_hub):
     from adapterhub_chat.data.encoding import Encoded
     from adapterhub_chat.data.packing import pack
     from adapterhub_chat.types import Mix, as_mix
@@ -163,7 +165,7 @@ def test_features_under_a_zero_row_are_the_backbones_own_bit_for_bit(encoder_hub
     assert not torch.allclose(mixed[1], plain[1])
 
 
-def test_packed_features_are_those_of_transformers(encoder_hub, encoder_folder):
+def test_packed_features_equal_those_of_transformers(encoder_hub, encoder_folder):
     """Several texts in one row do not see each other; features are the pooled or the mean ones."""
     from adapterhub_chat.data.encoding import Encoded
     from adapterhub_chat.data.packing import pack
@@ -183,7 +185,7 @@ def test_packed_features_are_those_of_transformers(encoder_hub, encoder_folder):
             torch.testing.assert_close(feature, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_joint_training_is_each_alone(encoder_hub):
+def test_joint_training_equals_training_each_alone(encoder_hub):
     model, tokenizer = encoder_hub.model, encoder_hub.backbone.tokenizer
     config = TrainConfig(**SETTINGS | {"max_steps": 6})
     jobs = [make_job(tokenizer, t.name, t, config) for t in (toy_task(), topics())]
@@ -233,7 +235,7 @@ def test_peft_loads_the_folder_with_equal_logits(trained, encoder_folder):
     torch.testing.assert_close(texts_of(trained, [text], ["topics"]), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_what_peft_trained_and_saved_is_loaded_with_its_head(encoder_hub, encoder_folder, tmp_path):
+def test_an_adapter_saved_by_peft_is_loaded_with_its_head(encoder_hub, encoder_folder, tmp_path):
     torch.manual_seed(3)
     base = AutoModelForSequenceClassification.from_pretrained(encoder_folder, num_labels=3)
     if encoder_hub.backbone.pooling == "mean":
@@ -251,7 +253,7 @@ def test_what_peft_trained_and_saved_is_loaded_with_its_head(encoder_hub, encode
     torch.testing.assert_close(mine, logits, atol=1e-4, rtol=1e-4)
 
 
-def test_saved_and_loaded_again_it_is_the_same(trained, encoder_folder):
+def test_an_adapter_is_the_same_after_saving_and_loading(trained, encoder_folder):
     again = AdapterHub(str(encoder_folder), trained.pool.root, dtype="fp32", device="cpu")
     assert again.verify("toy").status == "exact"
     assert again.predict("toy", ["good song"]) == trained.predict("toy", ["good song"])
@@ -293,7 +295,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_the_guard_refuses_a_head_that_is_none(case, encoder_hub, tmp_path):
+def test_the_guard_refuses_an_invalid_head(case, encoder_hub, tmp_path):
     tensors, config, why = MISFITS[case]
     model = encoder_hub.model
     model.load("two", random_weights(model))
@@ -305,7 +307,7 @@ def test_the_guard_refuses_a_head_that_is_none(case, encoder_hub, tmp_path):
     assert encoder_hub.model.names == ("two", "toy")
 
 
-def test_a_head_is_refused_where_there_is_no_place_for_it(encoder_hub, hub, make_weights, tmp_path):
+def test_encoders_need_a_head_and_others_refuse_it(encoder_hub, hub, make_weights, tmp_path):
     lacking = initial_weights(encoder_hub.model.shapes, rank=4, alpha=8, seed=1)
     with pytest.raises(AdapterError, match="no head"):
         encoder_hub.model.load("lacking", lacking)
@@ -320,7 +322,7 @@ def test_a_head_is_refused_where_there_is_no_place_for_it(encoder_hub, hub, make
 
 
 @pytest.mark.parametrize("method", ["finetune", "stack", "language", "maxent", "adversarial"])
-def test_a_transfer_carries_the_head_along(trained, method):
+def test_a_transfer_keeps_the_head(trained, method):
     target = toy_task("target")
     backwards = dict(reversed(target.contract.labels.items()))
     target = replace(target, contract=replace(target.contract, labels=backwards))
@@ -338,7 +340,7 @@ def test_a_transfer_carries_the_head_along(trained, method):
         assert candidates[method].value >= as_it_is - 0.1
 
 
-def test_the_head_is_in_the_order_of_the_adapters_own_labels(trained):
+def test_the_head_is_in_the_order_of_the_adapters_labels(trained):
     """A source task may have the same labels in another order than those that the adapter learnt."""
     turned = toy_task()
     labels = dict(reversed(turned.contract.labels.items()))
@@ -356,7 +358,7 @@ def test_the_head_is_in_the_order_of_the_adapters_own_labels(trained):
         trained.transfer("toy", three, "finetune", shots=4, source_task=three, **how)
 
 
-def test_an_encoder_learns_a_language_by_restoring_covered_texts(encoder_hub):
+def test_an_encoder_learns_a_language_by_restoring_masked_texts(encoder_hub):
     model, task = encoder_hub.model, toy_task()
     cover = model.backbone.tokenizer.mask_token_id
     config = TrainConfig(**SETTINGS)
@@ -379,7 +381,7 @@ def test_an_encoder_learns_a_language_by_restoring_covered_texts(encoder_hub):
     assert not text_job(model, PromptContract(), empty, config).train
 
 
-def test_few_labels_are_missed_at_the_door(trained):
+def test_a_transfer_to_other_labels_is_refused(trained):
     with pytest.raises(DataError, match="they must be the same"):
         trained.transfer("toy", topics(), source_task=toy_task(), shots=4)
 

@@ -1,4 +1,4 @@
-"""The dtype of a processor: the rule, the measurement behind it, and the cache that keeps it."""
+"""The default dtype of a processor: the rule, the measurement, and its cache file."""
 
 import json
 import math
@@ -8,9 +8,9 @@ import torch
 
 from adapterhub_chat.model.devices import explain_dtype, pick_dtype
 from adapterhub_chat.model.native_speed import (
-    DTYPE_KINDS,
+    DTYPES_BY_NAME,
+    cached_timings,
     choose_dtype,
-    kept_timings,
     machine,
     measure_products,
 )
@@ -46,39 +46,41 @@ def test_fp32_must_be_clearly_faster_than_bf16(measured, dtype):
     assert choose_dtype(measured).dtype is dtype
 
 
-def test_both_judgements_are_told():
-    why = choose_dtype(AVX512).why
-    assert why == "measured 1.9 x as fast as bf16 in training, 1.5 x in decoding"
-    why = choose_dtype(timings((10, 10, 10), (5, 20, 20))).why
-    assert why == "measured 2.0 x as fast as fp32 in training, 0.5 x in decoding, half the memory"
+def test_the_reason_names_both_speedups():
+    reason = choose_dtype(AVX512).reason
+    assert reason == "measured 1.9 x as fast as bf16 in training, 1.5 x in decoding"
+    reason = choose_dtype(timings((10, 10, 10), (5, 20, 20))).reason
+    assert (
+        reason == "measured 2.0 x as fast as fp32 in training, 0.5 x in decoding, half the memory"
+    )
 
 
 def test_products_are_measured_in_both_dtypes():
-    found = measure_products()
-    assert found.keys() == DTYPE_KINDS.keys()
-    for times in found.values():
+    timings = measure_products()
+    assert timings.keys() == DTYPES_BY_NAME.keys()
+    for times in timings.values():
         assert times.keys() == {512, 1, 16}
         assert all(0 < seconds < math.inf for seconds in times.values())
 
 
 def counted(answers):
-    """Return a measurement that gives one answer after another, and the list of those given."""
-    given = []
+    """Return a measurement that returns one answer after another, and the list of those returned."""
+    returned = []
 
     def measure():
-        given.append(answers[len(given)])
-        return given[-1]
+        returned.append(answers[len(returned)])
+        return returned[-1]
 
-    return measure, given
+    return measure, returned
 
 
-def test_a_measurement_is_kept(tmp_path):
-    measure, given = counted([AVX512, AMX])
+def test_a_measurement_is_cached(tmp_path):
+    measure, returned = counted([AVX512, AMX])
     path = tmp_path / "deep" / "kept.json"
-    assert kept_timings(path, measure) == kept_timings(path, measure) == AVX512
-    assert len(given) == 1
+    assert cached_timings(path, measure) == cached_timings(path, measure) == AVX512
+    assert len(returned) == 1
     assert json.loads(path.read_text())["torch"] == str(torch.__version__)
-    assert kept_timings(tmp_path / "other.json", measure) == AMX
+    assert cached_timings(tmp_path / "other.json", measure) == AMX
     assert {p.name for p in path.parent.iterdir()} == {"kept.json", "kept.json.lock"}
 
 
@@ -97,35 +99,35 @@ def test_a_measurement_is_kept(tmp_path):
         b"\xff\xfe",
     ],
 )
-def test_a_damaged_measurement_is_made_anew(tmp_path, damage):
-    measure, given = counted([AMX])
+def test_a_damaged_file_is_measured_again(tmp_path, damage):
+    measure, returned = counted([AMX])
     path = tmp_path / "kept.json"
     path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
-    assert kept_timings(path, measure) == kept_timings(path, measure) == AMX
-    assert len(given) == 1
+    assert cached_timings(path, measure) == cached_timings(path, measure) == AMX
+    assert len(returned) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
-    measure, given = counted([AMX, AVX512])
+def test_a_read_only_folder_is_no_error(tmp_path):
+    measure, returned = counted([AMX, AVX512])
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "kept.json"
-    assert kept_timings(path, measure) == AMX
-    assert kept_timings(path, measure) == AVX512
-    assert len(given) == 2
+    assert cached_timings(path, measure) == AMX
+    assert cached_timings(path, measure) == AVX512
+    assert len(returned) == 2
 
 
-def test_the_machine_has_a_name_and_its_threads():
-    found = machine()
-    assert found["processor"]
-    assert found["threads"] == torch.get_num_threads()
+def test_the_machine_has_a_processor_and_threads():
+    description = machine()
+    assert description["processor"]
+    assert description["threads"] == torch.get_num_threads()
 
 
-def test_only_a_cpu_that_was_not_told_measures():
+def test_a_given_dtype_needs_no_measurement():
     def never():
         pytest.fail("measured")
 
     for asked in ("bf16", "fp32", torch.float16):
-        assert explain_dtype(asked, CPU, never).why == ""
+        assert explain_dtype(asked, CPU, never).reason == ""
     assert explain_dtype(None, CPU, lambda: None).dtype is torch.float32
     assert explain_dtype(None, CPU, lambda: AVX512).dtype is torch.float32
     assert explain_dtype(None, CPU, lambda: AMX).dtype is torch.bfloat16

@@ -12,12 +12,11 @@ import pytest
 from pico import in_child, keep_adapter
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
+from adapterhub_chat.artifact.manifest import MANIFEST
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.files import file_sha256
-from adapterhub_chat.pool.lockfile import FILE as LOCK
-from adapterhub_chat.pool.lockfile import NEXT, read_lock
+from adapterhub_chat.pool.lockfile import LOCKFILE, PLANNED_LOCKFILE, read_lock
 from adapterhub_chat.pool.pool import Pool
 from adapterhub_chat.remote.client import HubClient
 
@@ -98,14 +97,14 @@ def test_kill_9_in_a_pull_leaves_the_old_pool_or_the_new_one(
     action = "pull v2" if over else "pull"
     found = in_child(killed_at_random_moments, action, str(pico_folder), str(root), access, MOMENTS)
     after = found[0][0]
-    assert {f"toy/{name}" for name in (CONFIG, WEIGHTS, MANIFEST)} | {LOCK} <= set(after)
+    assert {f"toy/{name}" for name in (CONFIG, WEIGHTS, MANIFEST)} | {LOCKFILE} <= set(after)
     states = [one for one, _, _ in found]
     assert all(one in (before, after) for one in states)
     assert before in states
     fresh = AdapterHub(str(pico_folder), root, dtype="fp32", device="cpu")
     assert fresh.pull(REPO, "v2", **access).changed  # and the next one goes through
     assert read_lock(root).adapters["toy"].revision == "v2"
-    assert not (root / NEXT).exists()
+    assert not (root / PLANNED_LOCKFILE).exists()
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The pool: a save is all or nothing, whatever happens: full disk, no rights, kill -9, two at once."""
 
 import ctypes
-import fcntl
 import functools
 import json
 import math
@@ -19,13 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pico import CHILDREN, in_child
 
 from adapterhub_chat.artifact.folder import config_of
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, Manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
@@ -89,7 +88,7 @@ def pool(tmp_path):
 # ---- save, load, list, describe, delete ----------------------------------------------------------
 
 
-def test_what_was_saved_is_loaded(pool):
+def test_load_returns_what_was_saved(pool):
     saved = save(pool, "a", 3)
     loaded = Pool(pool.root).load("a")
     assert complete_version(loaded) == 3
@@ -117,10 +116,10 @@ def test_saving_over_a_name_leaves_only_the_new_version(pool):
     assert leftovers(pool) == []
 
 
-def test_the_version_before_a_save_is_kept_and_no_other(pool):
+def test_only_the_previous_version_is_kept(pool):
     for number in (1, 2, 3):
         save(pool, "a", number)
-    assert complete_version(pool.earlier("a")) == 2
+    assert complete_version(pool.load_earlier("a")) == 2
     assert complete_version(pool.load("a")) == 3
     assert not (pool.root / "a" / EARLIER / EARLIER).exists()
     assert pool.names() == ["a"]
@@ -133,7 +132,7 @@ def test_rolling_back_exchanges_the_two_versions(pool):
     both = contents(pool.root / "a")
     assert complete_version(pool.rollback("a")) == 1
     assert complete_version(pool.load("a")) == 1
-    assert complete_version(pool.earlier("a")) == 2
+    assert complete_version(pool.load_earlier("a")) == 2
     assert (pool.root / "a" / "LICENSE").read_text() == "free"
     assert leftovers(pool) == []
     assert complete_version(Pool(pool.root).rollback("a")) == 2
@@ -142,7 +141,7 @@ def test_rolling_back_exchanges_the_two_versions(pool):
     assert complete_version(pool.rollback("a")) == 2
 
 
-def test_without_an_earlier_version_rolling_back_says_so(pool):
+def test_rollback_without_a_previous_version_is_an_error(pool):
     save(pool, "a", 1)
     before = contents(pool.root)
     with pytest.raises(UsageError, match=r"'a' has no earlier version in the pool .*: one is kept"):
@@ -157,7 +156,7 @@ def test_without_an_earlier_version_rolling_back_says_so(pool):
     ("number", "width", "reason"),
     [(1e30, 64, "at most 65504"), (math.nan, 64, "not finite"), (1.0, 0, "cannot have the shape")],
 )
-def test_what_could_not_be_loaded_again_is_not_saved(number, width, reason, pool):
+def test_an_adapter_that_cannot_be_loaded_again_is_not_saved(number, width, reason, pool):
     save(pool, "a", 1)
     before = contents(pool.root)
     with pytest.raises(AdapterError, match=f"(?s)adapter 'a' is not saved: .*{reason}"):
@@ -172,12 +171,12 @@ def test_the_same_content_again_is_no_new_version(pool):
     weights, config, manifest = version(2.0)
     saved = pool.save("a", weights, config, manifest.model_copy(update={"about": "version 2.0"}))
     pool.describe("a", saved.manifest.with_scores([score()]))
-    assert complete_version(pool.earlier("a")) == 1
+    assert complete_version(pool.load_earlier("a")) == 1
     pool.save("a", weights, {**config, "lora_alpha": 9}, manifest)  # computes something else
-    assert complete_version(pool.earlier("a")) == 2
+    assert complete_version(pool.load_earlier("a")) == 2
 
 
-def test_a_damaged_earlier_version_is_not_put_back(pool):
+def test_a_damaged_previous_version_is_not_restored(pool):
     save(pool, "a", 1)
     save(pool, "a", 2)
     path = pool.root / "a" / EARLIER / WEIGHTS
@@ -222,37 +221,37 @@ def test_versions_work_where_files_cannot_be_linked_or_exchanged(pool, monkeypat
 KEYS = [f"{n:064x}" for n in range(3)]
 
 
-def test_what_was_noted_is_known_to_the_next(pool):
+def test_recorded_probes_are_read_by_another_pool_object(pool):
     save(pool, "a", 1)
     for key in (*KEYS, KEYS[0]):
-        pool.note_answered(key)
-    assert Pool(pool.root).answered() == KEYS
+        pool.record_answered_probe(key)
+    assert Pool(pool.root).answered_probes() == KEYS
     assert pool.names() == ["a"]
     assert leftovers(pool) == []
 
 
-def test_notes_that_are_absent_or_damaged_are_no_notes(pool):
-    pool.note_answered(KEYS[0])
+def test_missing_or_damaged_probe_records_are_ignored(pool):
+    pool.record_answered_probe(KEYS[0])
     assert not pool.root.exists()  # nothing is made for a note
     save(pool, "a", 1)
-    assert pool.answered() == []
+    assert pool.answered_probes() == []
     (pool.root / PROBES).write_bytes(b"\xff\x00" + KEYS[0].encode() + b"\n" + KEYS[1].encode()[:9])
-    assert pool.answered() == []
-    pool.note_answered(KEYS[2])
-    assert pool.answered() == [KEYS[2]]
+    assert pool.answered_probes() == []
+    pool.record_answered_probe(KEYS[2])
+    assert pool.answered_probes() == [KEYS[2]]
     (pool.root / PROBES).unlink()
     (pool.root / PROBES).mkdir()
-    pool.note_answered(KEYS[2])
-    assert pool.answered() == []
+    pool.record_answered_probe(KEYS[2])
+    assert pool.answered_probes() == []
     assert complete_version(Pool(pool.root).load("a")) == 1
 
 
-def test_the_oldest_notes_are_forgotten_first(pool, monkeypatch):
-    monkeypatch.setattr("adapterhub_chat.pool.pool.MOST_PROBES", 2)
+def test_the_oldest_probe_records_are_dropped_first(pool, monkeypatch):
+    monkeypatch.setattr("adapterhub_chat.pool.pool.MAX_PROBES", 2)
     save(pool, "a", 1)
     for key in KEYS:
-        pool.note_answered(key)
-    assert pool.answered() == KEYS[1:]
+        pool.record_answered_probe(key)
+    assert pool.answered_probes() == KEYS[1:]
 
 
 def test_others_may_read_what_was_saved(pool):
@@ -267,7 +266,7 @@ def test_opening_a_pool_creates_nothing(tmp_path):
     assert not (tmp_path / "not").exists()
 
 
-def test_what_is_no_adapter_is_not_listed(pool):
+def test_other_files_and_folders_are_not_listed(pool):
     save(pool, "a", 1)
     (pool.root / "notes.txt").write_text("")
     (pool.root / "empty").mkdir()
@@ -298,7 +297,7 @@ def test_bad_and_reserved_names_are_refused_before_anything_is_written(name, poo
 
 @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", fullmatch=True) | st.text(max_size=100))
 @example("a" * 96)
-def test_a_name_that_is_allowed_names_one_folder_in_the_pool(name):
+def test_an_allowed_name_is_one_folder_in_the_pool(name):
     try:
         check_name(name)
     except UsageError:
@@ -367,7 +366,7 @@ def test_a_folder_of_plain_peft_is_a_member_without_a_manifest(pool):
     assert pool.manifest("a") is None
 
 
-def test_weights_that_are_not_the_manifests_are_refused(pool):
+def test_weights_with_another_hash_than_the_manifests_are_refused(pool):
     save(pool, "a", 1)
     path = pool.root / "a" / WEIGHTS
     data = bytearray(path.read_bytes())
@@ -503,7 +502,7 @@ def test_a_file_in_the_place_of_the_pool_is_an_error(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_check_writable_says_yes_and_leaves_nothing(pool):
+def test_check_writable_leaves_no_files(pool):
     save(pool, "a", 1)
     before = contents(pool.root)
     pool.check_writable()
@@ -621,16 +620,15 @@ def both_after_every_step(root, action):
         _, status = os.waitpid(child, 0)
         fresh = Pool(root)
         assert leftovers(fresh) == []
-        found.append((complete_version(fresh.load("a")), complete_version(fresh.earlier("a"))))
+        found.append((complete_version(fresh.load("a")), complete_version(fresh.load_earlier("a"))))
     return found
 
 
-def test_leftovers_are_swept_up_unless_somebody_is_at_work(pool):
+def test_leftovers_are_removed_unless_the_pool_is_locked(pool):
     save(pool, "a", 1)
     (pool.root / ".tmp-left").mkdir()
     (pool.root / ".tmp-left" / WEIGHTS).write_bytes(b"half")
-    with (pool.root / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(pool.root / ".lock"):
         assert leftovers(Pool(pool.root)) == [".tmp-left"]
     assert leftovers(Pool(pool.root)) == []
     assert complete_version(pool.load("a")) == 1
@@ -647,7 +645,7 @@ def test_saving_over_a_name_works_without_the_exchange(pool):
     assert leftovers(pool) == []
 
 
-def test_a_version_that_had_stepped_aside_comes_back(pool):
+def test_a_version_that_was_renamed_before_a_kill_is_restored(pool):
     save(pool, "a", 1)
     os.rename(pool.root / "a", pool.root / ".old-a")  # killed between the two renames
     fresh = Pool(pool.root)

@@ -12,14 +12,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapterhub_chat import AdapterHub
 from adapterhub_chat.artifact.folder import config_of
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import Manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, Manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, PoolError, UnknownNameError, UsageError
 from adapterhub_chat.files import file_sha256
 from adapterhub_chat.model.backbone import LIBRARIES
-from adapterhub_chat.pool import admission as shelves
 from adapterhub_chat.pool.pool import EARLIER, PROBES, Pool
 from adapterhub_chat.pool.probe import probe_key
 from adapterhub_chat.pool.registry import Registry
@@ -91,7 +89,7 @@ def edit_tensors(folder, change):
     edit_json(folder / MANIFEST, lambda values: values.update(sha256=sha256))
 
 
-def test_a_problem_is_one_whatever_the_folder_is_called(hub, kept, tmp_path):
+def test_problems_do_not_depend_on_the_folders_name(hub, kept, tmp_path):
     folder = tmp_path / "one\n  - two"
     shutil.copytree(kept, folder)
     edit_json(folder / MANIFEST, lambda values: values.update(sha256="0" * 64))
@@ -102,7 +100,7 @@ def test_a_problem_is_one_whatever_the_folder_is_called(hub, kept, tmp_path):
     assert refused.value.misfits == (problem,)
 
 
-def test_each_problem_of_a_folder_stands_alone(hub, kept):
+def test_each_problem_of_a_folder_is_listed_separately(hub, kept):
     edit_json(kept / CONFIG, lambda values: values.update(r=0, bias="all"))
     with pytest.raises(AdapterError) as refused:
         hub.load(kept)
@@ -123,11 +121,11 @@ def test_exact_on_the_backbone_it_was_made_on(hub, kept):
 
 
 def assert_compatible(hub, registry, *words):
-    with pytest.warns(UserWarning, match="adapter 'a' is compatible: made on float32") as heard:
+    with pytest.warns(UserWarning, match="adapter 'a' is compatible: made on float32") as caught:
         hub.load("a")
-    assert heard[0].filename == __file__
+    assert caught[0].filename == __file__
     for word in words:
-        assert word in str(heard[0].message)
+        assert word in str(caught[0].message)
     verdict = hub.verify("a")
     assert (verdict.ok, verdict.status) == (True, "compatible")
     assert "made on float32 (none quantization)" in verdict.problems[0]
@@ -217,7 +215,7 @@ def test_refused_on_other_weights_of_the_same_shapes(kept, hub, other_folder):
     assert hub.backbone.fingerprint.weights in problem
 
 
-def test_a_refused_mix_says_so_before_anything_runs(kept, hub, other_folder):
+def test_a_refused_mix_is_an_error_before_any_forward(kept, hub, other_folder):
     there = AdapterHub(str(other_folder), hub.pool.root, dtype="fp32", device="cpu")
     with pytest.raises(AdapterError, match="is refused on"):
         there.next_token_logits(PROMPTS, ["a", None])
@@ -286,7 +284,7 @@ def test_a_forged_probe_is_refused(change, words, hub, kept):
     assert_refused(hub, kept, words)
 
 
-def test_without_a_probe_nobody_calls_it_exact(hub, kept):
+def test_an_adapter_without_a_probe_is_only_compatible(hub, kept):
     edit_json(kept / MANIFEST, lambda values: values.update(probe=None))
     verdict = hub.verify("a")
     assert (verdict.ok, verdict.status) == (True, "compatible")
@@ -313,7 +311,7 @@ def test_another_alpha_is_refused_in_another_precision_too(alpha, hub, kept, pic
     assert "a log-probability of its probe is off by" in problem
 
 
-def test_an_adapter_that_has_learnt_nothing_yet_may_do_nothing(hub, registry, make_weights):
+def test_an_untrained_adapter_without_effect_is_accepted(hub, registry, make_weights):
     registry.save_new(make_weights(size=0.0), draft(hub.backbone))
     assert hub.pool.manifest("a").probe.shift == 0
     assert hub.verify("a").status == "exact"
@@ -330,16 +328,16 @@ def forwards(hub):
     return seen
 
 
-def test_a_probe_that_keeping_has_made_is_not_asked_on_load(hub, kept, forwards):
+def test_a_probe_made_on_saving_is_not_run_again_on_load(hub, kept, forwards):
     hub.load("a")
     assert forwards == []
     hub.verify("a")
     assert len(forwards) == 1  # verifying always asks
-    assert hub.pool.answered() == [probe_key(hub.pool.load("a"), hub.model)]
+    assert hub.pool.answered_probes() == [probe_key(hub.pool.load("a"), hub.model)]
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(b"\xff\n" * 9)])
-def test_without_the_notes_a_probe_is_asked_once(damage, hub, kept, forwards, pico_folder):
+def test_without_records_a_probe_is_run_once(damage, hub, kept, forwards, pico_folder):
     damage(hub.pool.root / PROBES)
     for _ in range(3):
         hub.load("a")
@@ -350,16 +348,16 @@ def test_without_the_notes_a_probe_is_asked_once(damage, hub, kept, forwards, pi
     assert len(forwards) == 1  # the first one has noted it for the second
 
 
-def test_where_nothing_can_be_noted_the_process_remembers(hub, kept, forwards):
+def test_in_a_read_only_pool_the_process_remembers_passed_probes(hub, kept, forwards):
     (hub.pool.root / PROBES).unlink()
     (hub.pool.root / PROBES).mkdir()  # in the way, as on a disk that may only be read
     for _ in range(3):
         hub.load("a")
     assert len(forwards) == 1
-    assert hub.pool.answered() == []
+    assert hub.pool.answered_probes() == []
 
 
-def test_a_probe_with_a_wrong_answer_is_asked_every_time(hub, kept, forwards):
+def test_a_failed_probe_is_run_every_time(hub, kept, forwards):
     edit_json(kept / MANIFEST, lambda values: values["probe"].update(logprobs=[-90.0] * 5))
     for count in (1, 2):
         with pytest.raises(AdapterError, match="is off by"):
@@ -367,7 +365,9 @@ def test_a_probe_with_a_wrong_answer_is_asked_every_time(hub, kept, forwards):
         assert len(forwards) == count
 
 
-def test_the_key_is_another_for_all_that_an_answer_depends_on(hub, kept, monkeypatch, pico_folder):
+def test_the_probe_key_changes_with_everything_the_answer_depends_on(
+    hub, kept, monkeypatch, pico_folder
+):
     stored = hub.pool.load("a")
     keys = {probe_key(stored, hub.model)}
     for change in (
@@ -388,9 +388,9 @@ def test_the_key_is_another_for_all_that_an_answer_depends_on(hub, kept, monkeyp
     assert probe_key(replace(stored, manifest=None), hub.model) == ""
 
 
-def test_new_words_about_the_same_weights_ask_no_probe(hub, kept, registry, forwards):
+def test_a_changed_description_runs_no_probe(hub, kept, registry, forwards):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
-    registry.record([score])
+    registry.record_scores([score])
     assert hub.pool.manifest("a").scores == (score,)
     hub.load("a")
     assert forwards == []
@@ -427,7 +427,7 @@ def test_rolling_back_gives_new_requests_the_earlier_version(registry, make_weig
     assert not torch.equal(before, after)
 
 
-def test_a_running_request_ends_with_the_version_it_began_with(registry, make_weights):
+def test_a_running_request_keeps_its_version(registry, make_weights):
     (_, before), (_, after) = two_versions(registry, make_weights)
     ids = torch.tensor([[4, 5, 6]])
     with registry.model.mixing([as_mix("a")]), torch.no_grad():
@@ -436,7 +436,7 @@ def test_a_running_request_ends_with_the_version_it_began_with(registry, make_we
     assert torch.equal(answers(registry.model), before)
 
 
-def test_rolling_back_loads_nothing_that_is_not_loaded(registry, hub, make_weights, tmp_path):
+def test_rollback_does_not_load_an_unloaded_adapter(registry, hub, make_weights, tmp_path):
     (old, _), _ = two_versions(registry, make_weights)
     shutil.copytree(registry.pool.root / "a", tmp_path / "elsewhere")
     hub.load(tmp_path / "elsewhere", name="a")
@@ -448,7 +448,7 @@ def test_rolling_back_loads_nothing_that_is_not_loaded(registry, hub, make_weigh
     assert hub.model.names == ()
 
 
-def test_an_earlier_version_that_is_refused_is_not_put_back(hub, registry, make_weights):
+def test_a_refused_previous_version_is_not_restored(hub, registry, make_weights):
     two_versions(registry, make_weights)
     edit_tensors(registry.pool.root / "a" / EARLIER, lambda _name, t: t * float("nan"))
     hub.load("a")
@@ -464,18 +464,15 @@ def test_rolling_back_to_another_precision_warns_the_caller(registry, make_weigh
     hub = AdapterHub(str(pico_folder), registry.pool.root, dtype="bf16", device="cpu")
     with pytest.warns(UserWarning, match="compatible"):
         hub.load("a")
-    with pytest.warns(UserWarning, match="adapter 'a' is compatible") as heard:
+    with pytest.warns(UserWarning, match="adapter 'a' is compatible") as caught:
         hub.rollback("a")
-    assert heard[0].filename == __file__
+    assert caught[0].filename == __file__
 
 
-def test_a_slot_is_filled_once_while_the_file_is_hashed(hub, kept, monkeypatch):
-    written, hashed = [], []
-    write, check = hub.model.slots._write, shelves.check_fit
-    hub.model.slots._write = lambda *given: (written.append(len(hashed)), write(*given))
-    monkeypatch.setattr(shelves, "check_fit", lambda *given: (hashed.append(1), check(*given))[1])
+def test_a_load_fills_one_slot_with_the_weights_of_the_file(hub, kept):
+    num_loads = hub.model.slots.num_loads
     hub.load(kept)
-    assert written == [0]  # before anybody said that it may be used
+    assert hub.model.slots.num_loads == num_loads + 1
     torch.testing.assert_close(
         hub.model.weights("a").factors, hub.pool.load("a").weights.factors, rtol=0, atol=0
     )
@@ -484,7 +481,7 @@ def test_a_slot_is_filled_once_while_the_file_is_hashed(hub, kept, monkeypatch):
 # ---- damage --------------------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_the_manifests_are_refused(hub, kept):
+def test_weights_with_another_hash_than_the_manifests_are_refused(hub, kept):
     data = bytearray((kept / WEIGHTS).read_bytes())
     data[-2] ^= 1
     (kept / WEIGHTS).write_bytes(data)
@@ -501,7 +498,7 @@ def test_a_damaged_config_is_refused(hub, kept):
     assert_refused(hub, kept, CONFIG, "must hold a JSON object")
 
 
-def test_shapes_and_fingerprint_misfits_stand_in_one_message(hub, kept, other_folder):
+def test_shape_and_fingerprint_misfits_are_in_one_message(hub, kept, other_folder):
     there = AdapterHub(str(other_folder), hub.pool.root, dtype="fp32", device="cpu")
     first = "model.layers.0.self_attn.q_proj"
     edit_tensors(kept, lambda name, t: t[:, :-1] if f"{first}.lora_A" in name else t)
@@ -513,7 +510,7 @@ def test_shapes_and_fingerprint_misfits_stand_in_one_message(hub, kept, other_fo
     )
 
 
-def test_a_refused_adapter_leaves_the_loaded_one_of_its_name_at_work(hub, kept, tmp_path):
+def test_a_refused_adapter_leaves_the_loaded_one_of_its_name_in_place(hub, kept, tmp_path):
     hub.load("a")
     before = hub.next_token_logits(PROMPTS, ["a", None])
     manifest = hub.pool.manifest("a")
@@ -556,7 +553,7 @@ def test_verifying_loads_nothing_and_changes_nothing(hub, kept):
 
 
 @pytest.mark.parametrize("name", ["auto", "two words", "backbone"])
-def test_verifying_asks_nothing_of_the_folders_name(name, hub, kept, tmp_path):
+def test_verify_accepts_any_folder_name(name, hub, kept, tmp_path):
     strange = tmp_path / name
     shutil.copytree(kept, strange)
     assert hub.verify(strange).status == "exact"
@@ -565,7 +562,7 @@ def test_verifying_asks_nothing_of_the_folders_name(name, hub, kept, tmp_path):
     assert hub.load(strange, name="proper") == "proper"
 
 
-def test_verifying_what_is_not_there(hub, kept, tmp_path):
+def test_verify_of_a_missing_folder(hub, kept, tmp_path):
     with pytest.raises(UnknownNameError, match="known: a"):
         hub.verify("b")
     assert not hub.verify(tmp_path / "nowhere").ok
@@ -574,7 +571,7 @@ def test_verifying_what_is_not_there(hub, kept, tmp_path):
 # ---- the registry -----------------------------------------------------------------------------------
 
 
-def test_what_is_kept_is_loaded_saved_and_loads_again(registry, hub, make_weights):
+def test_save_new_loads_the_adapter_and_saves_it_for_reloading(registry, hub, make_weights):
     weights = make_weights()
     manifest = registry.save_new(weights, draft(registry.model.backbone))
     assert registry.model.names == ("a",)
@@ -594,7 +591,7 @@ def test_peft_is_told_the_hub_id_of_a_packaged_backbone(registry, make_weights):
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_what_cannot_be_saved_is_not_loaded_either(registry, make_weights):
+def test_an_adapter_that_cannot_be_saved_is_not_loaded(registry, make_weights):
     old = make_weights(seed=1)
     manifest = registry.save_new(old, draft(registry.model.backbone, about="old"))
     shutil.rmtree(registry.pool.root)
@@ -608,7 +605,7 @@ def test_what_cannot_be_saved_is_not_loaded_either(registry, make_weights):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_not_kept(bad, registry, make_weights):
+def test_non_finite_weights_are_not_saved(bad, registry, make_weights):
     good = make_weights()
     broken = good.with_factors({m: (a, b * bad) for m, (a, b) in good.factors.items()})
     with pytest.raises(AdapterError, match="not finite"):
@@ -617,14 +614,16 @@ def test_numbers_that_are_not_finite_are_not_kept(bad, registry, make_weights):
     assert registry.pool.names() == []
 
 
-def test_a_pool_member_comes_before_a_folder_of_its_name(registry, kept, make_weights, monkeypatch):
+def test_a_pool_member_takes_precedence_over_a_folder_of_its_name(
+    registry, kept, make_weights, monkeypatch
+):
     registry.save_new(make_weights(seed=9), draft(registry.model.backbone, name="b"))
     monkeypatch.chdir(kept.parent.parent)
     shutil.copytree(kept.parent / "b", "a")
     shutil.copytree(kept.parent / "b", "c")
-    assert registry.find("a").path == kept
-    assert registry.find("./a").path.resolve() == (kept.parent.parent / "a")
-    assert registry.find("c").name == "c"
+    assert registry.read("a").path == kept
+    assert registry.read("./a").path.resolve() == (kept.parent.parent / "a")
+    assert registry.read("c").name == "c"
 
 
 def test_one_adapter_under_two_names(hub, kept):
@@ -645,7 +644,7 @@ def test_the_heaviest_adapter_of_a_mix_gives_the_contract(registry, make_weights
     assert registry.contract(as_mix(None)) is None
 
 
-def test_what_a_mix_names_is_loaded_from_the_pool_once(hub, kept):
+def test_the_adapters_of_a_mix_are_loaded_from_the_pool_once(hub, kept):
     fresh = Registry(hub.model, hub.pool)
     mixes = fresh.resolve(["a", None, {"a": 0.5}, "a"])
     assert [str(mix) for mix in mixes] == ["a", "backbone", "a=0.5", "a"]
@@ -656,7 +655,7 @@ def test_what_a_mix_names_is_loaded_from_the_pool_once(hub, kept):
     assert fresh.known("a") is None
 
 
-def test_a_score_is_written_into_the_pool_and_known_here(registry, kept):
+def test_a_score_is_written_to_the_pool_and_to_the_loaded_manifest(registry, kept):
     score = Score("a", "toy", "accuracy", 0.5, 0.4, 0.6, 10, 0.3)
     registry.describe("a", registry.known("a").manifest.with_scores([score]))
     assert registry.known("a").manifest.scores == (score,)
@@ -672,7 +671,7 @@ def test_a_score_of_an_older_version_is_not_written(registry, kept, make_weights
     assert registry.pool.load("a").manifest.about == "newer"
 
 
-def test_config_of_a_kept_adapter_is_that_of_its_weights(registry, kept):
+def test_the_saved_config_matches_the_weights(registry, kept):
     stored = registry.pool.load("a")
     assert dict(stored.config) == config_of(
         stored.weights, registry.model.backbone.name, registry.model.shapes

@@ -57,7 +57,7 @@ def kernels(name):
 
 @pytest.mark.parametrize("made_on", DTYPES)
 @pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_rounding_of_another_dtype_or_kernel_is_no_fault(models, made_on, step):
+def test_rounding_of_another_dtype_or_kernel_is_accepted(models, made_on, step):
     alarms = []
     for seed in range(0, 100, step):
         weights = random_adapter(models["fp32"], seed, size=0.02 * 1.04**seed)

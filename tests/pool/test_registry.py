@@ -16,7 +16,7 @@ from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.requests import Request
 from adapterhub_chat.inference.sampling import Sampling
 from adapterhub_chat.pool.registry import _identity
-from adapterhub_chat.transfer.candidates import _on_trial as on_trial
+from adapterhub_chat.transfer.candidates import _temporarily_loaded as on_trial
 from adapterhub_chat.types import Mix, as_mix
 
 RULES = Sampling(max_new_tokens=6, ignore_eos=True)
@@ -41,7 +41,7 @@ def texts(hub, names):
     return hub.generate(["good film"] * len(names), names, max_new_tokens=6, ignore_eos=True)
 
 
-def test_more_adapters_than_there_is_room_for(hub, bounded):
+def test_more_adapters_than_slots(hub, bounded):
     tight = bounded(1)
     names = ["a", "b", None, "c", "a"]
     each = [texts(tight, [name])[0] for name in names]
@@ -49,7 +49,7 @@ def test_more_adapters_than_there_is_room_for(hub, bounded):
     assert tight.model.slots.nbytes <= tight.model.slots.budget
 
 
-def test_an_adapter_whose_probe_was_never_asked_needs_no_second_slot(hub, bounded):
+def test_a_first_probe_needs_no_second_slot(hub, bounded):
     (hub.pool.root / ".probes").unlink()
     tight = bounded(1)
     for name in "abc":
@@ -57,21 +57,35 @@ def test_an_adapter_whose_probe_was_never_asked_needs_no_second_slot(hub, bounde
         assert tight.model.names == (name,)
 
 
-def test_a_candidate_of_a_transfer_stays_while_other_adapters_come_and_go(bounded, make_weights):
+def test_a_refused_load_frees_the_slot_that_it_had_staged(hub, bounded):
+    file = hub.pool.path("a") / "adapter_model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    tight = bounded(1)
+    with pytest.raises(AdapterError, match="sha256"):  # known only after the slot was filled
+        tight.load("a")
+    assert tight.model.names == ()
+    tight.load("b")
+    assert tight.model.names == ("b",)
+    assert tight.model.slots.nbytes <= tight.model.slots.budget
+
+
+def test_a_transfer_candidate_is_not_evicted_by_other_loads(bounded, make_weights):
     tight = bounded(2)
     with on_trial(tight.model, make_weights(seed=9)) as mix:
-        before = tight.model.slots.loads
+        before = tight.model.slots.num_loads
         chat = threading.Thread(target=lambda: [texts(tight, [name]) for name in "abc"])
         chat.start()
         chat.join()
-        assert tight.model.slots.loads > before + 2
+        assert tight.model.slots.num_loads > before + 2
         with tight.model.mixing([mix]):
             assert mix.names[0] in tight.model.names
     assert tight.model.names == ("c",)
     assert not tight.model.slots.pinned
 
 
-def test_a_stack_for_which_there_never_is_room_is_said(hub, bounded):
+def test_a_stack_that_can_never_fit_is_an_error(hub, bounded):
     manifest = hub.pool.manifest("b")
     under = StackBase(name="a", sha256=hub.pool.manifest("a").sha256)
     hub.pool.describe("b", manifest.model_copy(update={"stack": (under,), "probe": None}))
@@ -84,7 +98,7 @@ def test_a_stack_for_which_there_never_is_room_is_said(hub, bounded):
     assert len(texts(bounded(2), ["b"])) == 1
 
 
-def test_what_is_loaded_inside_inference_mode_can_be_written_outside(hub, bounded, make_weights):
+def test_slots_loaded_in_inference_mode_can_be_overwritten_outside(hub, bounded, make_weights):
     keep_adapter(hub, make_weights(rank=16, seed=7), "wide")
     tight = bounded(2)
     with torch.inference_mode():
@@ -95,7 +109,7 @@ def test_what_is_loaded_inside_inference_mode_can_be_written_outside(hub, bounde
 
 
 @pytest.mark.parametrize("change", ["keep", "rollback"])
-def test_a_new_version_that_has_no_room_beside_the_old_one_is_the_next_ones(
+def test_a_new_version_without_room_is_loaded_by_the_next_request(
     hub, bounded, make_weights, change
 ):
     keep_adapter(hub, make_weights(seed=9), "a")
@@ -118,9 +132,7 @@ def test_a_new_version_that_has_no_room_beside_the_old_one_is_the_next_ones(
     assert texts(bounded(1), ["a"]) == texts(tight, ["a"])
 
 
-def test_an_old_version_that_was_read_early_does_not_replace_a_new_one(
-    hub, make_weights, monkeypatch
-):
+def test_a_stale_read_does_not_replace_a_new_version(hub, make_weights, monkeypatch):
     keep_adapter(hub, make_weights(seed=1), "a")
     reading, read = threading.Event(), hub.pool.load
 
@@ -143,7 +155,9 @@ def test_an_old_version_that_was_read_early_does_not_replace_a_new_one(
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_a_default_adapter_is_nobody_elses(pico_folder, tmp_path, make_weights, quantize):
+def test_a_default_adapter_does_not_affect_requests_with_their_own(
+    pico_folder, tmp_path, make_weights, quantize
+):
     """The engine's rows have mixes of their own, also where the layers' own products are used."""
     own = AdapterHub(
         str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu", quantize=quantize
@@ -160,19 +174,19 @@ def test_a_default_adapter_is_nobody_elses(pico_folder, tmp_path, make_weights, 
 # ---- between the disk and the slots ------------------------------------------------------------------
 
 
-def test_what_was_read_once_is_not_read_again(hub, bounded):
+def test_a_cached_adapter_is_not_read_from_disk_again(hub, bounded):
     names = ["a", "b", "c", "a", "b", "c"]
     wanted = [texts(hub, [name])[0] for name in names]
     tight = bounded(1, ram_bytes=10**6)
-    ram = tight._registry.ram
+    cache = tight._registry.host_cache
     assert [texts(tight, [name])[0] for name in names] == wanted
-    assert ram.hits == 3
-    assert 0 < ram.nbytes <= ram.budget
-    assert bounded(1)._registry.ram.budget == 0  # a CPU's slots are this memory themselves
+    assert cache.num_hits == 3
+    assert 0 < cache.nbytes <= cache.budget
+    assert bounded(1)._registry.host_cache.budget == 0  # a CPU's slots are this memory themselves
 
 
 @pytest.mark.parametrize("change", ["save", "rollback", "describe", "break"])
-def test_what_has_changed_on_disk_is_read_again(hub, bounded, make_weights, change):
+def test_an_adapter_that_changed_on_disk_is_read_again(hub, bounded, make_weights, change):
     keep_adapter(hub, make_weights(seed=9), "a")
     tight = bounded(1, ram_bytes=10**6)
     for name in "ab":
@@ -192,36 +206,36 @@ def test_what_has_changed_on_disk_is_read_again(hub, bounded, make_weights, chan
         with pytest.raises(AdapterError, match="sha256"):
             tight.load("a")
         return
-    assert tight._registry.ram.hits == 0
+    assert tight._registry.host_cache.num_hits == 0
     tight.load("a")
-    assert tight._registry.ram.hits == 0
+    assert tight._registry.host_cache.num_hits == 0
     assert tight._registry.known("a").manifest == hub.pool.manifest("a")
     assert texts(tight, ["a"]) == texts(bounded(1), ["a"])
 
 
-def test_what_is_kept_has_no_name_of_its_own(hub, bounded):
+def test_a_cached_adapter_can_be_loaded_under_other_names(hub, bounded):
     tight = bounded(3, ram_bytes=10**6)
     folder = hub.pool.path("a")
     assert [tight.load("a", "x"), tight.load("a"), tight.load(folder, "y")] == ["x", "a", "y"]
     tight.unload("a")
     assert tight.load("a") == "a"
-    assert tight._registry.ram.hits == 3
+    assert tight._registry.host_cache.num_hits == 3
     assert tight.load(folder) == "a"
 
 
-def test_the_hosts_memory_has_a_budget(hub, bounded):
+def test_the_host_cache_has_a_budget(hub, bounded):
     size = hub.pool.load("a").weights.nbytes
     tight = bounded(1, ram_bytes=2 * size)
     for name in "abc":
         tight.load(name)
-    ram = tight._registry.ram
-    assert ram.nbytes == 2 * size
-    assert ram.find(hub.pool.root / "a") is None
-    assert ram.find(hub.pool.root / "c") is not None
+    cache = tight._registry.host_cache
+    assert cache.nbytes == 2 * size
+    assert cache.get(hub.pool.root / "a") is None
+    assert cache.get(hub.pool.root / "c") is not None
     assert bounded(1, ram_bytes=size - 1).load("a") == "a"  # too large to be kept: read each time
 
 
-def test_what_is_brought_near_is_loaded_without_the_disk(hub, bounded, monkeypatch):
+def test_a_prefetched_adapter_is_loaded_without_the_disk(hub, bounded, monkeypatch):
     tight = bounded(1, ram_bytes=10**6)
     tight.model.source.prefetch(as_mix("a"))
     tight.model.source.prefetch(as_mix("nobody"))  # whoever asks for it is told
@@ -230,7 +244,7 @@ def test_what_is_brought_near_is_loaded_without_the_disk(hub, bounded, monkeypat
     assert texts(tight, ["a"]) == texts(hub, ["a"])
 
 
-def test_a_request_waits_where_all_memory_is_in_use(hub, bounded):
+def test_a_request_waits_while_all_slots_are_in_use(hub, bounded):
     """Also the very first one for an adapter: its contract is known before it has a slot."""
     tight = bounded(1)
     (hub.pool.root / ".probes").unlink()  # so that the probe, too, finds no slot
@@ -286,9 +300,11 @@ class Publisher:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantize", "beside"), [(None, True), (None, False), ("nf4", True)])
+@pytest.mark.parametrize(
+    ("quantize", "load_in_thread"), [(None, True), (None, False), ("nf4", True)]
+)
 def test_five_hundred_requests_over_fifty_adapters(
-    pico_folder, tmp_path, make_weights, quantize, beside
+    pico_folder, tmp_path, make_weights, quantize, load_in_thread
 ):
     """Joins, cancels, evictions, re-publishes and rollbacks go on: a request is answered by a content that
     its adapter's name had, the one that it began with, and by no other."""
@@ -298,9 +314,9 @@ def test_five_hundred_requests_over_fifty_adapters(
     size = publisher.hub.model.slots._layout(make_weights(rank=12))[1]
     own = publisher.hub = make(adapter_bytes=14 * size, ram_bytes=200_000)
     slots = own.model.slots
-    engine = Engine(own.model, rows=12, chunk=64, beside=beside)
+    engine = Engine(own.model, rows=12, chunk=64, load_in_thread=load_in_thread)
     start = engine._batch.start
-    engine._batch.start = lambda row: (began.update({row.ticket: row.held.key}), start(row))
+    engine._batch.start = lambda row: (began.update({row.ticket: row.lease.key}), start(row))
     tickets, refused = [], 0
     for n in range(500):
         prompt = tuple(rng.randrange(3, 250) for _ in range(rng.randrange(1, 70)))

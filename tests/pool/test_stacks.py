@@ -37,17 +37,17 @@ def stacked(prepared, pico_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("blocks", "message"),
     [
         ({"stack_layers": "9:"}, "stack_layers='9:' names no block"),
         ({"layer": 7}, "allowed are -2 to 1"),
     ],
 )
-def test_blocks_that_there_are_not_are_said_before_any_training(hub, make_weights, given, said):
+def test_missing_blocks_are_an_error_before_training(hub, make_weights, blocks, message):
     keep_adapter(hub, make_weights(), "source")
     before = hub.pool.names()
-    with pytest.raises(UsageError, match=said):
-        hub.transfer("source", toy_task("target"), source_task=toy_task(), **given)
+    with pytest.raises(UsageError, match=message):
+        hub.transfer("source", toy_task("target"), source_task=toy_task(), **blocks)
     assert hub.pool.names() == before
 
 
@@ -105,7 +105,7 @@ def test_a_stack_whose_source_is_gone_is_refused_with_the_cure(stacked):
     assert "is not there" in found.problems[0]
 
 
-def test_a_stack_whose_source_has_changed_is_refused_until_it_is_put_back(stacked, make_weights):
+def test_a_stack_whose_source_has_changed_is_refused_until_it_is_restored(stacked, make_weights):
     keep_adapter(stacked, make_weights(seed=7), "source")
     for hub in (
         stacked,
@@ -200,7 +200,7 @@ def hurting(hub, name):
     assert read_manifest(hub.pool.path(name)).transfer.verdict == "hurts"
 
 
-def test_what_hurts_is_neither_merged_nor_stacked_on_unless_forced(stacked):
+def test_a_harmful_adapter_is_neither_merged_nor_stacked_on_unless_forced(stacked):
     hurting(stacked, "both")
     with pytest.raises(AdapterError, match=r"'both' was judged to hurt .* force=True"):
         stacked.merge(["both", "source"], name="merged")

@@ -15,7 +15,7 @@ from hub_server import Reply, after, fail, only
 from pico import keep_adapter
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
+from adapterhub_chat.artifact.manifest import MANIFEST
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterHubError, HubError, UsageError
@@ -164,7 +164,7 @@ def made(hub, make_weights):
 @pytest.fixture
 def victim(pico_folder, tmp_path, monkeypatch):
     """A hub with an adapter of its own in a folder of its own, and an impatient door."""
-    monkeypatch.setattr(door, "PATIENCE", 1.0)
+    monkeypatch.setattr(door, "BASE_TIMEOUT", 1.0)
     home = tmp_path / "victim"
     monkeypatch.setenv("ADAPTERHUB_CACHE", str(home / "cache"))
     return AdapterHub(str(pico_folder), home / "pool", dtype="fp32", device="cpu")
@@ -183,7 +183,9 @@ def backbone_digest(hub):
     return digest.hexdigest()
 
 
-def test_every_lie_is_refused_with_its_reason(made, victim, hub_server, tmp_path, make_weights):
+def test_every_malformed_answer_is_refused_with_its_reason(
+    made, victim, hub_server, tmp_path, make_weights
+):
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
     made.push("toy", REPO, **access)
     keep_adapter(victim, make_weights(seed=7), "mine")
@@ -257,7 +259,7 @@ def stranger():
 @pytest.mark.parametrize(
     "target", ["batch", "verify", "commit", "whoami|create", "preupload", "refs"]
 )
-def test_a_push_reaches_no_other_host(made, hub_server, stranger, target):
+def test_a_push_sends_no_request_to_another_host(made, hub_server, stranger, target):
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
     elsewhere = f"http://127.0.0.1:{stranger.server_port}"
 
@@ -379,7 +381,7 @@ def test_what_is_no_key_is_refused_before_anything_is_asked(victim, hub_server, 
     assert not hub_server.requests
 
 
-def test_a_pulled_adapter_is_checked_as_a_strangers(made, victim, hub_server, tmp_path):
+def test_a_pulled_adapter_is_verified_as_untrusted(made, victim, hub_server, tmp_path):
     """What the guard refuses in a folder it refuses in a pull, with the pool as it was."""
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
     made.push("toy", REPO, **access)
@@ -446,8 +448,8 @@ def come_back_tomorrow(connection):
 
 
 @pytest.mark.parametrize("answer", [drip_headers, go_on, say_nothing, come_back_tomorrow])
-def test_a_slow_server_holds_up_nobody(made, victim, online, answer, monkeypatch):
-    monkeypatch.setattr(door, "PATIENCE", 0.4)
+def test_a_slow_server_does_not_block_other_requests(made, victim, online, answer, monkeypatch):
+    monkeypatch.setattr(door, "BASE_TIMEOUT", 0.4)
     endpoint, end = speak_raw(answer)
     try:
         for ask in (
@@ -462,7 +464,7 @@ def test_a_slow_server_holds_up_nobody(made, victim, online, answer, monkeypatch
         end()
 
 
-def test_a_push_does_not_sleep_as_long_as_it_is_told_to(made, victim, hub_server):
+def test_a_push_ignores_long_retry_after_headers(made, victim, hub_server):
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
     hub_server.mischief = sent("preupload", 429, **{"retry-after": "100000"})
     started = time.monotonic()

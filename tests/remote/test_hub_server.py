@@ -126,7 +126,7 @@ def server(hub_server):
 # ---- users and repositories ----------------------------------------------------------------------
 
 
-def test_a_token_says_who_one_is(hub_server):
+def test_a_token_identifies_its_user(hub_server):
     assert api(hub_server).whoami()["name"] == "alice"
     assert api(hub_server, "bob").whoami()["auth"]["accessToken"]["role"] == "write"
     with pytest.raises(HfHubHTTPError, match="Invalid user token"):
@@ -163,7 +163,7 @@ def test_a_deleted_repository_is_gone(server):
     assert api(server).list_repo_files("alice/x") == [".gitattributes"]
 
 
-def test_a_private_repository_is_as_one_that_is_not_there(hub_server, tmp_path):
+def test_a_private_repository_is_reported_as_missing(hub_server, tmp_path):
     api(hub_server).create_repo("alice/secret", private=True)
     push(hub_server, {"a.txt": b"a"}, repo="alice/secret")
     for user in ("bob", None):
@@ -191,7 +191,7 @@ def test_a_private_repository_is_as_one_that_is_not_there(hub_server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_revoked_token_is_worth_nothing(server, tmp_path):
+def test_a_revoked_token_is_rejected(server, tmp_path):
     server.revoke("hf_alice")
     for call in (api(server).model_info, api(server).create_repo):
         assert refused(401, call, "alice/x") == "Invalid credentials in Authorization header"
@@ -201,7 +201,7 @@ def test_a_revoked_token_is_worth_nothing(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_only_its_owner_changes_a_public_repository(server):
+def test_only_the_owner_may_change_a_public_repository(server):
     server.grant("alice", "hf_reader", role="read")
     reader = HfApi(endpoint=server.endpoint, token="hf_reader")
     before = state(server)
@@ -220,7 +220,7 @@ def test_only_its_owner_changes_a_public_repository(server):
 # ---- files in and out ----------------------------------------------------------------------------
 
 
-def test_what_is_pushed_is_what_is_downloaded(server, tmp_path):
+def test_downloads_equal_uploads(server, tmp_path):
     oid = push(server, {"README.md": CARD.encode(), f"es/{WEIGHTS_FILE}": WEIGHTS, "empty": b""})
     assert head(server) == oid
     (put,) = [request for request in server.requests if request.method == "PUT"]
@@ -264,7 +264,7 @@ def test_files_are_listed_with_their_sizes_and_hashes(server):
     assert {s.lfs.sha256 for s in siblings if s.lfs} == {SHA256}
 
 
-def test_a_range_is_sent_alone(server):
+def test_a_range_request_returns_only_the_range(server):
     push(server, {WEIGHTS_FILE: WEIGHTS})
     path = f"/alice/x/resolve/main/{WEIGHTS_FILE}"
     size = len(WEIGHTS)
@@ -368,7 +368,7 @@ def test_a_commit_on_a_parent_that_was_passed_is_refused(server):
 
 
 @pytest.mark.slow
-def test_history_is_kept(server, tmp_path):
+def test_old_commits_stay_readable(server, tmp_path):
     ids = [push(server, {"a.txt": str(n).encode()}, f"step {n}") for n in range(3)]
     commits = api(server).list_repo_commits("alice/x")
     assert [c.title for c in commits] == ["step 2", "step 1", "step 0", "initial commit"]
@@ -447,7 +447,7 @@ def standing(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", BAD_COMMITS.values(), ids=BAD_COMMITS)
-def test_a_bad_commit_changes_nothing(standing, body):
+def test_a_bad_commit_changes_no_branch(standing, body):
     before = state(standing)
     done = ask(standing, "POST", "/api/models/alice/x/commit/main", body)
     assert done.status_code == 400, done.text
@@ -479,7 +479,7 @@ def test_a_card_is_checked(server):
 
 
 @pytest.mark.slow
-def test_pushes_at_once_lose_nothing(server):
+def test_concurrent_pushes_lose_no_commit(server):
     """Read, add a line, push on what was read; when that was passed, again."""
 
     def add_lines(worker):
@@ -508,7 +508,7 @@ def test_pushes_at_once_lose_nothing(server):
     assert len(api(server).list_repo_commits("alice/x")) == 22
 
 
-def test_of_twenty_pushes_on_one_parent_one_lands(server):
+def test_one_of_twenty_pushes_on_one_parent_succeeds(server):
     parent = head(server)
     body = line("header", summary="m", parentCommit=parent) + file("a.txt")
     path = "/api/models/alice/x/commit/main"
@@ -519,7 +519,7 @@ def test_of_twenty_pushes_on_one_parent_one_lands(server):
 
 
 @pytest.mark.slow
-def test_an_impatient_hub_takes_one_commit_at_a_time(tmp_path, online):
+def test_a_busy_hub_accepts_one_commit_at_a_time(tmp_path, online):
     with HubServer(tmp_path / "hub", USERS, patient=False, commit_seconds=0.5) as server:
         for repo in ("alice/x", "alice/y"):
             api(server).create_repo(repo)
@@ -564,7 +564,7 @@ def test_a_tag_is_given_once(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_branch_goes_its_own_way(server, tmp_path):
+def test_branches_are_independent(server, tmp_path):
     client = api(server)
     first = push(server, {"a.txt": b"1"})
     second = push(server, {"a.txt": b"2"})
@@ -676,7 +676,7 @@ def test_an_upload_is_what_was_announced(server):
 
 
 @pytest.mark.slow
-def test_an_upload_url_is_good_for_one_thing(server):
+def test_an_upload_url_is_valid_for_one_object(server):
     url = announce(server)["actions"]["upload"]["href"]
     other = WEIGHTS[:-1] + b"x"
     forged = [
@@ -705,7 +705,7 @@ def test_an_upload_url_expires(tmp_path, online):
 
 
 @pytest.mark.slow
-def test_an_upload_url_dies_with_its_repository(server):
+def test_an_upload_url_is_invalid_after_its_repository_is_deleted(server):
     url = announce(server)["actions"]["upload"]["href"]
     api(server).delete_repo("alice/x")
     api(server).create_repo("alice/x")
@@ -714,7 +714,7 @@ def test_an_upload_url_dies_with_its_repository(server):
 
 
 @pytest.mark.slow
-def test_an_object_of_another_repository_is_not_had_by_its_name(server):
+def test_an_object_of_another_repository_cannot_be_used(server):
     api(server).update_repo_settings("alice/x", private=True)
     push(server, {WEIGHTS_FILE: WEIGHTS})
     api(server, "bob").create_repo("bob/y")
@@ -762,7 +762,7 @@ def start_by_hand(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_server_goes_on_where_it_was(tmp_path, online):
+def test_a_killed_server_keeps_its_state(tmp_path, online):
     process, endpoint = start_by_hand(tmp_path / "hub")
     client = HfApi(endpoint=endpoint, token="hf_alice")
     client.create_repo("alice/x", private=True)
@@ -791,7 +791,7 @@ def test_requests_are_recorded_as_they_came(server):
     assert server.endpoint == f"http://{seen.host}"
 
 
-def test_headers_and_json_may_lie(server, tmp_path):
+def test_mischief_can_falsify_headers_and_json(server, tmp_path):
     push(server, {"a.txt": b"a"})
     etag = f'"{tmp_path}/outside"'
     server.mischief = only("/resolve/", after(lambda reply: reply.headers.update(etag=etag)))
@@ -811,7 +811,7 @@ def test_headers_and_json_may_lie(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_bodies_may_lie(server, tmp_path):
+def test_mischief_can_falsify_bodies(server, tmp_path):
     push(server, {"a.txt": b"good"})
 
     def body(data, **headers):
@@ -838,7 +838,7 @@ def test_bodies_may_lie(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_endless_drip_ends_with_its_reader(server):
+def test_an_endless_body_ends_when_its_reader_closes(server):
     sent = []
 
     def drip():
@@ -888,7 +888,7 @@ def test_a_redirect_may_lead_elsewhere(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_repository_may_hold_what_nobody_could_push(hub_server):
+def test_a_test_can_plant_files_that_no_client_can_push(hub_server):
     names = [
         "../evil",
         "/etc/evil",

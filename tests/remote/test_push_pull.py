@@ -16,8 +16,7 @@ from pico import keep_adapter as keep
 from pico import toy_task
 
 from adapterhub_chat import AdapterHub
-from adapterhub_chat.artifact.manifest import FILE as MANIFEST
-from adapterhub_chat.artifact.manifest import read_manifest
+from adapterhub_chat.artifact.manifest import MANIFEST, read_manifest
 from adapterhub_chat.artifact.peft_config import CONFIG
 from adapterhub_chat.artifact.safetensors_header import WEIGHTS
 from adapterhub_chat.errors import AdapterError, HubError, PoolError, UsageError
@@ -101,7 +100,7 @@ def test_peft_loads_it_off_the_same_hub(made, speak, pico_folder, tmp_path):
     )
 
 
-def test_nothing_but_the_files_of_an_adapter_is_published(made, speak, hub_server):
+def test_only_the_files_of_an_adapter_are_published(made, speak, hub_server):
     folder = made.pool.root / "toy"
     (folder / ".env").write_text("SECRET=1")
     (folder / "optimizer.pt").write_bytes(b"state")
@@ -182,7 +181,7 @@ def test_a_tag_and_a_commit_are_pulled_as_they_were(made, other, speak, make_wei
     assert old != new
 
 
-def test_pushes_at_once_lose_nothing(pico_folder, speak, make_weights, tmp_path):
+def test_concurrent_pushes_lose_no_commit(pico_folder, speak, make_weights, tmp_path):
     weights = [make_weights(seed=seed) for seed in range(2)]
     hubs = [
         keep(AdapterHub(str(pico_folder), tmp_path / f"p{n}", dtype="fp32", device="cpu"), w)
@@ -218,7 +217,7 @@ def test_a_private_repository_needs_its_token(made, other, speak):
 # ---- signatures ----------------------------------------------------------------------------------
 
 
-def test_a_signature_says_who_vouches(made, other, speak, tmp_path):
+def test_pull_reports_the_signer(made, other, speak, tmp_path):
     key, stranger = (signing.make_key(tmp_path / n) for n in ("a.pem", "b.pem"))
     assert (tmp_path / "a.pem").stat().st_mode & 0o777 == 0o600
     made.push("toy", REPO, **speak)
@@ -341,7 +340,7 @@ def test_other_weights_under_a_pulled_name_end_its_pin(made, other, speak, make_
     assert read_lock(other.pool.root).adapters == {}
 
 
-def test_search_tells_whom_an_adapter_fits(made, speak, other_folder, make_weights, tmp_path):
+def test_search_ranks_adapters_by_fit(made, speak, other_folder, make_weights, tmp_path):
     made.push("toy", REPO, **speak)
     stranger = AdapterHub(str(other_folder), tmp_path / "stranger", dtype="fp32", device="cpu")
     keep(stranger, make_weights())
@@ -356,7 +355,7 @@ def test_search_tells_whom_an_adapter_fits(made, speak, other_folder, make_weigh
 # ---- tokens and hosts ----------------------------------------------------------------------------
 
 
-def test_a_token_goes_to_its_own_endpoint_alone(speak, monkeypatch, hub_server, tmp_path):
+def test_a_token_is_sent_only_to_its_endpoint(speak, monkeypatch, hub_server, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
     with pytest.raises(HubError):
@@ -369,7 +368,7 @@ def test_a_token_goes_to_its_own_endpoint_alone(speak, monkeypatch, hub_server, 
     assert hub_server.requests[-1].headers["authorization"] == "Bearer hf_secret"
 
 
-def test_offline_is_said(other, speak, monkeypatch):
+def test_offline_mode_is_an_error(other, speak, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         other.pull(REPO, **speak)
@@ -388,7 +387,7 @@ def test_a_lock_sends_no_token_to_the_hub_that_it_names(
     assert all("authorization" not in seen.headers for seen in hub_server.requests)
 
 
-def test_a_lock_that_leaves_out_the_weights_is_not_believed(made, other, speak):
+def test_a_lock_without_weights_is_refused(made, other, speak):
     made.push("toy", REPO, **speak)
     other.pull(REPO, **speak)
     path = other.pool.root / "adapters.lock.json"
@@ -399,7 +398,7 @@ def test_a_lock_that_leaves_out_the_weights_is_not_believed(made, other, speak):
     assert other.pull_locked()[0].changed
 
 
-def test_a_client_that_is_made_anew_keeps_to_the_endpoint(made, speak, monkeypatch):
+def test_a_recreated_client_keeps_the_bounds(made, speak, monkeypatch):
     """The library throws its client away after a broken connection."""
 
     def ask():
@@ -407,7 +406,7 @@ def test_a_client_that_is_made_anew_keeps_to_the_endpoint(made, speak, monkeypat
         return huggingface_hub.get_session().get("http://localhost:9/x")
 
     with pytest.raises(HubError, match="is another host"):
-        HubClient(**speak)._ask("trying", ask)
+        HubClient(**speak)._call("trying", ask)
 
 
 def test_a_commit_whose_files_have_changed_is_seen(made, other, speak, make_weights):
@@ -476,7 +475,7 @@ def relock(hub, change):
     path.write_text(json.dumps(lock))
 
 
-def test_a_lock_cannot_say_who_signed(made, other, speak, tmp_path):
+def test_a_lock_cannot_claim_a_signature(made, other, speak, tmp_path):
     made.push("toy", REPO, **speak)
     other.pull(REPO, **speak)
     key = signing.make_key(tmp_path / "k.pem")
@@ -547,7 +546,7 @@ def test_files_that_were_signed_for_another_repository_are_refused(made, other, 
     assert other.pool.names() == []
 
 
-def test_what_is_saved_during_a_download_is_not_replaced(
+def test_an_adapter_saved_during_a_download_is_not_replaced(
     made, other, speak, make_weights, hub_server
 ):
     made.push("toy", REPO, **speak)
@@ -564,7 +563,7 @@ def test_what_is_saved_during_a_download_is_not_replaced(
     assert not list(other.pool.root.glob(".[nt]*"))
 
 
-def test_many_pulls_at_once_all_get_through(made, speak, pico_folder, tmp_path):
+def test_concurrent_pulls_succeed(made, speak, pico_folder, tmp_path):
     made.push("toy", REPO, **speak)
     other = AdapterHub(str(pico_folder), tmp_path / "many", dtype="fp32", device="cpu")
     with ThreadPoolExecutor(8) as threads:
@@ -573,7 +572,7 @@ def test_many_pulls_at_once_all_get_through(made, speak, pico_folder, tmp_path):
     assert set(read_lock(other.pool.root).adapters) == {f"toy{n}" for n in range(16)}
 
 
-def test_a_cache_that_cannot_be_written_to_keeps_nothing(made, other, speak, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_ignored(made, other, speak, tmp_path, monkeypatch):
     made.push("toy", REPO, **speak)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ADAPTERHUB_CACHE", str(tmp_path / "file"))
@@ -586,7 +585,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_pool_as_it_was(made, other, sp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adapterhub_chat.remote.client.HubClient._pieces", full)
+    monkeypatch.setattr("adapterhub_chat.remote.client.HubClient._stream", full)
     monkeypatch.setattr("adapterhub_chat.remote.client.HubClient.snapshot", lambda *_: snapshot)
     snapshot = Snapshot(
         REPO, "a" * 40, {n: RemoteFile(n, 10, blob="0" * 40) for n in (CONFIG, WEIGHTS)}
@@ -635,7 +634,7 @@ HUGE = {"task": {"name": "t"}, "metrics": [{"type": "m", "value": 10**400}]}
         {"id": "alice/x", "cardData": {"model-index": [{"results": [HUGE]}]}},
     ],
 )
-def test_odd_answers_to_a_search_hide_nothing_else(made, speak, hub_server, entry):
+def test_malformed_search_results_are_skipped(made, speak, hub_server, entry):
     made.push("toy", REPO, **speak)
 
     def odd(reply):

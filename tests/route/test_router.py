@@ -1,9 +1,10 @@
-"""Routing on the real thing, small: whom a message is for, nobody where none is close, what is stored."""
+"""Routing on a pico model: routes, abstention, prototypes and features, and what manifests store."""
 
 from __future__ import annotations
 
 import base64
 import shutil
+import sys
 import threading
 from dataclasses import replace
 
@@ -13,37 +14,48 @@ from pico import WORDS, keep_adapter
 from pydantic import ValidationError
 
 from adapterhub_chat import AdapterHub, Message, Route
-from adapterhub_chat.artifact.manifest import MAX_BYTES, dump_manifest, read_manifest
+from adapterhub_chat.artifact.manifest import MAX_MANIFEST_BYTES, dump_manifest, read_manifest
 from adapterhub_chat.artifact.prototype import Routing
 from adapterhub_chat.cli.chat_session import ChatSession
 from adapterhub_chat.data.splits import Splits
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import AdapterError, ConfigError, UsageError
 from adapterhub_chat.lora.weights import initial_weights
-from adapterhub_chat.route.arrow import arrows
+from adapterhub_chat.route.arrow import arrow_vectors
 from adapterhub_chat.route.choice import (
-    FAR,
-    LEAST,
-    PLAIN,
-    TYPICAL,
+    CONFIDENT_FIT,
+    CONFIDENT_SHARE,
+    MIN_FIT,
+    OUTLIER_FIT,
     AdapterScorers,
     Cascade,
     ScorerSet,
-    choose,
+    choose_route,
 )
-from adapterhub_chat.route.fit import GLANCE_RANK, Fits, PrototypeScorer, fit_prototype
-from adapterhub_chat.route.fit import _joint as joint
+from adapterhub_chat.route.fit import (
+    TOKEN_RANK,
+    BatchedPrototypes,
+    PrototypeScorer,
+    _fisher_combined,
+    fit_prototype,
+)
 from adapterhub_chat.route.gaussians import fit_mixture
-from adapterhub_chat.route.learn import message_of, messages_in, sample_background
+from adapterhub_chat.route.learn import message_of, messages_in
 from adapterhub_chat.route.message_features import (
-    WIDEST,
+    MAX_WIDTH,
+    _folded_to_max_width,
     early_layer_features,
     token_features,
     tokenize_messages,
 )
-from adapterhub_chat.route.message_features import _folded as folded
 from adapterhub_chat.route.prototype import prototype_of, routing_of
-from adapterhub_chat.route.text_features import LENGTH, NUM_LETTERS, NUM_WORDS, letters, words
+from adapterhub_chat.route.text_features import (
+    NGRAM_NORM,
+    NUM_CHARACTER_FEATURES,
+    NUM_NGRAM_FEATURES,
+    character_features,
+    ngram_features,
+)
 from adapterhub_chat.types import Example, Mix, PromptContract
 
 QUICK = {"max_steps": 1, "rows_per_step": 1, "learning_rate": 0.02, "test_examples": 0}
@@ -87,11 +99,11 @@ def held_out(name):
     return [e.fields["text"] for e in TASKS[name].split("test")]
 
 
-def test_a_message_goes_to_the_adapter_that_learnt_from_such(trained):
+def test_message_is_routed_to_the_adapter_trained_on_its_kind(trained):
     for name in TASKS:
-        found = [r.adapter for r in trained.routes(held_out(name))]
-        assert found.count(name) >= 0.8 * len(found), (name, found)
-        assert set(found) <= {name, "backbone"}
+        actual = [r.adapter for r in trained.routes(held_out(name))]
+        assert actual.count(name) >= 0.8 * len(actual), (name, actual)
+        assert set(actual) <= {name, "backbone"}
     one = trained.route(questions(1))
     assert isinstance(one, Route)
     assert one.mix.weights == (("questions", 1.0),)
@@ -102,7 +114,7 @@ def test_a_message_goes_to_the_adapter_that_learnt_from_such(trained):
     assert sum(s["share"] for s in one.scores.values()) == pytest.approx(1)
 
 
-# ---- nobody ----------------------------------------------------------------------------------------
+# ---- abstention ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,22 +125,22 @@ def test_a_message_goes_to_the_adapter_that_learnt_from_such(trained):
         "q" * 3000,
     ],
 )
-def test_what_is_like_no_adapters_messages_is_answered_by_the_backbone(trained, far):
-    found = trained.route(far)
-    assert found.abstained
-    assert (found.adapter, found.mix) == ("backbone", Mix())
-    assert found.confidence < 0.5
-    assert "no adapter is close" in found.reason
+def test_foreign_message_is_answered_by_the_backbone(trained, far):
+    actual = trained.route(far)
+    assert actual.abstained
+    assert (actual.adapter, actual.mix) == ("backbone", Mix())
+    assert actual.confidence < 0.5
+    assert "no adapter is close" in actual.reason
 
 
-def test_an_empty_message_is_nobodys(trained):
-    found = trained.routes(["", questions(1), " \n "])
-    assert [r.abstained for r in found] == [True, False, True]
-    assert found[0].reason == "the message is empty"
-    assert found[1] == trained.route(questions(1))
+def test_empty_message_abstains(trained):
+    actual = trained.routes(["", questions(1), " \n "])
+    assert [r.abstained for r in actual] == [True, False, True]
+    assert actual[0].reason == "the message is empty"
+    assert actual[1] == trained.route(questions(1))
 
 
-def test_an_empty_pool_is_said(hub):
+def test_empty_pool_abstains_with_a_reason(hub):
     assert hub.route("Hello").abstained
     assert hub.route("Hello").reason == "the pool is empty"
     assert hub.route("").abstained
@@ -136,7 +148,7 @@ def test_an_empty_pool_is_said(hub):
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "expected"),
     [
         (lambda hub: hub.route(3), "message 1 must be a text"),
         (lambda hub: hub.routes("Hello"), "texts must be a list"),
@@ -149,60 +161,60 @@ def test_an_empty_pool_is_said(hub):
         (lambda hub: hub.use("auto").__enter__(), "route\\(text\\)"),
     ],
 )
-def test_what_cannot_be_routed_is_said(trained, given, wanted):
-    with pytest.raises(UsageError, match=wanted):
+def test_invalid_routing_arguments_raise(trained, given, expected):
+    with pytest.raises(UsageError, match=expected):
         given(trained)
 
 
 # ---- mixes and conversations -----------------------------------------------------------------------
 
 
-def test_a_mix_shares_among_the_best():
-    judged = {"a": (10.0, 0.5), "b": (9.0, 0.5), "c": (9.0, FAR - 0.1)}
-    assert choose(judged).mix.names == ("a",)
-    mix = choose(judged, top=3).mix
+def test_mix_contains_only_the_best_adapters():
+    scores = {"a": (10.0, 0.5), "b": (9.0, 0.5), "c": (9.0, OUTLIER_FIT - 0.1)}
+    assert choose_route(scores).mix.names == ("a",)
+    mix = choose_route(scores, top=3).mix
     assert mix.names == ("a", "b")  # c is unlike all of its own
     assert sum(weight for _, weight in mix.weights) == pytest.approx(1)
     assert mix.weights[0][1] > mix.weights[1][1]
-    far = {**judged, "b": (-1e6, 0.5)}
-    assert choose(far, top=3).mix.names == ("a",)
-    unlike = {**judged, "c": (1e6, FAR - 0.1)}
-    assert choose(unlike).adapter == "a"  # another is close, however likely this one
-    odd = {**judged, "c": (1e6, LEAST / 2)}
-    assert choose(odd).adapter == "c"  # among neighbours a rare message is nobody else's
+    far = {**scores, "b": (-1e6, 0.5)}
+    assert choose_route(far, top=3).mix.names == ("a",)
+    unlike = {**scores, "c": (1e6, OUTLIER_FIT - 0.1)}
+    assert choose_route(unlike).adapter == "a"  # another is close, however likely this one
+    odd = {**scores, "c": (1e6, MIN_FIT / 2)}
+    assert choose_route(odd).adapter == "c"  # among neighbours a rare message is nobody else's
 
 
-def test_a_conversation_stays_unless_another_is_clearly_better():
+def test_previous_adapter_stays_unless_another_is_clearly_better():
     close = {"a": (10.0, 0.5), "b": (9.0, 0.5)}
-    assert choose(close).adapter == "a"
-    assert choose(close, previous="b").adapter == "b"
+    assert choose_route(close).adapter == "a"
+    assert choose_route(close, previous="b").adapter == "b"
     clear = {**close, "a": (1000.0, 0.5)}
-    assert choose(clear, previous="b").adapter == "a"
+    assert choose_route(clear, previous="b").adapter == "a"
     far = {"a": (10.0, -1.0), "b": (9.0, -2.0)}
-    assert choose(far).abstained
-    kept = choose(far, previous="b")
+    assert choose_route(far).abstained
+    kept = choose_route(far, previous="b")
     assert (kept.adapter, kept.abstained) == ("b", False)
     assert "stays with b" in kept.reason
-    assert choose(far, previous="unloaded").abstained
-    less_far = choose({"a": (10.0, -1.0), "b": (9.0, LEAST / 2)}, previous="b")
+    assert choose_route(far, previous="unloaded").abstained
+    less_far = choose_route({"a": (10.0, -1.0), "b": (9.0, MIN_FIT / 2)}, previous="b")
     assert less_far.confidence == pytest.approx(less_far.scores["b"]["share"] / 2)  # b's own
 
 
-def test_auto_in_a_batch_is_each_row_by_its_own_adapter(trained):
+def test_auto_routes_each_row_of_a_batch(trained):
     texts = [questions(1), shouts(1), "Как дела? Что нового?", chinese(1)]
     names = [trained.route(text).mix for text in texts]
     assert [str(mix) for mix in names] == ["questions", "shouts", "backbone", "chinese"]
     chats = [[Message("user", text)] for text in texts]
     assert trained.chat(chats, adapters=["auto"] * 4) == trained.chat(chats, adapters=names)
     given = ["auto", "chinese", None, "auto"]
-    wanted = ["questions", "chinese", None, "chinese"]
-    assert trained.chat(chats, adapters=given) == trained.chat(chats, adapters=wanted)
+    expected = ["questions", "chinese", None, "chinese"]
+    assert trained.chat(chats, adapters=given) == trained.chat(chats, adapters=expected)
     raw = {"max_new_tokens": 4}
     both = [trained.generate(texts, adapters=a, **raw) for a in (["auto"] * 4, names)]
     assert both[0] == both[1]
 
 
-def test_a_whole_conversation_stays_with_whom_it_was_for_when_its_last_turn_is_nobodys(trained):
+def test_conversation_keeps_its_route_when_the_last_turn_fits_no_adapter(trained):
     lost = "Как дела? Что нового?"
     assert trained.route(lost).abstained
 
@@ -223,20 +235,31 @@ def test_a_whole_conversation_stays_with_whom_it_was_for_when_its_last_turn_is_n
         trained.chat([talk(questions(1), lost)[:-1]], adapters=["auto"])
 
 
-def test_who_is_named_is_not_looked_for(trained, monkeypatch):
-    """Routing reads every manifest of the pool; a batch without "auto" has no need of that."""
-    monkeypatch.setattr(trained._router, "_manifest", None)
+def test_batch_without_auto_reads_no_manifests(copied):
     chat = [[Message("user", questions(1))]]
-    assert trained.chat(chat, adapters=["questions"]) == trained.chat(chat, adapters=["questions"])
-    assert len(trained.next_token_logits(["a", "b"], ["shouts", None])) == 2
+    opened, active = [], True
+
+    def record(event, arguments):
+        if active and event == "open" and "chinese" in str(arguments[0]):
+            opened.append(arguments[0])
+
+    copied.load("questions")
+    copied.load("shouts")
+    sys.addaudithook(record)
+    copied.chat(chat, adapters=["questions"])
+    assert len(copied.next_token_logits(["a", "b"], ["shouts", None])) == 2
+    assert not opened
+    copied.chat(chat, adapters=["auto"])
+    assert opened
+    active = False  # a hook cannot be removed
 
 
-def test_what_is_only_on_trial_is_nobodys_adapter(trained, make_weights):
+def test_temporarily_loaded_adapters_are_not_candidates(trained, make_weights):
     with trained.model.temporarily_loaded(make_weights(), "questions"):
         assert set(trained._router._names()) == set(TASKS)
 
 
-def test_a_turn_that_is_forgotten_moves_no_conversation(trained):
+def test_interrupted_turn_does_not_change_the_route(trained):
     def write(text):
         if not text.startswith("["):
             raise KeyboardInterrupt
@@ -250,7 +273,7 @@ def test_a_turn_that_is_forgotten_moves_no_conversation(trained):
     assert len(session.history) == 2
 
 
-def test_a_terminal_conversation_by_auto(trained):
+def test_chat_session_with_auto(trained):
     pieces = []
     session = ChatSession(trained, write=pieces.append)
     session.handle("/use auto")
@@ -278,14 +301,14 @@ def copied(trained, pico_folder, tmp_path):
     return AdapterHub(str(pico_folder), tmp_path / "pool", dtype="fp32", device="cpu")
 
 
-def test_an_adapter_that_only_lies_in_the_pool_is_routed_to(copied):
+def test_adapters_of_the_pool_need_not_be_loaded(copied):
     assert not copied.model.names
     assert copied.route(questions(1)).adapter == "questions"
     copied.pool.delete("questions")
     assert copied.route(questions(1)).adapter != "questions"
 
 
-def test_a_new_version_in_the_pool_counts_at_once(copied, trained):
+def test_changed_manifest_takes_effect_at_once(copied, trained):
     assert copied.route(questions(1)).adapter == "questions"
     other = {n: copied.pool.manifest(n) for n in ("questions", "shouts")}
     swapped = other["questions"].model_copy(update={"routing": other["shouts"].routing})
@@ -294,7 +317,7 @@ def test_a_new_version_in_the_pool_counts_at_once(copied, trained):
     assert copied.route(shouts(1)).adapter == "questions"
 
 
-def test_what_was_learnt_on_another_backbone_does_not_count(copied):
+def test_prototype_of_another_backbone_is_ignored(copied):
     own = copied.pool.manifest("questions")
     foreign = own.fingerprint.__class__(**{**vars_of(own.fingerprint), "weights": "0" * 16})
     copied.pool.describe("questions", own.model_copy(update={"fingerprint": foreign}))
@@ -305,18 +328,18 @@ def vars_of(frozen):
     return {name: getattr(frozen, name) for name in frozen.__dataclass_fields__}
 
 
-def test_a_damaged_adapter_is_left_out(copied):
+def test_damaged_adapter_is_left_out(copied):
     (copied.pool.root / "questions" / "adapterhub.json").write_text("{")
     assert set(copied.route(questions(1)).scores) == {"shouts", "chinese"}
 
 
-def test_routing_and_answering_from_several_threads(trained):
-    wanted = trained.routes([questions(i) for i in range(8)])
+def test_routing_and_chat_from_several_threads(trained):
+    expected = trained.routes([questions(i) for i in range(8)])
     said = trained.chat([[Message("user", questions(1))]], adapters=["shouts"])
-    found, spoken = [None] * 8, []
+    actual, spoken = [None] * 8, []
 
     def route(i):
-        found[i] = trained.route(questions(i))
+        actual[i] = trained.route(questions(i))
 
     def talk():
         spoken.extend(trained.chat([[Message("user", questions(1))]], adapters=["shouts"]))
@@ -327,7 +350,7 @@ def test_routing_and_answering_from_several_threads(trained):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [r.adapter for r in found] == [r.adapter for r in wanted]
+    assert [r.adapter for r in actual] == [r.adapter for r in expected]
     assert spoken == said * 4
 
 
@@ -343,7 +366,7 @@ def test_learning_again_keeps_weights_and_scores(copied):
     assert copied.verify("questions").ok
 
 
-def test_what_cannot_be_learnt_is_said_all_at_once(copied):
+def test_learn_routes_raises_all_misfits_at_once(copied):
     with pytest.raises(ConfigError) as caught:
         copied.learn_routes(["questions", "shouts"])  # their tasks are no files
     assert len(caught.value.misfits) == 2
@@ -352,7 +375,7 @@ def test_what_cannot_be_learnt_is_said_all_at_once(copied):
         copied.learn_routes(["questions"], [few])
 
 
-def test_learning_several_is_all_or_nothing(copied):
+def test_learn_routes_changes_all_or_nothing(copied):
     manifests = {n: copied.pool.manifest(n) for n in TASKS}
     for name, manifest in manifests.items():
         copied.pool.describe(name, manifest.model_copy(update={"routing": None}))
@@ -362,47 +385,47 @@ def test_learning_several_is_all_or_nothing(copied):
     assert copied.pool.manifest("questions").routing is None
 
 
-def test_messages_of_several_tasks_are_drawn_in_turn():
+def test_messages_alternate_between_tasks():
     one, other = (plain_task(make.__name__, make, 16) for make in (questions, shouts))
-    found = messages_in([one, other], "train", 8)
-    assert ["@" in text for text in found] == [False, True] * 4
+    actual = messages_in([one, other], "train", 8)
+    assert ["@" in text for text in actual] == [False, True] * 4
 
 
-def test_transfer_and_adopt_and_train_keep_a_prototype(trained):
+def test_training_stores_prototypes(trained):
     for name in TASKS:
         routing = trained.pool.manifest(name).routing
         assert routing is not None
         assert routing.count == 150
 
 
-# ---- by their numbers alone ------------------------------------------------------------------------
+# ---- arrows ----------------------------------------------------------------------------------------
 
 
-def test_without_prototypes_an_adapters_own_numbers_decide(hub, make_weights):
+def test_without_prototypes_arrows_decide(hub, make_weights):
     for name, seed in (("a", 1), ("b", 2)):
         keep_adapter(hub, make_weights(seed=seed), name)
-    found = hub.route("Hello film")
-    assert found.adapter in ("a", "b")
-    assert not found.abstained
-    assert "by their numbers alone" in found.reason
+    actual = hub.route("Hello film")
+    assert actual.adapter in ("a", "b")
+    assert not actual.abstained
+    assert "by their numbers alone" in actual.reason
     hub.unload("a")
-    assert hub.route("Hello film") == found  # read from the pool then
+    assert hub.route("Hello film") == actual  # read from the pool then
     before = hub.route("Hello film").scores
     keep_adapter(hub, make_weights(seed=3), "a")  # a new version under the old name
     assert hub.route("Hello film").scores["a"] != before["a"]
 
 
-def test_a_message_that_lies_along_no_adapter_is_nobodys(hub, make_weights):
+def test_message_without_alignment_abstains(hub, make_weights):
     keep_adapter(hub, make_weights())
     weights = make_weights()
     nothing = weights.with_factors({m: (0 * a, b) for m, (a, b) in weights.factors.items()})
     hub.model.load("nothing", nothing)
-    found = hub._router.route(["Hello film"], among=["nothing"])[0]
-    assert found.abstained
-    assert found.reason == "the message lies along no adapter"
+    actual = hub._router.route(["Hello film"], among=["nothing"])[0]
+    assert actual.abstained
+    assert actual.reason == "the message lies along no adapter"
 
 
-def test_an_encoders_adapters_are_chosen_by_their_numbers(encoder_hub):
+def test_encoder_adapters_are_routed_by_arrows(encoder_hub):
     assert encoder_hub.route("a good film").reason == "the pool is empty"
     model = encoder_hub.model
     head = (2, model.backbone.width)
@@ -414,13 +437,13 @@ def test_an_encoders_adapters_are_chosen_by_their_numbers(encoder_hub):
     assert encoder_hub.route("a good film").adapter in ("a1", "a2", "backbone")
 
 
-def test_an_arrow_is_the_first_right_singular_vector(model, make_weights):
+def test_arrow_is_the_first_right_singular_vector(model, make_weights):
     weights = make_weights(rank=4)
-    found = arrows(model, weights)
+    actual = arrow_vectors(model, weights)
     names = sorted(n for n in weights.factors if n.startswith(f"{model.early_block}."))
     wide = [n for n in names if weights.factors[n][0].shape[1] == 32]
-    assert len(found) == len(wide) > 0
-    for vector, name in zip(found, wide, strict=True):
+    assert len(actual) == len(wide) > 0
+    for vector, name in zip(actual, wide, strict=True):
         a, b = (t.double() for t in weights.factors[name])
         (first, *_) = torch.linalg.svd(b @ a)[2]
         assert abs(float(vector @ first)) == pytest.approx(1, abs=1e-6)
@@ -429,24 +452,24 @@ def test_an_arrow_is_the_first_right_singular_vector(model, make_weights):
 # ---- features --------------------------------------------------------------------------------------
 
 
-def test_early_states_are_transformers_own_and_of_the_bare_backbone(model, make_weights):
+def test_early_states_equal_transformers_hidden_states_of_the_bare_backbone(model, make_weights):
     ids = torch.tensor([[5, 6, 7, 8], [9, 3, 2, 2]])
     with torch.inference_mode():
-        wanted = model.backbone.model(ids, output_hidden_states=True).hidden_states[1]
-    assert torch.equal(model.early_states(ids), wanted)
+        expected = model.backbone.model(ids, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(model.early_states(ids), expected)
     model.load("a", make_weights())
     with model.mixing([Mix((("a", 1.0),))] * 2):
-        assert torch.equal(model.early_states(ids), wanted)
+        assert torch.equal(model.early_states(ids), expected)
         full = model.backbone.model(ids, output_hidden_states=True).hidden_states
     assert len(full) == 3  # other forwards go all the way
-    assert not torch.equal(full[1], wanted)
+    assert not torch.equal(full[1], expected)
 
 
 @pytest.mark.parametrize("vectors", [token_features, early_layer_features])
-def test_a_vector_depends_on_its_message_alone(model, vectors):
+def test_features_do_not_depend_on_the_batch(model, vectors):
     texts = ["Hello film", "", "好看吗?", "x " * 5000, "Which song?"]
     together = vectors(model, tokenize_messages(model, texts))
-    assert together.shape[1] == 32 + NUM_LETTERS + NUM_WORDS
+    assert together.shape[1] == 32 + NUM_CHARACTER_FEATURES + NUM_NGRAM_FEATURES
     assert together.isfinite().all()
     for text, row in zip(texts, together, strict=True):
         torch.testing.assert_close(
@@ -455,40 +478,44 @@ def test_a_vector_depends_on_its_message_alone(model, vectors):
     assert vectors(model, []).shape == (0, together.shape[1])
 
 
-def test_a_glance_is_the_mean_of_tokens_less_for_the_frequent(model):
+def test_token_features_are_the_weighted_mean_of_embeddings(model):
     (message,) = tokenize_messages(model, ["the film the cast"])
-    found = token_features(model, [message])[0]
+    actual = token_features(model, [message])[0]
     table = model.backbone.model.get_input_embeddings().weight.detach().double()
     own = [table[i] / table[i].square().mean().sqrt() for i in message.ids[1:]]
     weights = [1 / (1 + 3000 / (i + 30)) for i in message.ids[1:]]
-    wanted = sum(w * t for w, t in zip(weights, own, strict=True)) / sum(weights)
-    torch.testing.assert_close(found[:32], wanted, rtol=1e-5, atol=1e-6)
-    assert torch.equal(found[32:], message.told)
+    expected = sum(w * t for w, t in zip(weights, own, strict=True)) / sum(weights)
+    torch.testing.assert_close(actual[:32], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(actual[32:], message.text_features)
 
 
-def test_letters_tell_scripts_apart():
-    assert len(letters("")) == NUM_LETTERS
-    shares = {text: letters(text) for text in ("abc", "电影好", "как", "123", "日本のカ")}
+def test_character_features_separate_scripts():
+    assert len(character_features("")) == NUM_CHARACTER_FEATURES
+    shares = {
+        text: character_features(text) for text in ("abc", "电影好", "как", "123", "日本のカ")
+    }
     assert shares["abc"][0] == 1
     assert shares["电影好"][1] == 1
     assert shares["как"][5] == 1
     assert sum(shares["日本のカ"][1:4]) == 1
 
 
-def test_words_tell_topics_apart_and_not_lengths():
-    assert not words("").any()
+def test_ngram_features_separate_topics_but_not_lengths():
+    assert not ngram_features("").any()
     film, film_too, tax = (
-        words(t) for t in ("A film, a fine cast", "a FINE film", "tax forms and receipts")
+        ngram_features(t) for t in ("A film, a fine cast", "a FINE film", "tax forms and receipts")
     )
-    torch.testing.assert_close(film.norm() ** 2, torch.tensor(2 * LENGTH**2).double())
-    assert words("so " * 500).norm() <= film.norm() * 1.001
+    torch.testing.assert_close(film.norm() ** 2, torch.tensor(2 * NGRAM_NORM**2).double())
+    assert ngram_features("so " * 500).norm() <= film.norm() * 1.001
     assert film @ film_too > 2 * abs(film @ tax)
-    assert words("一傅众咻") @ words("众咻") > 1
-    assert torch.equal(words("\ud800 x"), words("\ud800 x"))  # half a character is a text, too
+    assert ngram_features("一傅众咻") @ ngram_features("众咻") > 1
+    assert torch.equal(
+        ngram_features("\ud800 x"), ngram_features("\ud800 x")
+    )  # half a character is a text, too
 
 
-def test_words_choose_and_do_not_tell_the_fit(prototype):
-    """A judge looks no further than its background does; among adapters all numbers count."""
+def test_ngram_features_affect_the_choice_but_not_the_fit(prototype):
+    """A fit uses the features that the background has; the choice among adapters uses all."""
     own, rest = normal(200), normal(100, seed=3)
     said = torch.zeros(200, 4).double()
     said[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(2)) / 10 + 1
@@ -507,22 +534,16 @@ def test_words_choose_and_do_not_tell_the_fit(prototype):
     assert prototype_of(routing_of(wide)).background.width == 12
 
 
-def test_wide_states_are_folded_and_keep_their_distances():
+def test_folding_wide_states_preserves_distances():
     generator = torch.Generator().manual_seed(1)
-    wide = torch.randn(20, 2 * WIDEST + 300, generator=generator).double()
-    narrow = folded(wide)
-    assert narrow.shape == (20, WIDEST)
+    wide = torch.randn(20, 2 * MAX_WIDTH + 300, generator=generator).double()
+    narrow = _folded_to_max_width(wide)
+    assert narrow.shape == (20, MAX_WIDTH)
     ratio = torch.pdist(narrow) / torch.pdist(wide)
     assert 0.8 < float(ratio.min()) <= float(ratio.max()) < 1.2
 
 
-def test_a_backbone_makes_up_the_same_texts_again(model):
-    texts = sample_background(model, 12)
-    assert texts == sample_background(model, 12)
-    assert len(set(texts)) > 6
-
-
-def test_a_message_is_what_a_user_types():
+def test_message_of_joins_the_fields_of_an_example():
     contract = PromptContract("Passage: {context?}\nQuestion: {question}", system="Answer.")
     task = Task("t", contract, "token_f1", lambda: Splits({}))
     both = Example({"question": "Who?", "context": "Ada wrote it.", "source": "x"}, "Ada")
@@ -547,57 +568,57 @@ def prototype():
     return fit_prototype(normal(400, seed=1), normal(400, seed=2), background)
 
 
-def test_a_share_of_its_own_messages_has_a_fit_below_the_threshold_and_of_others_nearly_all(
+def test_fit_is_calibrated_on_own_messages_and_low_on_others(
     prototype,
 ):
-    judge = PrototypeScorer(prototype)
-    own = judge(normal(2000, seed=3))
+    scorer = PrototypeScorer(prototype)
+    own = scorer(normal(2000, seed=3))
     for level in (0.1, 0.3, 0.5):  # two p-values that are not independent, made one
         assert 0.5 * level < float((own <= level).double().mean()) < 2.5 * level
-    assert float((own < LEAST).double().mean()) < 2.5 * LEAST
-    far = judge(normal(200, shift=6.0, seed=4))
-    assert float((far < LEAST).double().mean()) > 0.99
+    assert float((own < MIN_FIT).double().mean()) < 2.5 * MIN_FIT
+    far = scorer(normal(200, shift=6.0, seed=4))
+    assert float((far < MIN_FIT).double().mean()) > 0.99
 
 
-def test_a_density_is_torchs_own(prototype):
-    own = prototype.own
-    covariance = own.factors.T @ own.factors + own.rest.diag()
+def test_density_equals_torch_distributions(prototype):
+    own = prototype.mixture
+    covariance = own.factors.T @ own.factors + own.diagonal.diag()
     whole = 0.9 * covariance + 0.1 * (
         prototype.background.factors.T @ prototype.background.factors
-        + prototype.background.rest.diag()
+        + prototype.background.diagonal.diag()
     )
     whole = whole + (0.003 * whole.diagonal().mean() + 1e-9) * torch.eye(12).double()
-    wanted = torch.distributions.MixtureSameFamily(
+    expected = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(own.shares),
         torch.distributions.MultivariateNormal(own.centres, whole[None]),
     )
     points = normal(5, seed=5)
-    found = Fits.of(prototype).raw(points)[1, 0]
+    actual = BatchedPrototypes.of(prototype).raw_scores(points)[1, 0]
     constant = 6 * torch.log(torch.tensor(2 * torch.pi)).double()
-    torch.testing.assert_close(found - constant, wanted.log_prob(points), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(actual - constant, expected.log_prob(points), rtol=1e-3, atol=1e-2)
 
 
-def test_two_p_values_make_one_as_fisher_has_it():
+def test_p_values_are_combined_by_fishers_method():
     generator = torch.Generator().manual_seed(0)
     both = torch.rand(2, 20000, generator=generator).double()
-    found = joint(*both)
+    actual = _fisher_combined(*both)
     chi_squared = -2 * both.log().sum(0)  # with four degrees of freedom
-    wanted = torch.special.gammaincc(torch.tensor(2.0).double(), chi_squared / 2)
-    torch.testing.assert_close(found, wanted)
+    expected = torch.special.gammaincc(torch.tensor(2.0).double(), chi_squared / 2)
+    torch.testing.assert_close(actual, expected)
     for level in (0.05, 0.4):  # of independent ones, evenly spread
-        assert float((found <= level).double().mean()) == pytest.approx(level, abs=0.01)
-    below = joint(torch.tensor([-0.3, 0.5, 0.0]), torch.tensor([0.7, -0.1, 0.4]))
+        assert float((actual <= level).double().mean()) == pytest.approx(level, abs=0.01)
+    below = _fisher_combined(torch.tensor([-0.3, 0.5, 0.0]), torch.tensor([0.7, -0.1, 0.4]))
     assert below.tolist() == pytest.approx([-0.3, -0.1, 0.0])
 
 
-def test_which_adapter_is_fishers_discriminant(prototype):
+def test_shares_are_fishers_linear_discriminant(prototype):
     """Under one covariance: the mean of both clouds', each a little widened by the background."""
     other = fit_prototype(normal(90, 0.8, 7), normal(90, 0.8, 8), prototype.background)
 
     def covariance(cloud):
-        return cloud.factors.T @ cloud.factors + cloud.rest.diag()
+        return cloud.factors.T @ cloud.factors + cloud.diagonal.diag()
 
-    clouds = (prototype.own, other.own)
+    clouds = (prototype.mixture, other.mixture)
     common = 0.9 * sum(map(covariance, clouds)) / 2 + 0.1 * covariance(prototype.background)
     common = common + (0.003 * common.diagonal().mean() + 1e-9) * torch.eye(12).double()
     points = normal(9, shift=0.4, seed=5)
@@ -609,126 +630,135 @@ def test_which_adapter_is_fishers_discriminant(prototype):
         for cloud in clouds
     ]
     shares = (torch.stack(logs, 1) / 4).softmax(1)
-    found = ScorerSet({"a": PrototypeScorer(prototype), "b": PrototypeScorer(other)}).routes(points)
-    for route, row in zip(found, shares.tolist(), strict=True):
-        if min(s["fit"] for s in route.scores.values()) >= FAR:
+    actual = ScorerSet({"a": PrototypeScorer(prototype), "b": PrototypeScorer(other)}).routes(
+        points
+    )
+    for route, row in zip(actual, shares.tolist(), strict=True):
+        if min(s["fit"] for s in route.scores.values()) >= OUTLIER_FIT:
             assert [s["share"] for s in route.scores.values()] == pytest.approx(row, abs=1e-6)
-    assert any(min(s["fit"] for s in route.scores.values()) >= FAR for route in found)
+    assert any(min(s["fit"] for s in route.scores.values()) >= OUTLIER_FIT for route in actual)
 
 
-def test_one_adapter_more_changes_nothing_in_the_others(prototype):
+def test_another_adapter_does_not_change_the_fits_of_the_first(prototype):
     other = fit_prototype(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background)
     points = normal(20, seed=6)
     alone = ScorerSet({"a": PrototypeScorer(prototype)}).routes(points)
     both = ScorerSet({"a": PrototypeScorer(prototype), "b": PrototypeScorer(other)}).routes(points)
-    wanted = [r.scores["a"]["fit"] for r in alone]
-    assert [r.scores["a"]["fit"] for r in both] == pytest.approx(wanted, abs=1e-9)
+    expected = [r.scores["a"]["fit"] for r in alone]
+    assert [r.scores["a"]["fit"] for r in both] == pytest.approx(expected, abs=1e-9)
     assert {r.adapter for r in both} == {"a"}
 
 
-def test_prototypes_of_other_shapes_are_judged_side_by_side_and_keep_their_places(prototype):
+def test_prototypes_of_unequal_shapes_are_scored_in_order(prototype):
     slim = fit_prototype(normal(90, 3.0, 7), normal(90, 3.0, 8), prototype.background, 3)
     one_centre = replace(
         prototype,
-        own=fit_mixture(normal(90, -3.0, 3), 1, 64),
+        mixture=fit_mixture(normal(90, -3.0, 3), 1, 64),
         ratios=prototype.ratios[::2],
         densities=prototype.densities[::2],
     )
-    judges = {
+    scorers = {
         name: PrototypeScorer(own)
         for name, own in {"a": prototype, "b": slim, "c": one_centre, "d": prototype}.items()
     }
     points = torch.cat([normal(8, shift, seed=6) for shift in (-3.0, 0.0, 3.0)])
-    routes = ScorerSet(judges).routes(points)
-    for name, judge in judges.items():
+    routes = ScorerSet(scorers).routes(points)
+    for name, scorer in scorers.items():
         fits = [route.scores[name]["fit"] for route in routes]
-        assert fits == pytest.approx(judge(points).tolist(), abs=1e-9)
+        assert fits == pytest.approx(scorer(points).tolist(), abs=1e-9)
     assert all(r.scores["a"]["share"] == pytest.approx(r.scores["d"]["share"]) for r in routes)
     chosen = ["c"] * 8 + ["ad"] * 8 + ["b"] * 8
     assert all(route.adapter in own for route, own in zip(routes, chosen, strict=True))
 
 
-# ---- at a glance -----------------------------------------------------------------------------------
+# ---- cascade ---------------------------------------------------------------------------------------
 
 
-def seated(*shifts, glance=True):
-    """Judges of adapters whose messages lie at shifts, `glance` and look alike."""
+def make_scorers(*shifts, with_token=True):
+    """Return scorers of adapters whose messages lie at shifts, the same in both stages."""
     background = fit_mixture(normal(200, seed=11, width=12) * 2, 1, 8)
     made = {}
     for i, shift in enumerate(shifts):
         own, held = normal(90, shift, 20 + i), normal(90, shift, 40 + i)
-        look = PrototypeScorer(fit_prototype(own, held, background))
         made[f"a{i}"] = AdapterScorers(
-            look,
-            PrototypeScorer(fit_prototype(own, held, background, GLANCE_RANK)) if glance else None,
+            PrototypeScorer(fit_prototype(own, held, background)),
+            PrototypeScorer(fit_prototype(own, held, background, TOKEN_RANK))
+            if with_token
+            else None,
         )
     return made
 
 
-def test_only_what_is_not_plain_at_a_glance_is_looked_at():
-    cascade = Cascade(seated(0.0, 1.5))
+def test_only_unclear_messages_reach_the_second_stage():
+    cascade = Cascade(make_scorers(0.0, 1.5))
     points = torch.cat([normal(20, 0.0, 5), normal(20, 0.75, 6), normal(20, 30.0, 7)])
-    asked = []
+    requested = []
 
-    def look(places):
-        asked.append(list(places))
-        return points[list(places)]
+    def early_layer_vectors(indices):
+        requested.append(list(indices))
+        return points[list(indices)]
 
-    found = cascade.routes(points, look)
-    assert len(asked) == 1
-    glanced = cascade.glance.routes(points)
-    plain = [
+    actual = cascade.routes(points, early_layer_vectors)
+    assert len(requested) == 1
+    first_stage = cascade.token_stage.routes(points)
+    clear = [
         i
-        for i, route in enumerate(glanced)
+        for i, route in enumerate(first_stage)
         if not route.abstained
-        and route.scores[route.adapter]["share"] >= PLAIN
-        and route.scores[route.adapter]["fit"] >= TYPICAL
+        and route.scores[route.adapter]["share"] >= CONFIDENT_SHARE
+        and route.scores[route.adapter]["fit"] >= CONFIDENT_FIT
     ]
-    assert 5 < len(plain) < 40
-    assert asked[0] == [i for i in range(60) if i not in plain]
-    looked = cascade.look.routes(points)
-    for i, route in enumerate(found):
-        assert route.adapter == (glanced if i in plain else looked)[i].adapter
-        assert route.reason.startswith("at a glance, ") == (i in plain)
-    assert all(route.abstained for route in found[40:])  # what is far is never plain
+    assert 5 < len(clear) < 40
+    assert requested[0] == [i for i in range(60) if i not in clear]
+    second_stage = cascade.early_layer_stage.routes(points)
+    for i, route in enumerate(actual):
+        assert route.adapter == (first_stage if i in clear else second_stage)[i].adapter
+        assert route.reason.startswith("at a glance, ") == (i in clear)
+    assert all(route.abstained for route in actual[40:])  # what is far is never clear
 
 
-def test_where_nothing_is_open_nothing_is_looked_at():
-    cascade = Cascade(seated(0.0, 6.0))
+def test_second_stage_is_skipped_when_all_messages_are_clear():
+    cascade = Cascade(make_scorers(0.0, 6.0))
     points = torch.cat([normal(9, 0.0, 5), normal(9, 6.0, 6)])
-    plain = [r.reason.startswith("at a glance") for r in cascade.routes(points, points.__getitem__)]
-    rows = points[plain]
+    clear = [r.reason.startswith("at a glance") for r in cascade.routes(points, points.__getitem__)]
+    rows = points[clear]
     assert len(rows) > 5
-    assert len(cascade.routes(rows, lambda places: pytest.fail(f"looked at {places}"))) == len(rows)
+    assert len(
+        cascade.routes(rows, lambda indices: pytest.fail(f"second stage for {indices}"))
+    ) == len(rows)
 
 
-def test_one_adapter_without_a_glance_has_all_looked_at():
-    judges = {**seated(0.0, 3.0), "b": seated(6.0, glance=False)["a0"]}
+def test_missing_token_scorer_disables_the_first_stage():
+    scorers = {**make_scorers(0.0, 3.0), "b": make_scorers(6.0, with_token=False)["a0"]}
     points = normal(9, 0.0, 5)
-    found = Cascade(judges).routes(points, lambda places: points[list(places)])
-    assert found == Cascade(judges).look.routes(points)
-    assert not any(route.reason.startswith("at a glance") for route in found)
+    actual = Cascade(scorers).routes(points, lambda indices: points[list(indices)])
+    assert actual == Cascade(scorers).early_layer_stage.routes(points)
+    assert not any(route.reason.startswith("at a glance") for route in actual)
 
 
-def test_a_look_has_the_last_word():
-    """The looks say the opposite of the glances."""
-    cascade = Cascade(seated(0.0, 1.0))
+def test_second_stage_overrides_the_first():
+    """The features of the second stage say the opposite of the first stage's."""
+    cascade = Cascade(make_scorers(0.0, 1.0))
     points = torch.cat([normal(20, 0.0, 5), normal(20, 1.0, 6)])
     turned = torch.cat([normal(20, 1.0, 7), normal(20, 0.0, 8)])
-    found = cascade.routes(points, lambda places: turned[list(places)])
-    looked = [i for i, route in enumerate(found) if not route.reason.startswith("at a glance")]
-    assert 3 < len(looked) < 37
-    wanted = cascade.look.routes(turned)
-    assert [found[i] for i in looked] == [wanted[i] for i in looked]
+    actual = cascade.routes(points, lambda indices: turned[list(indices)])
+    second_stage = [
+        i for i, route in enumerate(actual) if not route.reason.startswith("at a glance")
+    ]
+    assert 3 < len(second_stage) < 37
+    expected = cascade.early_layer_stage.routes(turned)
+    assert [actual[i] for i in second_stage] == [expected[i] for i in second_stage]
 
 
-def test_one_adapter_alone_is_never_chosen_at_a_glance():
+def test_single_adapter_skips_the_first_stage():
     points = normal(9, 0.0, 5)
-    cascade = Cascade(seated(0.0))
-    assert cascade.routes(points, lambda p: points[list(p)]) == cascade.look.routes(points)
+    cascade = Cascade(make_scorers(0.0))
+    assert cascade.routes(points, lambda p: points[list(p)]) == cascade.early_layer_stage.routes(
+        points
+    )
 
 
-def test_a_glance_of_another_size_is_left_out(copied):
+def test_token_prototype_of_another_size_is_ignored(copied):
     manifest = copied.pool.manifest("questions")
     wide = normal(60, width=30)
     other = fit_prototype(wide[:30], wide[30:], fit_mixture(wide + 1, 1, 4), 4)
@@ -739,31 +769,33 @@ def test_a_glance_of_another_size_is_left_out(copied):
     assert not any("glance" in r.reason for r in copied.routes(held_out("shouts")))
 
 
-def test_a_mix_is_as_wide_at_a_look_as_it_may_be():
+def test_second_stage_makes_mixes_of_several_adapters():
     points = normal(40, 0.4, 5)
-    found = Cascade(seated(0.0, 0.8)).routes(points, lambda places: points[list(places)], top=2)
-    assert {len(route.mix.weights) for route in found if not route.abstained} == {1, 2}
+    actual = Cascade(make_scorers(0.0, 0.8)).routes(
+        points, lambda indices: points[list(indices)], top=2
+    )
+    assert {len(route.mix.weights) for route in actual if not route.abstained} == {1, 2}
 
 
-def test_a_message_that_is_plain_runs_no_block(trained, monkeypatch):
-    plain = [t for t in held_out("shouts") if "glance" in trained.route(t).reason]
-    assert plain
-    wanted = [trained.route(text) for text in plain]
-
-    def fail(*given):
-        raise AssertionError("a block ran")
-
-    monkeypatch.setattr("adapterhub_chat.route.message_features.engine_of", fail)
-    hook = trained.model.backbone.blocks[0].register_forward_pre_hook(fail)
+def test_first_stage_runs_no_block(trained):
+    clear = [t for t in held_out("shouts") if "glance" in trained.route(t).reason]
+    assert clear
+    foreign = "def f(x): return {x: 1}"
+    expected = [trained.route(text) for text in (*clear, foreign)]
+    parameters = [*trained.model.backbone.blocks[0].parameters()]
+    values = [parameter.detach().clone() for parameter in parameters]
     try:
-        assert [trained.route(text) for text in plain] == wanted
-        with pytest.raises(AssertionError, match="a block ran"):
-            trained.routes([plain[0], "def f(x): return {x: 1}"])
+        for parameter in parameters:
+            parameter.data.fill_(torch.nan)
+        assert [trained.route(text) for text in clear] == expected[:-1]
+        assert str(trained.route(foreign)) != str(expected[-1])
     finally:
-        hook.remove()
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data.copy_(value)
+    assert trained.route(foreign) == expected[-1]
 
 
-def test_a_prototype_without_a_glance_is_still_used(copied):
+def test_routing_without_token_prototype_is_still_used(copied):
     manifest = copied.pool.manifest("questions")
     old = manifest.routing.model_copy(update={"glance": None})
     copied.pool.describe("questions", manifest.model_copy(update={"routing": old}))
@@ -771,30 +803,31 @@ def test_a_prototype_without_a_glance_is_still_used(copied):
     assert not any("glance" in r.reason for r in copied.routes(held_out("shouts")))
 
 
-def test_what_is_stored_is_what_was_learnt(prototype):
-    glance = fit_prototype(
-        normal(90, 1.0, 7), normal(90, 1.0, 8), prototype.background, GLANCE_RANK
-    )
+def test_prototype_round_trip_through_the_manifest(prototype):
+    glance = fit_prototype(normal(90, 1.0, 7), normal(90, 1.0, 8), prototype.background, TOKEN_RANK)
     stored = routing_of(prototype, glance)
-    assert torch.equal(prototype_of(stored.glance).own.factors, glance.own.factors)
+    assert torch.equal(prototype_of(stored.glance).mixture.factors, glance.mixture.factors)
     again = prototype_of(stored)
-    for cloud, other in ((again.own, prototype.own), (again.background, prototype.background)):
-        for name in ("centres", "shares", "factors", "rest"):
+    for cloud, other in (
+        (again.mixture, prototype.mixture),
+        (again.background, prototype.background),
+    ):
+        for name in ("centres", "shares", "factors", "diagonal"):
             assert torch.equal(getattr(cloud, name), getattr(other, name)), name
     assert torch.equal(again.ratios, prototype.ratios)
     assert torch.equal(again.densities, prototype.densities)
 
 
-def test_the_widest_prototype_fits_into_a_manifest(trained, tmp_path):
-    vectors = normal(300, width=WIDEST + NUM_LETTERS + NUM_WORDS)
-    background = fit_mixture(vectors[:, :-NUM_WORDS] + 1, 1, 64)
+def test_widest_prototype_fits_into_a_manifest(trained, tmp_path):
+    vectors = normal(300, width=MAX_WIDTH + NUM_CHARACTER_FEATURES + NUM_NGRAM_FEATURES)
+    background = fit_mixture(vectors[:, :-NUM_NGRAM_FEATURES] + 1, 1, 64)
     widest = fit_prototype(vectors[:200], vectors[200:], background)
-    narrow = fit_mixture(vectors[:, :-NUM_WORDS] + 1, 1, GLANCE_RANK)
-    glance = fit_prototype(vectors[:200], vectors[200:], narrow, GLANCE_RANK)
+    narrow = fit_mixture(vectors[:, :-NUM_NGRAM_FEATURES] + 1, 1, TOKEN_RANK)
+    glance = fit_prototype(vectors[:200], vectors[200:], narrow, TOKEN_RANK)
     routing = routing_of(widest, glance)
     own = trained.pool.manifest("questions").model_copy(update={"routing": routing})
     text = dump_manifest(own)
-    assert len(text) < MAX_BYTES
+    assert len(text) < MAX_MANIFEST_BYTES
     (tmp_path / "adapterhub.json").write_text(text)
     assert read_manifest(tmp_path) == own
 
@@ -803,8 +836,8 @@ def changed(routing, **parts):
     return {**routing.model_dump(), **parts}
 
 
-def glanced(routing, **parts):
-    """What a manifest has of the same prototype as a glance."""
+def as_token_prototype(routing, **parts):
+    """The same prototype as the fields of a token prototype."""
     return {**routing.model_dump(exclude={"features", "glance"}), **parts}
 
 
@@ -815,7 +848,7 @@ def with_number(routing, place, value):
 
 
 @pytest.mark.parametrize(
-    ("damage", "wanted"),
+    ("damage", "expected"),
     [
         (lambda r: changed(r, numbers=r.numbers[:-4]), "as the sizes say"),
         (lambda r: changed(r, width=r.width + 1), "as the sizes say"),
@@ -828,7 +861,7 @@ def with_number(routing, place, value):
         (lambda r: changed(r, more=1), "not permitted"),
         (lambda r: changed(r, glance=r.model_dump()), "not permitted"),
         (
-            lambda r: changed(r, glance=glanced(r, width=r.width + 1)),
+            lambda r: changed(r, glance=as_token_prototype(r, width=r.width + 1)),
             "(?s)glance.*as the sizes say",
         ),
         (lambda r: with_number(r, 0, float("nan")), "not all are finite"),
@@ -841,14 +874,14 @@ def with_number(routing, place, value):
         ),
     ],
 )
-def test_a_strangers_prototype_is_checked(prototype, damage, wanted):
+def test_untrusted_prototype_is_validated(prototype, damage, expected):
     routing = routing_of(prototype)
     assert Routing.model_validate(routing.model_dump()) == routing
-    with pytest.raises(ValidationError, match=wanted):
+    with pytest.raises(ValidationError, match=expected):
         Routing.model_validate(damage(routing))
 
 
-def test_a_bad_prototype_is_refused_with_its_place(copied):
+def test_invalid_prototype_is_refused_with_its_location(copied):
     file = copied.pool.root / "questions" / "adapterhub.json"
     file.write_text(file.read_text().replace('"numbers": "', '"numbers": "AAAA'))
     with pytest.raises(AdapterError, match=r"routing.*numbers"):

@@ -134,7 +134,7 @@ def test_only_answer_tokens_are_labelled():
 def test_the_last_label_is_the_end_of_the_turn(backbone):
     job = make_job(backbone.tokenizer, "toy", toy_task(), settings())
     for labels in script.padded(job.train, pad=0)["labels"]:
-        assert labels[labels != -100][-1] == backbone.end_of_turn
+        assert labels[labels != -100][-1] == backbone.tokenizer.eos_token_id
 
 
 def rows_of(hits):

@@ -44,7 +44,7 @@ def test_a_template_is_all_its_sentences_and_no_other(template, sentences):
 
 
 @pytest.mark.parametrize("template", ["<nobody>", "{nobody}"])
-def test_a_name_that_nobody_knows_is_named(template):
+def test_an_unknown_name_in_a_template_is_an_error(template):
     with pytest.raises(DataError, match=r"called '<?nobody>?'"):
         GRAMMAR.draw(template, random.Random(0))
 

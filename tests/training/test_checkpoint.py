@@ -23,21 +23,21 @@ def state(n):
     return RunState("run", 1.5 * n, numbers, {"a/vector": torch.full((4,), float(n))})
 
 
-def test_the_newest_state_comes_back_and_two_are_kept(tmp_path):
+def test_the_newest_state_is_read_and_two_states_are_kept(tmp_path):
     states = Checkpoints(tmp_path / "s")
     assert states.latest() is None
     for n in range(1, 5):
         states.save(state(n))
-    found = Checkpoints(tmp_path / "s").latest()
-    assert (found.identity, found.elapsed, found.numbers) == ("run", 6.0, state(4).numbers)
-    assert torch.equal(found.tensors["a/vector"], torch.full((4,), 4.0))
+    latest = Checkpoints(tmp_path / "s").latest()
+    assert (latest.identity, latest.elapsed, latest.counters) == ("run", 6.0, state(4).counters)
+    assert torch.equal(latest.tensors["a/vector"], torch.full((4,), 4.0))
     assert len(list((tmp_path / "s").iterdir())) == 2
     states.clear()
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "foreign"])
-def test_a_damaged_state_is_passed_over(tmp_path, harm):
+def test_a_damaged_state_is_skipped(tmp_path, harm):
     states = Checkpoints(tmp_path)
     states.save(state(1))
     states.save(state(2))
@@ -52,19 +52,19 @@ def test_a_damaged_state_is_passed_over(tmp_path, harm):
         }[harm]
     )
     with pytest.warns(UserWarning, match="is damaged and passed over"):
-        assert states.latest().numbers == state(1).numbers
+        assert states.latest().counters == state(1).counters
 
 
-def test_a_half_written_state_is_never_seen(tmp_path):
+def test_a_partially_written_state_is_never_read(tmp_path):
     states = Checkpoints(tmp_path)
     states.save(state(1))
     (tmp_path / ".tmp-123").write_bytes(b"half")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert states.latest().numbers == state(1).numbers
+        assert states.latest().counters == state(1).counters
 
 
-def test_a_full_disk_leaves_the_older_states(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_older_states_intact(tmp_path, monkeypatch):
     states = Checkpoints(tmp_path)
     states.save(state(1))
 
@@ -74,11 +74,11 @@ def test_a_full_disk_leaves_the_older_states(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PoolError, match="No space left"):
         states.save(state(2))
-    assert states.latest().numbers == state(1).numbers
+    assert states.latest().counters == state(1).counters
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_state_that_cannot_be_saved_does_not_end_the_run(model, tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_saved_does_not_stop_the_run(model, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
@@ -89,20 +89,20 @@ def test_a_state_that_cannot_be_saved_does_not_end_the_run(model, tmp_path, monk
     assert done.stopped == "finished"
 
 
-def test_states_are_saved_by_steps_and_by_the_clock(tmp_path):
+def test_states_are_saved_by_steps_and_by_minutes(tmp_path):
     by_steps = Checkpoints(tmp_path / "a", steps=3)
     for n in range(1, 8):
         by_steps(lambda n=n: state(n))
-    assert by_steps.latest().numbers["a"]["step"] == 6
+    assert by_steps.latest().counters["a"]["step"] == 6
     by_clock = Checkpoints(tmp_path / "b", minutes=1e-5)
     time.sleep(0.01)
     by_clock(lambda: state(1))
-    assert by_clock.latest().numbers["a"]["step"] == 1
+    assert by_clock.latest().counters["a"]["step"] == 1
     never = Checkpoints(tmp_path / "c")
     never(lambda: pytest.fail("no state was asked for"))
 
 
-def test_a_state_goes_through_a_file_to_the_bit(model, tmp_path):
+def test_resuming_from_a_file_is_bit_exact(model, tmp_path):
     states = Checkpoints(tmp_path, steps=5)
     whole = train(model, [job(model, toy_task(), eval_every=3)], on_state=states)["toy"]
     resumed = train(model, [job(model, toy_task(), eval_every=3)], resume=states.latest())["toy"]
@@ -119,7 +119,7 @@ hub.train([toy_task(), toy_answers()], max_steps=60, epochs=999, rows_per_step=1
 """
 
 
-def test_kill_9_and_resume_end_with_the_uninterrupted_run_s_weights(pico_folder, tmp_path):
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(pico_folder, tmp_path):
     def start(pool, run, how):
         command = [sys.executable, "-c", RUN, str(pico_folder), str(tmp_path / pool)]
         environment = {

@@ -64,11 +64,11 @@ def output(process):
     return text
 
 
-def same(one, two):
+def same(folder, expected_folder):
     for name in ("toy", "answers"):
-        mine, its = (read_folder(pool / name)[0] for pool in (one, two))
-        for module, pair in mine.factors.items():
-            for a, b in zip(pair, its.factors[module], strict=True):
+        weights, expected = (read_folder(pool / name)[0] for pool in (folder, expected_folder))
+        for module, pair in weights.factors.items():
+            for a, b in zip(pair, expected.factors[module], strict=True):
                 torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=0)
 
 
@@ -76,7 +76,7 @@ def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_two_processes_end_with_the_adapters_of_one(pico_folder, tmp_path):
+def test_two_processes_train_the_same_adapters_as_one(pico_folder, tmp_path):
     output(start(1, pico_folder, tmp_path / "one", tmp_path / "run-one"))
     text = output(start(2, pico_folder, tmp_path / "two", tmp_path / "run-two"))
     same(tmp_path / "one", tmp_path / "two")
@@ -88,14 +88,14 @@ def test_two_processes_end_with_the_adapters_of_one(pico_folder, tmp_path):
     assert manifest["scores"][0]["n"] == 4
 
 
-def test_a_sharded_backbone_gives_the_same_adapters(pico_folder, tmp_path):
+def test_a_sharded_backbone_trains_the_same_adapters(pico_folder, tmp_path):
     output(start(1, pico_folder, tmp_path / "one", tmp_path / "run-one"))
     text = output(start(2, pico_folder, tmp_path / "two", tmp_path / "run-two", shard=True))
     assert "saved, not measured" in text
     same(tmp_path / "one", tmp_path / "two")
 
 
-def test_processes_without_rows_keep_a_sharded_run_going(pico_folder, tmp_path):
+def test_a_sharded_run_continues_when_a_process_has_no_rows(pico_folder, tmp_path):
     """One row a step and an odd number of validation batches, for two processes."""
     few = {"rows_per_step": 1, "eval_examples": 3, "max_steps": 6}
     output(start(1, pico_folder, tmp_path / "one", tmp_path / "run-one", **few))
@@ -103,7 +103,7 @@ def test_processes_without_rows_keep_a_sharded_run_going(pico_folder, tmp_path):
     same(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_dead_process_ends_the_run_and_leaves_a_state_to_resume(pico_folder, tmp_path):
+def test_a_killed_process_ends_the_run_and_it_can_be_resumed(pico_folder, tmp_path):
     more = {"max_steps": 400, "save_steps": 5}
     victim = start(2, pico_folder, tmp_path / "pool", tmp_path / "run", **more)
     saved = tmp_path / "run" / "state" / "run"

@@ -1,4 +1,4 @@
-"""Training: joint equals alone, the backbone does not move, interruptions and failures keep the best."""
+"""The training loop: joint equals alone; interruptions and failures keep the best weights."""
 
 import math
 from itertools import pairwise
@@ -12,7 +12,7 @@ from adapterhub_chat.data.encoding import encode_examples
 from adapterhub_chat.data.splits import sample
 from adapterhub_chat.errors import DataError, UsageError
 from adapterhub_chat.inference.likelihood import sequence_losses
-from adapterhub_chat.lora.sites import targeted
+from adapterhub_chat.lora.sites import select_targets
 from adapterhub_chat.training.job import Job
 from adapterhub_chat.training.learner import schedule, total_steps
 from adapterhub_chat.training.loop import train
@@ -35,7 +35,7 @@ def three_jobs(model):
     ]
 
 
-def test_joint_training_equals_training_each_alone(model):
+def test_joint_training_equals_training_each_adapter_alone(model):
     jobs = three_jobs(model)
     together = train(model, jobs)
     for each in jobs:
@@ -48,7 +48,7 @@ def test_joint_training_equals_training_each_alone(model):
     assert moved.abs().max() > 1e-3
 
 
-def test_no_backbone_byte_changes(model):
+def test_the_backbone_is_not_changed(model):
     before = {n: t.clone() for n, t in model.backbone.model.state_dict().items()}
     train(model, three_jobs(model))
     after = model.backbone.model.state_dict()
@@ -56,7 +56,7 @@ def test_no_backbone_byte_changes(model):
     assert all(p.grad is None for p in model.backbone.model.parameters())
 
 
-def test_training_learns(model):
+def test_training_lowers_the_loss_of_unseen_answers(model):
     task = toy_answers()
     done = train(model, [job(model, task, max_steps=80, learning_rate=1e-2)])["answers"]
     model.load("answers", done.weights)
@@ -67,7 +67,7 @@ def test_training_learns(model):
     assert after.mean() < 0.5 * before.mean()
 
 
-def test_the_same_seed_gives_the_same_bits(model):
+def test_the_same_seed_gives_identical_weights(model):
     one, two = (train(model, [job(model, toy_task())])["toy"] for _ in range(2))
     close(one.weights, two.weights, tolerance=0)
     other = train(model, [job(model, toy_task(), seed=5)])["toy"]
@@ -75,20 +75,20 @@ def test_the_same_seed_gives_the_same_bits(model):
         close(one.weights, other.weights)
 
 
-def test_the_best_weights_are_kept_not_the_last(model):
+def test_the_best_weights_on_validation_are_returned(model):
     """A learning rate that ruins the adapter after a good start."""
-    seen = []
+    events = []
     settings = {"max_steps": 40, "learning_rate": 0.5, "eval_every": 2, "schedule": "constant"}
-    done = train(model, [job(model, toy_answers(), **settings)], on_event=lambda e: seen.append(e))[
-        "answers"
-    ]
-    losses = {e.step: e.values["loss"] for e in seen if e.kind == "validation"}
+    done = train(
+        model, [job(model, toy_answers(), **settings)], on_event=lambda e: events.append(e)
+    )["answers"]
+    losses = {e.step: e.values["loss"] for e in events if e.kind == "validation"}
     assert done.best_step == min(losses, key=losses.get)
     assert done.best_step < done.steps
     assert done.best_loss == min(losses.values())
 
 
-def test_early_stop_leaves_the_batch_to_the_others(model):
+def test_an_early_stop_does_not_affect_other_adapters(model):
     spoilt = job(
         model, toy_answers(), learning_rate=0.5, eval_every=1, patience=2, schedule="constant"
     )
@@ -100,13 +100,13 @@ def test_early_stop_leaves_the_batch_to_the_others(model):
     close(both["toy"].weights, train(model, [healthy])["toy"].weights)
 
 
-def test_ctrl_c_keeps_what_was_best(model):
+def test_ctrl_c_returns_the_best_weights(model):
     def stop_at(step):
-        def hear(event):
+        def on_event(event):
             if event.kind == "step" and event.step == step:
                 raise KeyboardInterrupt
 
-        return hear
+        return on_event
 
     validated = train(model, [job(model, toy_task(), eval_every=2)], on_event=stop_at(7))["toy"]
     assert validated.stopped == "interrupted"
@@ -117,7 +117,7 @@ def test_ctrl_c_keeps_what_was_best(model):
     assert any(b.abs().max() > 0 for _, b in early.weights.factors.values())
 
 
-def test_one_that_diverges_does_not_touch_the_others(model):
+def test_a_diverging_adapter_does_not_affect_the_others(model):
     wild = job(model, toy_answers(), learning_rate=1e30, clip=1e30, warmup=0.0)
     healthy = job(model, toy_task())
     both = train(model, [wild, healthy])
@@ -126,19 +126,19 @@ def test_one_that_diverges_does_not_touch_the_others(model):
     close(both["toy"].weights, train(model, [healthy])["toy"].weights)
 
 
-def test_without_validation_the_last_weights_count(model):
+def test_without_validation_the_last_weights_are_returned(model):
     done = train(model, [job(model, toy_task(), eval_examples=0)])["toy"]
     assert done.best_step == done.steps == 12
     assert math.isnan(done.best_loss)
 
 
-def test_a_clock_can_end_the_run(model):
+def test_max_minutes_ends_the_run(model):
     done = train(model, [job(model, toy_task(), max_steps=0, epochs=1e6, max_minutes=0.02)])["toy"]
     assert done.stopped == "finished"
     assert done.seconds < 10
 
 
-def test_the_clock_begins_no_step_that_it_has_no_room_for(model):
+def test_no_step_begins_that_would_exceed_max_minutes(model):
     endless = {"max_steps": 0, "epochs": 1e6, "eval_examples": 0}
     done = train(model, [job(model, toy_task(), max_minutes=1.5 / 60, **endless)])["toy"]
     assert done.steps > 1
@@ -149,14 +149,14 @@ def test_the_clock_begins_no_step_that_it_has_no_room_for(model):
     assert done.steps == 3
 
 
-def test_sequence_trains_each_as_if_alone(model):
+def test_a_sequence_trains_each_adapter_as_if_alone(model):
     jobs = three_jobs(model)[:2]
     for name, done in train_sequence(model, jobs):
         alone = train(model, [j for j in jobs if j.name == name])[name]
         close(done.weights, alone.weights, tolerance=0)
 
 
-def test_what_cannot_be_trained_is_said(model):
+def test_invalid_jobs_are_refused(model):
     ready = job(model, toy_task())
     with pytest.raises(UsageError, match="nothing to train"):
         train(model, [])
@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_is_said(model):
     with pytest.raises(DataError, match="no training examples"):
         train(model, [Job("empty", (), (), ready.config)])
     with pytest.raises(UsageError, match=r"no linear layer named nose.*k_proj"):
-        targeted(model.shapes, "q_proj,nose")
+        select_targets(model.shapes, "q_proj,nose")
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
@@ -187,7 +187,7 @@ def test_steps_are_limited_by_epochs_or_by_number(model):
     assert total_steps([short], short.config) == 5
 
 
-def test_a_sample_keeps_its_order_and_its_seed():
+def test_a_sample_keeps_the_order_and_depends_on_the_seed():
     rows = list(range(50))
     assert sample(rows, 0) == rows
     assert sample(rows, 10, seed=1) == sorted(sample(rows, 10, seed=1))

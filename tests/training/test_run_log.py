@@ -1,4 +1,4 @@
-"""The run log: a JSON line an event, appended; what it cannot write never costs a training."""
+"""The run log: one JSON line per event, appended; write failures do not stop the training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_event_is_a_line_at_once(tmp_path):
+def test_each_event_is_written_at_once_as_a_line(tmp_path):
     started = time.time()
     with RunLog(tmp_path / "a" / "b") as log:
         for step in (1, 2):
@@ -40,28 +40,28 @@ def test_each_event_is_a_line_at_once(tmp_path):
     }
 
 
-def test_a_second_run_in_the_same_folder_adds_to_the_first(tmp_path):
+def test_a_second_run_in_the_same_folder_appends(tmp_path):
     for _ in range(2):
         with RunLog(tmp_path) as log:
             log(Event("qa", "stop", 1, 1, {}))
     assert len(lines(tmp_path)) == 2
 
 
-def test_a_folder_that_cannot_be_made_is_named_at_the_first_step(tmp_path, hub):
+def test_a_folder_that_cannot_be_created_is_an_error_at_the_first_step(tmp_path, hub):
     (tmp_path / "file").write_text("")
-    heard = []
+    events = []
     with pytest.raises(PoolError, match=r"the run log cannot be written to .*file"):
         hub.train(
             [toy_task()],
             max_steps=9,
             run_dir=tmp_path / "file" / "run",
-            listeners=Listeners(on_event=heard.append),
+            listeners=Listeners(on_event=events.append),
         )
-    assert [event.step for event in heard] == [1]
+    assert [event.step for event in events] == [1]
     assert hub.pool.names() == []
 
 
-def test_a_run_that_never_starts_leaves_no_log(tmp_path, hub):
+def test_a_run_that_never_starts_writes_no_log(tmp_path, hub):
     with RunLog(tmp_path / "unused"):
         pass
     with pytest.raises(UsageError, match="no linear layer named q_prj"):
@@ -70,16 +70,16 @@ def test_a_run_that_never_starts_leaves_no_log(tmp_path, hub):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-def test_a_full_disk_costs_the_log_not_the_training(tmp_path, hub):
+def test_a_full_disk_does_not_stop_the_training(tmp_path, hub):
     (tmp_path / "run").mkdir()
     os.symlink("/dev/full", tmp_path / "run" / "metrics.jsonl")
     with pytest.warns(UserWarning, match="the run log misses events: .*No space left"):
-        found = hub.train([toy_task()], max_steps=2, test_examples=0, run_dir=tmp_path / "run")
-    assert found["toy"].training.stopped == "finished"
+        manifests = hub.train([toy_task()], max_steps=2, test_examples=0, run_dir=tmp_path / "run")
+    assert manifests["toy"].training.stopped == "finished"
     assert hub.verify("toy").ok
 
 
-def test_a_training_run_is_logged_whole(tmp_path, hub):
+def test_all_events_of_a_run_are_logged(tmp_path, hub):
     hub.train(
         [toy_task("a"), toy_task("b")],
         max_steps=3,
@@ -88,26 +88,26 @@ def test_a_training_run_is_logged_whole(tmp_path, hub):
         run_dir=tmp_path / "run",
     )
     for name in ("a", "b"):
-        own = [e for e in lines(tmp_path / "run") if e["adapter"] == name]
-        assert [e["step"] for e in own if e["kind"] == "step"] == [1, 2, 3]
-        assert [e["step"] for e in own if e["kind"] == "validation"] == [1, 2, 3]
-        assert [(e["kind"], e["note"]) for e in own][-1] == ("stop", "finished")
-        assert {"loss", "gradient_norm", "learning_rate"} == set(own[0]["values"])
+        events = [e for e in lines(tmp_path / "run") if e["adapter"] == name]
+        assert [e["step"] for e in events if e["kind"] == "step"] == [1, 2, 3]
+        assert [e["step"] for e in events if e["kind"] == "validation"] == [1, 2, 3]
+        assert [(e["kind"], e["note"]) for e in events][-1] == ("stop", "finished")
+        assert {"loss", "gradient_norm", "learning_rate"} == set(events[0]["values"])
 
 
-def test_tensorboard_hears_the_same_when_it_is_installed(tmp_path, monkeypatch):
-    """The writer is found by name, so that its library need not be there."""
-    told = []
+def test_events_are_also_written_to_tensorboard_if_installed(tmp_path, monkeypatch):
+    """A stub stands in for the library, which is imported by name."""
+    calls = []
 
     class Writer:
         def __init__(self, folder):
-            told.append(folder)
+            calls.append(folder)
 
         def add_scalar(self, tag, value, step):
-            told.append((tag, value, step))
+            calls.append((tag, value, step))
 
         def close(self):
-            told.append("closed")
+            calls.append("closed")
 
     spec = importlib.util.find_spec
     monkeypatch.setattr(
@@ -120,4 +120,4 @@ def test_tensorboard_hears_the_same_when_it_is_installed(tmp_path, monkeypatch):
     )
     with warnings.catch_warnings(), RunLog(tmp_path) as log:
         log(Event("qa", "step", 4, 9, {"loss": 0.5}))
-    assert told == [str(tmp_path), ("qa/step_loss", 0.5, 4), "closed"]
+    assert calls == [str(tmp_path), ("qa/step_loss", 0.5, 4), "closed"]

@@ -1,4 +1,4 @@
-"""The game against a discriminator: gradients, alarms, and what it does to hidden states."""
+"""Adversarial transfer: gradient reversal, collapses, and the effect on hidden states."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ from adapterhub_chat.types import Example, Mix, as_mix
 QUICK = TrainConfig(max_steps=12, rows_per_step=1, learning_rate=0.02, eval_examples=12, patience=0)
 
 
-def test_the_gradient_is_reversed_and_the_values_are_not():
+def test_gradient_reversal_keeps_the_values():
     values = torch.tensor([[1.0, -2.0], [0.5, 3.0]], requires_grad=True)
     out = reverse_gradient(values, 0.25)
     assert torch.equal(out, values)
@@ -40,7 +40,7 @@ def test_the_gradient_is_reversed_and_the_values_are_not():
     assert torch.equal(values.grad, -0.25 * torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 
 
-def test_a_reversed_step_raises_the_loss_of_the_discriminator():
+def test_a_reversed_step_raises_the_discriminators_loss():
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(20, 8, generator=generator).requires_grad_()
     weights = torch.randn(8, generator=generator)
@@ -51,31 +51,31 @@ def test_a_reversed_step_raises_the_loss_of_the_discriminator():
     assert after > before
 
 
-def test_the_schedule_is_that_of_dann():
+def test_the_reversal_schedule_matches_dann():
     assert reversal_weight(0) == 0
     assert reversal_weight(0.1) == pytest.approx(0.4621, abs=1e-4)
     assert reversal_weight(1) == pytest.approx(0.9999, abs=1e-4)
 
 
-def test_both_domains_count_equally_however_many_they_are():
+def test_both_domains_weigh_equally_in_the_loss():
     logits, domains = torch.tensor([3.0, -1.0, -1.0, -1.0]), torch.tensor([1, 0, 0, 0])
     one_each = domain_loss(logits[:2], domains[:2])
     torch.testing.assert_close(domain_loss(logits, domains), one_each)
 
 
-def test_entropy_as_a_share_of_the_largest():
+def test_entropy_share_of_label_counts():
     assert entropy_share([5, 5], 2) == pytest.approx(1)
     assert entropy_share([10], 2) == 0
     assert entropy_share([], 2) == 1
     assert 0 < entropy_share([99, 1], 2) < 0.1
 
 
-def seen(apart, labels=(0, 1), count=8, seed=0):
+def hidden_states(distance, labels=(0, 1), count=8, seed=0):
     """States of two domains that lie `apart`, and logits that give the target these labels in turn."""
     generator = torch.Generator().manual_seed(seed)
     domains = [SOURCE, TARGET] * (count // 2)
     states = torch.randn(count, 16, generator=generator)
-    states[:, :8] += apart * torch.tensor(domains)[:, None]
+    states[:, :8] += distance * torch.tensor(domains)[:, None]
     logits = torch.zeros(count, 4)
     for row in range(count):
         logits[row, labels[row // 2 % len(labels)]] = 5.0
@@ -83,39 +83,39 @@ def seen(apart, labels=(0, 1), count=8, seed=0):
     return HiddenStates(examples, states.requires_grad_(), logits)
 
 
-def played(game, steps, **how):
+def num_steps_played(discriminator, steps, **how):
     """Play until the alarm, or to the end; return the number of steps."""
     for step in range(steps):
-        game.loss(seen(seed=step, **how))
-        if game.stopped:
+        discriminator.loss(hidden_states(seed=step, **how))
+        if discriminator.stopped:
             return step + 1
     return steps
 
 
-def test_a_discriminator_that_never_errs_raises_the_alarm():
-    game = DomainDiscriminator(16, 60, labels=(0, 1))
-    assert played(game, 60, apart=8.0) < 60
-    assert "without an error" in game.stopped
-    assert game.recent == 1
+def test_a_discriminator_without_errors_is_a_collapse():
+    discriminator = DomainDiscriminator(16, 60, labels=(0, 1))
+    assert num_steps_played(discriminator, 60, distance=8.0) < 60
+    assert "without an error" in discriminator.stopped
+    assert discriminator.recent_accuracy == 1
 
 
-def test_one_label_for_the_whole_target_raises_the_alarm():
-    game = DomainDiscriminator(16, 60, labels=(0, 1))
-    assert played(game, 60, apart=0.0, labels=(0,)) < 60
-    assert "one label" in game.stopped
+def test_one_label_for_the_whole_target_is_a_collapse():
+    discriminator = DomainDiscriminator(16, 60, labels=(0, 1))
+    assert num_steps_played(discriminator, 60, distance=0.0, labels=(0,)) < 60
+    assert "one label" in discriminator.stopped
 
 
-def test_a_fair_game_raises_no_alarm():
-    game = DomainDiscriminator(16, 60, labels=(0, 1))
-    assert played(game, 60, apart=0.0) == 60
-    assert not game.stopped
-    assert 0.3 < game.recent < 0.7
+def test_a_discriminator_at_chance_is_no_collapse():
+    discriminator = DomainDiscriminator(16, 60, labels=(0, 1))
+    assert num_steps_played(discriminator, 60, distance=0.0) == 60
+    assert not discriminator.stopped
+    assert 0.3 < discriminator.recent_accuracy < 0.7
 
 
-def test_a_collapse_before_anybody_works_against_it_does_not_count():
-    game = DomainDiscriminator(16, 60, labels=(0, 1))
-    assert played(game, 6, apart=8.0) == 6
-    assert not game.stopped
+def test_an_early_collapse_does_not_count():
+    discriminator = DomainDiscriminator(16, 60, labels=(0, 1))
+    assert num_steps_played(discriminator, 6, distance=8.0) == 6
+    assert not discriminator.stopped
 
 
 # ---- in the training loop ------------------------------------------------------------------------
@@ -140,79 +140,81 @@ def source(model):
     return train(model, [job])["source"].weights
 
 
-def distance(model, setting, weights):
+def distance(model, problem, weights):
     """How far the two domains' mean states lie apart, in units of their own deviation."""
     model.load("judged", weights)
     one, other = (
-        features(model, setting.target.contract, examples, as_mix("judged"))
-        for examples in (setting.source_examples, setting.unlabelled)
+        features(model, problem.target.contract, examples, as_mix("judged"))
+        for examples in (problem.source_examples, problem.unlabelled)
     )
     spread = torch.cat([one - one.mean(0), other - other.mean(0)]).square().sum(1).mean().sqrt()
     return float((one.mean(0) - other.mean(0)).norm() / spread)
 
 
-def test_domains_become_harder_to_tell_apart_and_the_task_is_kept(model, source):
+def test_adversarial_training_brings_domains_closer_and_keeps_the_task(model, source):
     changes = {"max_steps": 60, "epochs": 99, "rows_per_step": 2, "learning_rate": 5e-3}
     config = QUICK.model_copy(update=changes)
-    setting = make_problem(source, toy_task(), far_task(), 4, config)
-    job, game = adversarial_job(model, setting)
+    problem = make_problem(source, toy_task(), far_task(), 4, config)
+    job, discriminator = adversarial_job(model, problem)
     assert {e.domain for e in job.train} == {SOURCE, TARGET}
     texts = [e for e in job.train if not e.weight]
-    assert len(texts) == round(TEXT_SHARE * len(setting.source_examples)) < len(setting.unlabelled)
+    assert len(texts) == round(TEXT_SHARE * len(problem.source_examples)) < len(problem.unlabelled)
     assert all(e.domain == TARGET for e in texts)
     job = replace(job, validation=())  # the last numbers, not the best
     alone = train(model, [replace(job, auxiliary=None)])["adversarial"]
     done = train(model, [job])["adversarial"]
-    near, far = (distance(model, setting, made.weights) for made in (done, alone))
-    assert near < 0.9 * far
-    assert len(game.accuracy) == done.steps
+    distance_after, distance_without = (
+        distance(model, problem, made.weights) for made in (done, alone)
+    )
+    assert distance_after < 0.9 * distance_without
+    assert len(discriminator.accuracy) == done.steps
     task = toy_task()
     model.load("judged", done.weights)
     rows = judge(model, task, task.split("test"), as_mix("judged")).rows
     assert (rows[:, 0] == rows[:, 1]).mean() > 0.7
 
 
-def test_without_its_game_the_job_learns_otherwise(model, source):
+def test_the_auxiliary_loss_changes_its_own_job_only(model, source):
     """What is beside the task's loss matters; a job beside it in the batch is not touched by it."""
-    setting = make_problem(source, toy_task(), far_task(), 4, QUICK)
-    job, _ = adversarial_job(model, setting)
+    problem = make_problem(source, toy_task(), far_task(), 4, QUICK)
+    job, _ = adversarial_job(model, problem)
     other = make_job(model.backbone.tokenizer, "other", toy_task(), QUICK)
-    beside = train(model, [job, other])
+    joint = train(model, [job, other])
     alone = train(model, [other])["other"].weights
-    mine = train(model, [adversarial_job(model, setting)[0]])["adversarial"].weights
+    adversarial = train(model, [adversarial_job(model, problem)[0]])["adversarial"].weights
     module = next(iter(alone.factors))
     close = {"atol": 1e-3, "rtol": 1e-2}
     torch.testing.assert_close(
-        beside["other"].weights.factors[module][1], alone.factors[module][1], **close
+        joint["other"].weights.factors[module][1], alone.factors[module][1], **close
     )
     plain = train(model, [type(job)(job.name, job.train, (), job.config, start=job.start)])
-    changed = plain["adversarial"].weights.factors[module][1] - mine.factors[module][1]
+    changed = plain["adversarial"].weights.factors[module][1] - adversarial.factors[module][1]
     assert changed.abs().max() > 1e-3
 
 
-def test_a_collapse_ends_the_run_and_is_told(model, source):
+def test_a_collapse_ends_the_training_with_its_reason(model, source):
     class Stuck(DomainDiscriminator):
         def _collapse(self):
             return "collapsed: on purpose"
 
-    setting = make_problem(source, toy_task(), far_task(), 4, QUICK)
-    job, game = adversarial_job(model, setting)
-    game.__class__ = Stuck
+    problem = make_problem(source, toy_task(), far_task(), 4, QUICK)
+    job, discriminator = adversarial_job(model, problem)
+    discriminator.__class__ = Stuck
     done = train(model, [job])["adversarial"]
     assert done.steps < QUICK.max_steps
     assert done.stopped == "collapsed: on purpose"
 
 
-def test_it_needs_text_of_the_target(model, source):
-    setting = make_problem(source, toy_task(), far_task(), 4, QUICK, unlabelled=())
+def test_adversarial_needs_texts_of_the_target(model, source):
+    problem = make_problem(source, toy_task(), far_task(), 4, QUICK, unlabelled=())
     with pytest.raises(UsageError, match="texts of the target without labels"):
-        transfer(model, setting, "adversarial")
+        transfer(model, problem, "adversarial")
 
 
 # ---- features ------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_each_prompt_alone(model):
+def test_features_of_a_batch_equal_those_of_each_prompt_alone(model):
     """A packed batch pools each example's own tokens: the same as the backbone on it by itself."""
     task = toy_task()
     examples = task.split("train")[:5]

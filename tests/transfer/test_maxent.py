@@ -1,4 +1,4 @@
-"""Maximum-entropy weights against what they are by definition; the gate against made results."""
+"""Maximum-entropy weights against their definition; the gate against constructed results."""
 
 import math
 
@@ -14,27 +14,33 @@ from adapterhub_chat.transfer.maxent import (
     balanced,
     drawn,
     effective_size,
-    kl_to_uniform,
     lam_for,
     principal,
     reweighted,
     tilt,
 )
 
+
+def kl_to_uniform(weights):
+    """The KL divergence, in nats, of weights that sum to 1 from equal weights."""
+    weights = weights.double()
+    return float(torch.special.xlogy(weights, weights * len(weights)).sum())
+
+
 LIKELIHOOD = st.lists(st.floats(-30, 0), min_size=3, max_size=40).map(torch.tensor)
 
 
 @given(LIKELIHOOD)
-def test_lam_1_is_the_formula(log_likelihood):
+def test_multiplier_1_gives_the_plain_formula(log_likelihood):
     shares = log_likelihood.double().exp()
     torch.testing.assert_close(tilt(log_likelihood, 1.0), shares / shares.sum())
-    kept = reweighted(log_likelihood, share=0.0, most=math.inf)
+    kept = reweighted(log_likelihood, share=0.0, max_weight=math.inf)
     assert kept.lam == 1
     torch.testing.assert_close(kept.weights, len(shares) * shares / shares.sum())
 
 
 @given(LIKELIHOOD, st.floats(0.05, 0.9), st.integers(0, 9))
-def test_of_all_weightings_that_reach_a_level_it_is_nearest_to_the_uniform(values, part, seed):
+def test_weights_at_a_level_have_the_smallest_kl_to_the_uniform(values, part, seed):
     values = values.double()
     low, high = float(values.mean()), float(values.max())
     if high - low < 1e-3:
@@ -56,26 +62,26 @@ def test_of_all_weightings_that_reach_a_level_it_is_nearest_to_the_uniform(value
 
 
 @given(LIKELIHOOD, st.floats(0.1, 0.95))
-def test_enough_of_the_source_stays_in_effect(values, share):
-    found = reweighted(values, share=share, most=math.inf)
-    assert 0 <= found.lam <= 1
-    assert found.effective >= share - 1e-6
-    assert float(found.weights.mean()) == pytest.approx(1)
-    if found.lam < 1:
-        assert found.effective == pytest.approx(share, abs=1e-4)
+def test_the_effective_sample_size_has_a_lower_bound(values, share):
+    weighting = reweighted(values, share=share, max_weight=math.inf)
+    assert 0 <= weighting.lam <= 1
+    assert weighting.effective >= share - 1e-6
+    assert float(weighting.weights.mean()) == pytest.approx(1)
+    if weighting.lam < 1:
+        assert weighting.effective == pytest.approx(share, abs=1e-4)
 
 
-def test_large_weights_are_cut_and_counted():
+def test_large_weights_are_clipped_and_counted():
     values = torch.zeros(100)
     values[0] = 10.0
-    found = reweighted(values, share=0.0, most=5.0)
-    assert found.clipped == 1
-    assert float(found.weights.max()) == 5
-    assert float(found.weights.mean()) == pytest.approx(1)
+    weighting = reweighted(values, share=0.0, max_weight=5.0)
+    assert weighting.clipped == 1
+    assert float(weighting.weights.max()) == 5
+    assert float(weighting.weights.mean()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("level", [-5.0, 0.0, 1.0])
-def test_a_level_that_cannot_be_reached_names_the_nearest(level):
+def test_an_unreachable_level_is_refused_with_the_nearest(level):
     with pytest.raises(
         DataError, match=r"the nearest is -1\b" if level > -1 else r"the nearest is -2\b"
     ):
@@ -83,20 +89,20 @@ def test_a_level_that_cannot_be_reached_names_the_nearest(level):
 
 
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [-math.inf, 0.0], []])
-def test_numbers_that_are_none_are_refused(bad):
+def test_non_finite_likelihoods_are_refused(bad):
     with pytest.raises(DataError, match="to weigh"):
         reweighted(torch.tensor(bad))
 
 
-def test_balancing_moves_the_means():
+def test_balancing_matches_the_means():
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(4000, 5, generator=generator)
     target = torch.randn(900, 5, generator=generator) * 0.5 + torch.tensor([0.5, 0, -0.3, 0, 0])
-    found = balanced(source, target, ridge=1e-4)
-    moved = (found.weights[:, None] * source).mean(0)
+    weighting = balanced(source, target, ridge=1e-4)
+    moved = (weighting.weights[:, None] * source).mean(0)
     torch.testing.assert_close(moved, target.mean(0).double(), atol=0.01, rtol=0)
-    assert found.residual < 0.01
-    assert 0.2 < found.effective < 1
+    assert weighting.residual < 0.01
+    assert 0.2 < weighting.effective < 1
 
 
 def test_balancing_minimises_its_dual():
@@ -109,18 +115,18 @@ def test_balancing_minimises_its_dual():
 
 def test_equal_features_give_equal_weights():
     source = torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
-    found = balanced(source, source)
+    weighting = balanced(source, source)
     torch.testing.assert_close(
-        found.weights, torch.ones(50, dtype=torch.float64), atol=1e-6, rtol=0
+        weighting.weights, torch.ones(50, dtype=torch.float64), atol=1e-6, rtol=0
     )
 
 
-def test_too_few_examples_are_not_left_to_carry_the_weight():
+def test_balancing_keeps_the_effective_sample_size():
     """A target far away: the ridge grows until the stated share counts, and what is left is said."""
     generator = torch.Generator().manual_seed(3)
     source = torch.randn(200, 4, generator=generator)
     target = torch.randn(50, 4, generator=generator) + 4.0
-    free = balanced(source, target, share=0, most=1e9)
+    free = balanced(source, target, share=0, max_weight=1e9)
     kept = balanced(source, target, share=0.3)
     assert free.effective < 0.3 <= kept.effective
     assert kept.residual > free.residual
@@ -130,26 +136,26 @@ def test_too_few_examples_are_not_left_to_carry_the_weight():
 
 
 @pytest.mark.parametrize("source", [torch.ones(6, 3), torch.randn(1, 3)])
-def test_examples_that_are_all_alike_count_alike(source):
-    found = balanced(*principal(source.double(), torch.randn(4, 3).double(), 2))
-    assert found.weights.tolist() == [1.0] * len(source)
-    assert found.note == "the source's examples all look the same, so they count alike"
+def test_identical_source_examples_get_equal_weights(source):
+    weighting = balanced(*principal(source.double(), torch.randn(4, 3).double(), 2))
+    assert weighting.weights.tolist() == [1.0] * len(source)
+    assert weighting.note == "the source's examples all look the same, so they count alike"
     with pytest.raises(DataError, match="no source or target examples"):
         balanced(source.double(), torch.zeros(0, 3).double())
 
 
-def test_what_is_told_of_a_balance_is_of_the_weights_that_are_used():
+def test_the_residual_is_that_of_the_clipped_weights():
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(200, 3, generator=generator).double()
     target = torch.randn(50, 3, generator=generator).double() + 1.5
-    found = balanced(source, target, share=0.0, most=3.0)
-    assert found.clipped > 0
-    moved = (found.weights[:, None] * source).mean(0)
+    weighting = balanced(source, target, share=0.0, max_weight=3.0)
+    assert weighting.clipped > 0
+    moved = (weighting.weights[:, None] * source).mean(0)
     left = ((moved - target.mean(0)) / source.std(0)).abs().max()
-    assert found.residual == pytest.approx(float(left), rel=1e-6)
+    assert weighting.residual == pytest.approx(float(left), rel=1e-6)
 
 
-def test_principal_directions_keep_what_varies():
+def test_principal_directions_keep_distances():
     generator = torch.Generator().manual_seed(4)
     plan = torch.randn(2, 30, generator=generator)
     source, target = (torch.randn(n, 2, generator=generator) @ plan for n in (60, 20))
@@ -161,7 +167,7 @@ def test_principal_directions_keep_what_varies():
     )
 
 
-def test_features_that_are_no_numbers_are_refused():
+def test_non_finite_features_are_refused():
     good, bad = torch.ones(5, 2), torch.full((5, 2), torch.nan)
     for one, other in ((good, bad), (bad, good)):
         with pytest.raises(DataError, match="not finite"):
@@ -179,32 +185,32 @@ def rows(*right):
 GOOD, FAIR, BAD = rows(*[1] * 40), rows(*[1, 0] * 20), rows(*[0] * 40)
 
 
-def test_the_gate_has_three_words():
+def test_verdicts_are_helps_hurts_and_neutral():
     assert verdict("accuracy", GOOD, FAIR).word == "helps"
     assert verdict("accuracy", BAD, FAIR).word == "hurts"
     same = verdict("accuracy", FAIR, FAIR)
     assert (same.word, same.gain) == ("neutral", 0)
 
 
-def test_few_items_prove_nothing():
+def test_too_few_items_give_a_neutral_verdict():
     """The bootstrap interval of a single item has no width at all."""
     for count in (1, 2, MIN_ITEMS - 1, MIN_ITEMS):
         good, bad = (rows(*[right] * count) for right in (1, 0))
         assert verdict("accuracy", good, bad).word == ("neutral" if count < MIN_ITEMS else "helps")
 
 
-def test_a_gain_is_better_whatever_the_metric():
+def test_a_positive_gain_is_better_for_every_metric():
     low, high = (np.array([[loss, 1.0]] * 30) for loss in (0.5, 2.0))
     assert verdict("perplexity", low, high).word == "helps"
     assert verdict("perplexity", high, low).word == "hurts"
 
 
-def test_without_items_there_is_no_verdict():
+def test_a_verdict_without_items_is_refused():
     with pytest.raises(DataError, match="no target items"):
         verdict("accuracy", rows(), rows())
 
 
-def test_what_helps_most_is_chosen_else_the_baseline():
+def test_the_best_helping_candidate_is_chosen_or_else_the_baseline():
     verdicts = {
         "target": verdict("accuracy", FAIR, FAIR),
         "good": verdict("accuracy", GOOD, FAIR),
@@ -214,7 +220,7 @@ def test_what_helps_most_is_chosen_else_the_baseline():
     assert best({n: v for n, v in verdicts.items() if n != "good"}, "target") == "target"
 
 
-def test_shots_have_every_label():
+def test_stratified_items_have_every_label():
     labels = ["a"] * 50 + ["b"] * 3
     chosen = stratified(labels, 6, range(53))
     assert [labels[i] for i in chosen].count("b") == 3
@@ -225,15 +231,15 @@ def test_shots_have_every_label():
 
 
 @given(st.lists(st.floats(0.0, 5.0), min_size=1, max_size=30), st.integers(1, 60))
-def test_examples_are_drawn_as_often_as_their_weights_say(weights, count):
+def test_examples_are_drawn_in_proportion_to_their_weights(weights, count):
     assume(sum(weights) > 0.01)
-    found = drawn(torch.tensor(weights), count)
-    assert len(found) == count
+    weighting = drawn(torch.tensor(weights), count)
+    assert len(weighting) == count
     for index, weight in enumerate(weights):
         wanted = count * weight / sum(weights)
-        assert abs(found.count(index) - wanted) < 1.001
+        assert abs(weighting.count(index) - wanted) < 1.001
 
 
-def test_weights_that_are_no_numbers_are_not_drawn_from():
+def test_non_finite_weights_are_refused():
     with pytest.raises(DataError, match="1 of 2 numbers"):
         drawn(torch.tensor([1.0, float("nan")]), 3)

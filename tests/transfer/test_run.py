@@ -1,4 +1,4 @@
-"""Transfer on a pico model: what each method is, what the gate says, what is not followed."""
+"""Transfer on a pico model: each method, the verdicts, and what is refused."""
 
 import json
 import re
@@ -25,14 +25,14 @@ from adapterhub_chat.training.family import StepRows
 from adapterhub_chat.training.job import Job, make_job
 from adapterhub_chat.training.learner import Trained
 from adapterhub_chat.training.loop import TrainingRun, train
-from adapterhub_chat.transfer.candidates import _sound as sound
+from adapterhub_chat.transfer.candidates import _finite as finite_results
 from adapterhub_chat.transfer.candidates import transfer
 from adapterhub_chat.transfer.gate import MIN_ITEMS
 from adapterhub_chat.transfer.methods import (
     METHODS,
     few_shot_jobs,
+    label_log_likelihoods,
     language_job,
-    likelihoods,
     maxent_job,
 )
 from adapterhub_chat.transfer.setting import (
@@ -41,8 +41,7 @@ from adapterhub_chat.transfer.setting import (
     shots_of,
     warn_of_language,
 )
-from adapterhub_chat.transfer.spec import TransferSpec
-from adapterhub_chat.transfer.spec import _target as target_texts
+from adapterhub_chat.transfer.spec import TransferSpec, target_and_texts
 from adapterhub_chat.types import Example, as_mix
 
 QUICK = TrainConfig(max_steps=12, rows_per_step=1, learning_rate=0.02, eval_examples=12, patience=0)
@@ -63,29 +62,29 @@ def source(pico_folder):
 
 
 @pytest.fixture
-def setting(source):
+def problem(source):
     return make_problem(source, toy_task(), toy_task("target"), 4, QUICK)
 
 
-def test_shots_have_every_label_and_depend_on_the_seed(setting):
-    assert sorted(e.answer for e in setting.shots) == ["bad", "bad", "good", "good"]
+def test_shots_are_stratified_and_depend_on_the_seed(problem):
+    assert sorted(e.answer for e in problem.shots) == ["bad", "bad", "good", "good"]
     other = shots_of(toy_task(), 4, seed=5)
-    assert other != list(setting.shots)
+    assert other != list(problem.shots)
     assert shots_of(toy_task(), 4, seed=5) == other
 
 
-def test_a_stack_learns_under_the_frozen_source(model, setting):
+def test_training_a_stack_does_not_change_the_source(model, problem):
     (job,) = (
-        j for j in few_shot_jobs(model.backbone.tokenizer, setting, ["stack"]) if j.name == "stack"
+        j for j in few_shot_jobs(model.backbone.tokenizer, problem, ["stack"]) if j.name == "stack"
     )
-    before = {m: (a.clone(), b.clone()) for m, (a, b) in setting.source.factors.items()}
-    own = train(model, [job])["stack"].weights
-    for module, (a, b) in setting.source.factors.items():
+    before = {m: (a.clone(), b.clone()) for m, (a, b) in problem.source.factors.items()}
+    weights = train(model, [job])["stack"].weights
+    for module, (a, b) in problem.source.factors.items():
         assert torch.equal(a, before[module][0])
         assert torch.equal(b, before[module][1])
-    model.load("s", setting.source)
-    model.load("t", own)
-    model.load("flat", concatenate([setting.source, own]))
+    model.load("s", problem.source)
+    model.load("t", weights)
+    model.load("flat", concatenate([problem.source, weights]))
     ids = torch.tensor([model.backbone.tokenizer("good film").input_ids])
     with torch.inference_mode():
         logits = []
@@ -95,51 +94,51 @@ def test_a_stack_learns_under_the_frozen_source(model, setting):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_stacks_own_part_may_be_on_the_input_side_alone(model, setting):
+def test_stack_layers_restrict_the_stacked_adapter_only(model, problem):
     """T is in the blocks that are asked for, in the stack and in the language's, and nobody else's is."""
-    early = replace(setting, stack_layers="0:1")
+    early = replace(problem, stack_layers="0:1")
     jobs = few_shot_jobs(model.backbone.tokenizer, early, ["stack", "finetune"])
     made = train(model, [*jobs, language_job(model, early)])
     blocks = {name: {m.split(".")[2] for m in done.weights.factors} for name, done in made.items()}
     both = {"0", "1"}
     assert blocks == {"target": both, "finetune": both, "stack": {"0"}, "language": {"0"}}
-    narrow = replace(setting, config=setting.config.model_copy(update={"layers": "1:"}))
-    (stack,) = (j for j in few_shot_jobs(model.backbone.tokenizer, narrow, ["stack"]) if j.under)
+    narrow = replace(problem, config=problem.config.model_copy(update={"layers": "1:"}))
+    (stack,) = (j for j in few_shot_jobs(model.backbone.tokenizer, narrow, ["stack"]) if j.frozen)
     assert stack.config.layers == "1:"  # what holds for all holds for it
-    whole = concatenate([early.source, made["stack"].weights])
-    ranks = {m.split(".")[2]: whole.rank(m) for m in whole.factors}
+    combined = concatenate([early.source, made["stack"].weights])
+    ranks = {m.split(".")[2]: combined.rank(m) for m in combined.factors}
     assert ranks["0"] > ranks["1"] == early.source.max_rank
 
 
-def test_a_warm_start_begins_where_the_source_is(model, setting):
+def test_finetune_starts_from_the_sources_weights(model, problem):
     (job,) = (
         j
-        for j in few_shot_jobs(model.backbone.tokenizer, setting, ["finetune"])
+        for j in few_shot_jobs(model.backbone.tokenizer, problem, ["finetune"])
         if j.name == "finetune"
     )
-    still = replace(
+    unchanged = replace(
         job, config=job.config.model_copy(update={"learning_rate": 1e-12, "max_steps": 1})
     )
-    own = train(model, [still])["finetune"].weights
-    for module, (a, b) in setting.source.factors.items():
-        mine = own.factors[module]
-        scale = own.scale(module)
-        torch.testing.assert_close(scale * mine[1] @ mine[0], b @ a, atol=1e-4, rtol=1e-4)
+    weights = train(model, [unchanged])["finetune"].weights
+    for module, (a, b) in problem.source.factors.items():
+        factors = weights.factors[module]
+        scale = weights.scale(module)
+        torch.testing.assert_close(scale * factors[1] @ factors[0], b @ a, atol=1e-4, rtol=1e-4)
 
 
-def test_the_weights_of_maxent_are_the_targets_likelihoods(model, setting):
-    model.load("teacher", setting.source)
-    job, weighting = maxent_job(model, setting, as_mix("teacher"), 0.0)
-    shares = likelihoods(model, setting, as_mix("teacher")).double().exp()
-    wanted = shares / shares.mean()
-    torch.testing.assert_close(weighting.weights, wanted.clamp(max=20), atol=1e-6, rtol=1e-6)
-    own = [e.weight for e in job.train[: len(setting.source_examples)]]
-    assert own == pytest.approx(weighting.weights.tolist())
-    repeated = len(job.train) - len(setting.source_examples)
+def test_maxent_weights_are_the_targets_likelihoods(model, problem):
+    model.load("teacher", problem.source)
+    job, weighting = maxent_job(model, problem, as_mix("teacher"), 0.0)
+    shares = label_log_likelihoods(model, problem, as_mix("teacher")).double().exp()
+    expected = shares / shares.mean()
+    torch.testing.assert_close(weighting.weights, expected.clamp(max=20), atol=1e-6, rtol=1e-6)
+    example_weights = [e.weight for e in job.train[: len(problem.source_examples)]]
+    assert example_weights == pytest.approx(weighting.weights.tolist())
+    repeated = len(job.train) - len(problem.source_examples)
     assert repeated / len(job.train) == pytest.approx(0.2, abs=0.07)
 
 
-def test_a_weight_counts_as_so_many_examples(model):
+def test_an_example_of_weight_two_counts_twice(model):
     """An example of weight 2 gives the loss and the gradient of the example twice."""
     ids = tuple(range(5, 12))
     one, other = Encoded(ids, ((20, 2),)), Encoded(ids[::-1], ((30, 2),))
@@ -154,7 +153,7 @@ def test_a_weight_counts_as_so_many_examples(model):
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e6])
-def test_a_heavy_step_moves_more_than_a_light_one(model, clip):
+def test_the_weight_of_a_step_scales_the_update(model, clip):
     """Over the steps, too, a weight counts: neither the mean over a step nor its clipping undoes it."""
     ids = tuple(range(5, 12))
     one, other = Encoded(ids, ((20, 2),)), Encoded(ids[::-1], ((30, 2),), weight=0.0)
@@ -165,37 +164,37 @@ def test_a_heavy_step_moves_more_than_a_light_one(model, clip):
         (learner,) = family.learners
         learner.optimizer.step = lambda own=learner: moved.append(own.vector.grad.clone())
         part = StepRows(learner, [[replace(one, weight=weight), other]], 1.0)
-        family.learn([part], run._backward([part]), run._total, 0.0, 0.0)
+        family.update([part], run._backward([part]), run._all_reduce, 0.0, 0.0)
     assert float(moved[0].norm()) > 0
     torch.testing.assert_close(moved[1], 3 * moved[0])
 
 
-def test_a_language_is_learnt_from_text_alone(model, source):
+def test_language_learns_from_unlabelled_text(model, source):
     """No label is looked at; the texts get likelier; without shots the stack is source and T as they are."""
     config = QUICK.model_copy(update={"max_steps": 30})
-    setting = make_problem(source, toy_task(), toy_task("target"), 0, config)
-    hidden = [replace(e, answer="never seen") for e in setting.unlabelled]
-    setting = replace(setting, unlabelled=hidden)
-    job = language_job(model, setting)
+    problem = make_problem(source, toy_task(), toy_task("target"), 0, config)
+    unlabelled = [replace(e, answer="never seen") for e in problem.unlabelled]
+    problem = replace(problem, unlabelled=unlabelled)
+    job = language_job(model, problem)
     learnt = train(model, [job])["language"].weights
     model.load("learnt", learnt)
     losses = [sequence_losses(model, job.train, as_mix(name)).sum() for name in (None, "learnt")]
     assert losses[1] < 0.8 * losses[0]
-    own = transfer(model, setting, "language").candidates["language"]
-    sums = concatenate([setting.source, own.own])
-    for module, (a, b) in own.weights.factors.items():
+    candidate = transfer(model, problem, "language").candidates["language"]
+    sums = concatenate([problem.source, candidate.stacked])
+    for module, (a, b) in candidate.weights.factors.items():
         torch.testing.assert_close(b @ a, sums.factors[module][1] @ sums.factors[module][0])
 
 
 @pytest.mark.parametrize("shots", [0, 4])
-def test_auto_learns_a_language_where_it_is_another_one(model, source, shots):
+def test_auto_tries_language_if_the_languages_differ(model, source, shots):
     foreign = replace(toy_task("target"), language="zh")
     config = QUICK.model_copy(update={"epochs": 1000.0})
-    found = transfer(model, make_problem(source, toy_task(), foreign, shots, config))
-    assert found.candidates["language"].steps == -(-QUICK.max_steps // (2 if shots else 1))
+    outcome = transfer(model, make_problem(source, toy_task(), foreign, shots, config))
+    assert outcome.candidates["language"].steps == -(-QUICK.max_steps // (2 if shots else 1))
 
 
-def test_auto_takes_what_helps(model, source):
+def test_auto_chooses_a_candidate_that_helps(model, source):
     few = parts_of(toy_task("target"))
     outcome = transfer(model, make_problem(source, toy_task(), few, 2, QUICK))
     assert set(outcome.candidates) == {
@@ -215,7 +214,7 @@ def test_auto_takes_what_helps(model, source):
     assert outcome.weighting.effective >= 0.3 - 1e-6
 
 
-def test_a_hostile_source_is_called_so_and_not_taken(model):
+def test_a_source_that_hurts_is_not_chosen(model):
     """Labels turned round: the source as it is hurts, and nothing worse than the baseline is chosen."""
     config = QUICK.model_copy(update={"max_steps": 60, "eval_examples": 60})
     flipped = toy_task(size=300, flip=True)
@@ -256,54 +255,54 @@ def shorter(task, split, keep):
         (lambda: shorter(toy_task(), "validation", lambda e: False), 4, "no validation examples"),
     ],
 )
-def test_what_does_not_fit_is_said(source, target, shots, words):
+def test_a_target_that_does_not_fit_is_refused(source, target, shots, words):
     with pytest.raises(DataError, match=words):
         make_problem(source, toy_task(), target(), shots, QUICK)
 
 
-def test_a_source_with_numbers_that_are_none_is_refused(source):
+def test_a_source_with_non_finite_weights_is_refused(source):
     (module, (a, b)), *_ = source.factors.items()
     broken = source.with_factors({**source.factors, module: (a, b * torch.nan)})
     with pytest.raises(DataError, match="numbers that are not finite"):
         make_problem(broken, toy_task(), toy_task("t"), 4, QUICK)
 
 
-def test_validation_examples_of_one_label_are_worth_a_warning(source):
+def test_validation_examples_of_one_label_give_a_warning(source):
     target = shorter(toy_task(), "validation", lambda e: e.answer == "bad")
     with pytest.warns(UserWarning, match="all 6 validation examples of toy have the label 'bad'"):
         make_problem(source, toy_task(), target, 4, QUICK)
 
 
-def test_validation_examples_that_are_few_are_worth_a_warning(source):
+def test_too_few_validation_examples_give_a_warning(source):
     few = toy_task().split("validation")[: MIN_ITEMS - 1]
     with pytest.warns(UserWarning, match="4 validation examples, which prove nothing"):
         make_problem(source, toy_task(), parts_of(toy_task(), validation=few), 4, QUICK)
 
 
-def test_a_language_that_the_tokenizer_cannot_write_is_worth_a_warning(model, setting, recwarn):
+def test_a_language_unknown_to_the_tokenizer_gives_a_warning(model, problem, recwarn):
     tokenizer = model.backbone.tokenizer
-    warn_of_language(tokenizer, setting)
+    warn_of_language(tokenizer, problem)
     assert not recwarn
     chinese = [Example({"text": "这部电影很好看"}, "good")] * 4
     with pytest.warns(
         UserWarning, match=r"100% of the tokens of target \(en\) are bytes or unknown"
     ):
-        warn_of_language(tokenizer, replace(setting, validation=chinese))
+        warn_of_language(tokenizer, replace(problem, validation=chinese))
     assert unknown_token_share(tokenizer, ["good film"]) == 0
     assert 0.3 < unknown_token_share(tokenizer, ["good film 好"]) < 1
 
 
-def test_without_labels_the_features_are_balanced(model, source):
-    setting = make_problem(source, toy_task(), toy_task("t"), 0, QUICK)
-    job, weighting = maxent_job(model, setting, as_mix(None), 0.3)
-    assert len(job.train) == len(setting.source_examples)
+def test_maxent_balances_features_without_shots(model, source):
+    problem = make_problem(source, toy_task(), toy_task("t"), 0, QUICK)
+    job, weighting = maxent_job(model, problem, as_mix(None), 0.3)
+    assert len(job.train) == len(problem.source_examples)
     assert weighting.effective >= 0.3
-    plain = replace(setting, unlabelled=())
+    plain = replace(problem, unlabelled=())
     _, by_likelihood = maxent_job(model, plain, as_mix(None), 0.3)
     assert not torch.allclose(weighting.weights, by_likelihood.weights)
 
 
-def test_all_misfits_come_at_once(source):
+def test_all_misfits_are_reported_together(source):
     empty = parts_of(toy_answers(), train=(), validation=())
     with pytest.raises(DataError) as refused:
         make_problem(source, toy_task(), empty, 4, QUICK)
@@ -319,16 +318,16 @@ def test_all_misfits_come_at_once(source):
         ("language", 0, "too few or too short"),
     ],
 )
-def test_a_method_that_cannot_be_is_refused(model, source, method, shots, words):
-    setting = make_problem(source, toy_task(), toy_task("t"), shots, QUICK)
+def test_a_method_without_its_data_is_refused(model, source, method, shots, words):
+    problem = make_problem(source, toy_task(), toy_task("t"), shots, QUICK)
     with pytest.raises(UsageError, match=words):
-        transfer(model, replace(setting, unlabelled=[Example({"text": ""}, "")]), method)
+        transfer(model, replace(problem, unlabelled=[Example({"text": ""}, "")]), method)
     if method == "language":
         with pytest.raises(UsageError, match="give unlabelled"):
-            transfer(model, replace(setting, unlabelled=[]), method)
+            transfer(model, replace(problem, unlabelled=[]), method)
 
 
-def test_examples_with_contracts_of_their_own_are_asked_as_the_targets(source):
+def test_source_examples_with_their_own_contract_are_kept(source):
     odd = Example({"text": "x"}, "good", contract=toy_answers().contract)
     kept = make_problem(source, parts_of(toy_task(), train=(odd,)), toy_task("t"), 0, QUICK)
     assert kept.source_examples == [odd]
@@ -358,7 +357,7 @@ def taught(prepared, pico_folder, tmp_path):
 FEW = {"max_steps": 8, "rows_per_step": 1, "learning_rate": 0.02, "eval_examples": 12}
 
 
-def test_a_transfer_ends_as_an_adapter_with_its_verdict(taught):
+def test_a_transfer_saves_an_adapter_with_its_verdict(taught):
     done = taught.transfer("source", toy_task("target"), shots=4, source_task=toy_task(), **FEW)
     report = done.manifest.transfer
     assert done.manifest.name == "target-from-source"
@@ -375,7 +374,7 @@ def test_a_transfer_ends_as_an_adapter_with_its_verdict(taught):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_can_be_asked_for(taught, method):
+def test_each_method_can_be_requested(taught, method):
     target = toy_task("target")
     done = taught.transfer(
         "source", target, method, name="made", shots=4, source_task=toy_task(), **FEW
@@ -387,7 +386,7 @@ def test_each_method_can_be_asked_for(taught, method):
         assert taught.pool.manifest("made").stack[0].name == "source"
 
 
-def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
+def test_an_adapter_that_hurts_is_not_published_unless_forced(taught, hub_server):
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
     taught.transfer(
         "source", toy_task("target"), "finetune", shots=4, source_task=toy_task(), **FEW
@@ -401,7 +400,7 @@ def test_what_hurts_is_not_published_unless_forced(taught, hub_server):
     assert "made it hurt" in (taught.pool.root / manifest.name / "README.md").read_text()
 
 
-def test_ctrl_c_ends_a_transfer_and_leaves_nothing(taught):
+def test_ctrl_c_ends_a_transfer_and_saves_nothing(taught):
     """A baseline that has half learnt would make everything beside it look good."""
 
     def stop(event):
@@ -418,19 +417,19 @@ def test_ctrl_c_ends_a_transfer_and_leaves_nothing(taught):
         assert taught.model.names == ("source",)
 
 
-def test_a_candidate_that_is_out_of_bounds_costs_the_others_nothing(source):
+def test_a_non_finite_candidate_does_not_affect_the_others(source):
     done = Trained(source, 4, 4, 0.5, 10, 1.0, "finished")
     (module, (a, b)), *_ = source.factors.items()
     lost = replace(done, weights=source.with_factors({module: (a, b * torch.nan)}))
     made = {"target": done, "maxent": lost}
     with pytest.warns(UserWarning, match="maxent: the training left numbers that are not finite"):
-        assert sound(made, "auto") == {"target": done}
+        assert finite_results(made, "auto") == {"target": done}
     for method, own in (("maxent", made), ("auto", {"target": lost, "maxent": done})):
         with pytest.raises(DataError, match="not finite; lower learning_rate"):
-            sound(own, method)
+            finite_results(own, method)
 
 
-def test_the_new_adapter_cannot_take_the_place_of_what_it_learns_from(taught):
+def test_the_new_adapter_cannot_replace_its_source(taught):
     how = {"shots": 4, "source_task": toy_task(), **FEW}
     with pytest.raises(UsageError, match="'source' is what the new adapter learns from"):
         taught.transfer("source", toy_task("target"), "stack", name="source", **how)
@@ -440,7 +439,7 @@ def test_the_new_adapter_cannot_take_the_place_of_what_it_learns_from(taught):
     assert taught.verify("made").ok
 
 
-def test_a_manifest_names_all_that_was_learnt_from(taught):
+def test_the_manifest_names_all_training_data(taught):
     own = replace(toy_task(), sources=("reviews 1.0",), licence="MIT")
     target = replace(toy_task("target"), sources=("tweets 2.0",), licence="CC0-1.0")
     how = {"shots": 4, "source_task": own, **FEW}
@@ -459,7 +458,7 @@ def test_a_manifest_names_all_that_was_learnt_from(taught):
     assert "means within" in (taught.pool.root / bare.name / "README.md").read_text()
 
 
-def test_the_weighted_source_may_be_asked_for_a_level(taught):
+def test_level_sets_the_mean_log_likelihood_of_the_weighted_source(taught):
     how = {"shots": 4, "source_task": toy_task(), "name": "made", **FEW}
     done = taught.transfer("source", toy_task("target"), "maxent", **how)
     ends = []
@@ -474,7 +473,7 @@ def test_the_weighted_source_may_be_asked_for_a_level(taught):
     assert made.outcome.weighting.lam != done.outcome.weighting.lam
 
 
-def test_a_source_must_say_what_it_learnt(taught):
+def test_a_source_without_a_known_task_is_refused(taught):
     with pytest.raises(UsageError, match=r"unknown task 'toy'|source_task"):
         taught.transfer("source", toy_task("target"), shots=4, **FEW)
 
@@ -508,7 +507,7 @@ def test_a_table_is_a_target(taught, tmp_path):
     assert {"scores.png", "discriminator.png"} <= {p.name for p in folder.iterdir()}
 
 
-def test_a_tables_cells_are_what_they_are(tmp_path):
+def test_labels_and_fields_of_a_table_keep_their_values(tmp_path):
     """Labels 0 and False are labels, a field of 0 is a text, and an empty line is no row."""
     numbers = replace(toy_task().contract, labels={"0": "negative", "1": "positive"})
     like = Task("numbers", numbers, "accuracy", lambda: Splits({}))
@@ -521,19 +520,19 @@ def test_a_tables_cells_are_what_they_are(tmp_path):
     assert [e.fields["text"] for e in bare] == ["c"]
 
 
-def test_rows_without_a_label_are_beside_the_others_texts(tmp_path):
+def test_rows_without_a_label_are_unlabelled_texts(tmp_path):
     table = write_table(tmp_path / "tweets.csv", bare=1)
-    order = TransferSpec("source", table)
-    _, texts = target_texts(order, toy_task())
+    spec = TransferSpec("source", table)
+    _, texts = target_and_texts(spec, toy_task())
     assert len(texts) > 20
-    given = replace(order, unlabelled=["only this"])
-    assert [e.fields["text"] for e in target_texts(given, toy_task())[1]] == [
+    with_texts = replace(spec, unlabelled=["only this"])
+    assert [e.fields["text"] for e in target_and_texts(with_texts, toy_task())[1]] == [
         "flight 0",
         "only this",
     ]
 
 
-def test_other_numbers_of_shots_are_in_the_report_alone(taught, tmp_path):
+def test_further_numbers_of_shots_are_only_in_the_report(taught, tmp_path):
     how = {"source_task": toy_task(), "name": "made", **FEW}
     with pytest.raises(UsageError, match="give shots"):  # before anything is trained
         taught.transfer("source", toy_task("target"), "finetune", shots=[4, 0, 2], **how)
@@ -550,7 +549,7 @@ def test_other_numbers_of_shots_are_in_the_report_alone(taught, tmp_path):
     assert (tmp_path / "report" / "shots.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_a_table_lacks_is_said(tmp_path):
+def test_a_table_without_its_columns_is_refused(tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("review,stars\nfine,5\n")
     with pytest.raises(
@@ -561,7 +560,7 @@ def test_what_a_table_lacks_is_said(tmp_path):
         table_task(tmp_path / "none.csv", toy_task())
 
 
-def test_without_any_label_the_verdict_rests_on_a_proxy_and_says_so(taught, tmp_path):
+def test_without_labels_the_verdict_rests_on_a_proxy(taught, tmp_path):
     table = write_table(tmp_path / "tweets.csv", labelled=0, bare=20)
     how = {"source_task": toy_task(), **FEW}
     with pytest.raises(DataError, match=r"0 training examples, 4 shots .* with 0 shots its texts"):
@@ -581,31 +580,31 @@ def test_without_any_label_the_verdict_rests_on_a_proxy_and_says_so(taught, tmp_
     assert f"**{report.proxy}**" in write_report(done, tmp_path / "report").read_text()
 
 
-def test_the_proxy_is_of_source_examples_that_look_like_the_target(model, source):
+def test_the_proxy_is_drawn_from_source_examples_like_the_target(model, source):
     """A target that speaks of good alone, without a label: what stands in for it does, too."""
     kind = [e for e in toy_task().split("train") if e.answer == "good"]
     bare = parts_of(toy_task("target"), train=(), validation=(), test=())
     config = QUICK.model_copy(update={"eval_examples": 40})
-    setting = make_problem(source, toy_task(), bare, 0, config, unlabelled=kind)
-    seen = proxy_validation(model, setting)
+    problem = make_problem(source, toy_task(), bare, 0, config, unlabelled=kind)
+    seen = proxy_validation(model, problem)
 
     def good(examples):
         return sum(e.answer == "good" for e in examples) / len(examples)
 
-    assert good(seen.validation) > good(setting.stand_ins) + 0.1
-    assert set(map(str, seen.validation)) <= set(map(str, setting.stand_ins))
+    assert good(seen.validation) > good(problem.proxies) + 0.1
+    assert set(map(str, seen.validation)) <= set(map(str, problem.proxies))
     assert str(len(seen.validation)) in seen.proxy
     labelled = make_problem(source, toy_task(), toy_task("target"), 0, config)
-    assert not labelled.stand_ins
+    assert not labelled.proxies
 
 
-def test_texts_of_the_target_may_be_given(taught):
+def test_unlabelled_texts_of_the_target_can_be_passed(taught):
     target = parts_of(toy_task("target"), train=toy_task().split("train")[:4])
     how = {"shots": 4, "source_task": toy_task(), "name": "made", **FEW}
     with pytest.raises(UsageError, match="texts of the target"):
         taught.transfer("source", target, "adversarial", **how)
     texts = [f"a film {i}" for i in range(9)]
     done = taught.transfer("source", target, "adversarial", unlabelled=texts, **how)
-    assert len(done.outcome.game.accuracy) == done.outcome.candidates["adversarial"].steps
+    assert len(done.outcome.discriminator.accuracy) == done.outcome.candidates["adversarial"].steps
     with pytest.raises(DataError, match="input 2"):
         taught.transfer("source", target, "maxent", unlabelled=["x", 7], **how)

@@ -17,7 +17,7 @@ from torch import Tensor
 from adapterhub_chat.lora.plan import activate
 from adapterhub_chat.model.masks import RowLayout, laid_out
 
-CacheShape = Sequence[tuple[int, int, int]]
+KVShapes = Sequence[tuple[int, int, int]]
 """Key-value heads, width of a key and width of a value, of every layer."""
 
 
@@ -60,7 +60,7 @@ class _ShapeRecorder(AttentionCache):
 
 
 @torch.inference_mode()
-def shape_of_cache(model: Any, cache_name: str) -> CacheShape | None:
+def kv_shapes_of(model: Any, cache_name: str) -> KVShapes | None:
     """Return the shape of each layer's keys and values; None where a layer keeps something else."""
     recorder = _ShapeRecorder()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
