@@ -51,8 +51,8 @@ DOORS = {
     "safetensors": "artifact.folder training.checkpoint",
     "tokenizers": "model.e5s1",
     "torch": " ".join(module for module in MODULES if module.partition(".")[0] not in GROUND),
-    "transformers": "export.merged_model model.attention model.backbone model.e5s1 model.encoders "
-    "model.resolve",
+    "transformers": "export.merged_model inference.stateful_decoder model.attention model.backbone "
+    "model.e5s1 model.encoders model.masks model.resolve",
     "typer": "cli.app cli.bench cli.chat_session cli.demo cli.merge cli.options "
     "cli.pool cli.predict cli.remote cli.rollback cli.route cli.train cli.transfer",
     "yaml": "artifact.card",

@@ -105,7 +105,11 @@ PEFT_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "use_qalora": (_is_off, "QALoRA pools the input and needs its own layer"),
     "arrow_config": (_is_off, "an Arrow router is not an adapter"),
     "alora_invocation_tokens": (_is_off, "aLoRA switches on inside a row"),
-    "target_parameters": (_is_off, "only linear layers carry adapters here"),
+    "target_parameters": (
+        _is_off,
+        "it adapts the experts of a mixture of experts, and only linear layers carry adapters here: train it "
+        "without them, or merge it with PEFT and use the result as the backbone",
+    ),
     "megatron_config": (_is_off, "Megatron's layers are not the backbone's"),
     "megatron_core": (_one_of(None, "megatron.core"), "Megatron's layers are not the backbone's"),
     "init_lora_weights": (

@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapterhub_chat.data.chat_template import encode_prompts, encode_text, turn_end
 from adapterhub_chat.data.prompts import render_prompt
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.types import Example, Message, PromptContract
-
-PLAIN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-"""Chat template for tokenizers without one (base models): each turn on a line."""
 
 ENCODER_MARK = "{# the answer is a label's number #}"
 """First words of an encoder's chat template, which mark that answers are label numbers."""
@@ -47,29 +45,14 @@ def messages_of(contract: PromptContract, example: Example) -> list[Message]:
     return [*system, *example.history, user]
 
 
-def encode_prompts(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]]
-) -> list[tuple[int, ...]]:
-    """Return the token ids of each conversation, with the start of the assistant's turn."""
-    if not conversations:
-        return []
-    rendered = tokenizer.apply_chat_template(
-        [[{"role": m.role, "content": m.content} for m in turns] for turns in conversations],
-        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    return [tuple(ids) for ids in tokenizer(rendered, add_special_tokens=False).input_ids]
-
-
 def encode_answers(
     tokenizer: Any, answers: Sequence[str], *, end: bool = True
 ) -> list[tuple[int, ...]]:
     """Return the token ids of each answer, with the end-of-turn token unless `end` is False."""
     if not answers:
         return []
-    tail = (int(tokenizer.eos_token_id),) if end else ()
-    return [(*ids, *tail) for ids in tokenizer(list(answers), add_special_tokens=False).input_ids]
+    tail = (turn_end(tokenizer),) if end else ()
+    return [(*ids, *tail) for ids in encode_text(tokenizer, answers)]
 
 
 def encode_examples(

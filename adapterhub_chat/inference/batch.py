@@ -26,6 +26,7 @@ from adapterhub_chat.inference.sampling import (
 from adapterhub_chat.lora.plan import Plan
 from adapterhub_chat.lora.slots import Lease, plan_for
 from adapterhub_chat.model.adapter_model import AdapterModel
+from adapterhub_chat.model.backbone import Backbone
 from adapterhub_chat.types import Mix
 
 CHUNK_STEP = 16
@@ -35,15 +36,20 @@ CHUNK_STEP = 16
 class RunningRow:
     """A request while it is being decoded."""
 
-    def __init__(self, ticket: Ticket, lease: Lease, tokenizer: object) -> None:
+    def __init__(self, ticket: Ticket, lease: Lease, backbone: Backbone) -> None:
         """Begin with no computed tokens; `lease` holds the slots of the request's adapters."""
         self.ticket, self.lease, self.request = ticket, lease, ticket.request
         self.detokenizer = Detokenizer(
-            tokenizer, self.request.sampling, streaming=ticket.on_text is not None
+            backbone.tokenizer,
+            self.request.sampling,
+            backbone.end_ids,
+            streaming=ticket.on_text is not None,
         )
         self.generator = make_generator(self.request.sampling)
         self.num_computed = 0
         """Tokens whose keys and values are in the cache."""
+        self.prefill_length = len(self.request.prompt)
+        """Tokens to compute before the next one is sampled: the prompt; after a restart, the text too."""
         self.num_reused = 0
         """Tokens of the prompt that came from the prefix cache."""
         self.logprobs: list[TokenLogprob] = []
@@ -63,9 +69,13 @@ class RunningRow:
         return (*self.request.prompt, *self.detokenizer.ids)
 
     @property
-    def num_prompt_left(self) -> int:
-        """Tokens of the prompt that are still to be computed."""
-        return max(0, len(self.request.prompt) - self.num_computed)
+    def num_prefill_left(self) -> int:
+        """Tokens that are still to be computed before the next one is sampled."""
+        return max(0, self.prefill_length - self.num_computed)
+
+    def restart(self) -> None:
+        """Compute all tokens so far anew, since nothing of them is in the cache any more."""
+        self.num_computed, self.prefill_length = 0, self.length
 
     def append(self, token: int, logits: Tensor | None) -> None:
         """Add a token; pass on the text that can no longer change. `logits` (V,) give its log-probability."""
@@ -183,18 +193,16 @@ class RunningBatch:
         """Feed a chunk of the first new prompts; rows whose prompt is complete take their first token."""
         self._group_new_rows_by_mix()
         rows = self.rows[self._num_decoding :]
-        width = _chunk_width(min(self.chunk, rows[0].num_prompt_left))
+        width = _chunk_width(min(self.chunk, rows[0].num_prefill_left))
         num_rows = 1
         while num_rows < len(rows):
-            wider = max(width, _chunk_width(min(self.chunk, rows[num_rows].num_prompt_left)))
+            wider = max(width, _chunk_width(min(self.chunk, rows[num_rows].num_prefill_left)))
             if wider * (num_rows + 1) > self.chunk:
                 break
             width, num_rows = wider, num_rows + 1
         rows = rows[:num_rows]
-        lengths = [min(row.num_prompt_left, width) for row in rows]
-        chunks = [
-            row.request.prompt[row.num_computed :][:n] for row, n in zip(rows, lengths, strict=True)
-        ]
+        lengths = [min(row.num_prefill_left, width) for row in rows]
+        chunks = [row.tokens[row.num_computed :][:n] for row, n in zip(rows, lengths, strict=True)]
         ids = [[*chunk, *[0] * (width - len(chunk))] for chunk in chunks]
         starts = [row.num_computed for row in rows]
         self._reserve(len(self.rows), max(starts) + width)
@@ -204,7 +212,7 @@ class RunningBatch:
         complete = []
         for n, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             row.num_computed += length
-            if not row.num_prompt_left:
+            if not row.num_prefill_left:
                 complete.append(n)
         self._sample(rows, logits, complete)
 
@@ -273,8 +281,11 @@ class RunningBatch:
         if ended:
             self._plan = ([], None)  # it would keep the slots of the ended rows alive
         going = [row for row in self.rows if not row.detokenizer.finish_reason]
-        decoding = [row for row in going if not row.num_prompt_left]
-        new = [row for row in going if row.num_prompt_left]
+        for row in going:
+            if row.length == self.decoder.recompute_length and not row.num_prefill_left:
+                row.restart()
+        decoding = [row for row in going if not row.num_prefill_left]
+        new = [row for row in going if row.num_prefill_left]
         if [*decoding, *new] != self.rows[: len(going)]:
             self._rearrange(decoding, new)
         self.rows, self._num_decoding = self.rows[: len(going)], len(decoding)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from adapterhub_chat.data.encoding import encode_prompts
+from adapterhub_chat.data.chat_template import encode_prompts
 from adapterhub_chat.data.inputs import conversation, input_examples
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inference.generate import answers, sampling_of

@@ -19,6 +19,7 @@ from adapterhub_chat.lora.plan import Plan, activate
 from adapterhub_chat.model.adapter_model import AdapterModel, head_positions
 from adapterhub_chat.model.kv_shapes import AttentionCache, KVShapes
 from adapterhub_chat.model.masks import RowLayout, laid_out
+from adapterhub_chat.model.rope import switch_length
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Decoder(Protocol):
     """Number of tokens that a row may have."""
     takes_chunks: bool
     """Whether a prompt may be computed in parts, and begin with what an earlier row computed."""
+    recompute_length: int | None
+    """Length from which all tokens of a row are computed otherwise than before, if there is one."""
 
     def new_cache(self) -> KVCache:
         """Return an empty cache."""
@@ -83,8 +86,10 @@ def head_shape(config: Any) -> tuple[int, int, int]:
 
 
 def max_length_of(config: Any) -> int:
-    """Return the number of tokens that a row may have by the positions."""
-    return getattr(config, "max_position_embeddings", None) or 2**31
+    """Return the number of tokens that a row may have by the positions; dynamic NTK stretches them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = float(rope.get("factor") or 1) if rope.get("rope_type") == "dynamic" else 1.0
+    return int((getattr(config, "max_position_embeddings", None) or 2**31) * factor)
 
 
 def causal_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -130,6 +135,7 @@ class ModuleDecoder:
         self.early_states = model.early_states
         self.max_length = max_length_of(self.backbone.text_config)
         self.takes_chunks = self.backbone.packs
+        self.recompute_length = switch_length(self.backbone.model)
 
     def new_cache(self) -> KVCache:
         """See Decoder."""

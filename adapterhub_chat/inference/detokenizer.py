@@ -14,13 +14,23 @@ CONTEXT_TOKENS = 6
 class Detokenizer:
     """The text of one row."""
 
-    def __init__(self, tokenizer: Any, sampling: Sampling, *, streaming: bool = True) -> None:
-        """Begin with an empty text; unless `streaming`, tokens are decoded at the end only, if possible."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        sampling: Sampling,
+        end_ids: frozenset[int],
+        *,
+        streaming: bool = True,
+    ) -> None:
+        """Begin with an empty text; unless `streaming`, tokens are decoded at the end only, if possible.
+
+        A token of `end_ids` ends the text and is no part of it.
+        """
         self.text = ""
         self.ids: list[int] = []
         self.finish_reason = ""
         """Why the text is complete ("stop", "length", ...); empty until it is."""
-        self._tokenizer, self._sampling = tokenizer, sampling
+        self._tokenizer, self._sampling, self._end_ids = tokenizer, sampling, end_ids
         self._decodes_each = streaming or bool(sampling.stop)
         self._fixed_text, self._num_fixed = "", 0
         """Text of the first `_num_fixed` tokens, which does not change any more."""
@@ -28,7 +38,7 @@ class Detokenizer:
     def append(self, token: int) -> str:
         """Add a token; return the text that can no longer change."""
         sampling = self._sampling
-        is_eos = token == self._tokenizer.eos_token_id and not sampling.ignore_eos
+        is_eos = token in self._end_ids and not sampling.ignore_eos
         if not is_eos:
             self.ids.append(token)
         if not self._decodes_each and not is_eos and len(self.ids) < sampling.max_new_tokens:

@@ -60,6 +60,10 @@ class Engine:
             prefixes=PrefixCache(prefix_bytes),
         )
         self._waiting: deque[Ticket] = deque()
+        self._suspects: deque[RunningRow] = deque()
+        """Rows of a failed step, which start anew one after another."""
+        self._readmitted: RunningRow | None = None
+        """The last of them that did."""
         self._fetcher = AdapterFetcher(model, load_in_thread)
         self._step_lock = threading.Lock()
         self._changed = threading.Condition()
@@ -74,7 +78,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Number of requests that have a row."""
-        return len(self._batch.rows)
+        return len(self._batch.rows) + len(self._suspects)
 
     @property
     def waiting(self) -> int:
@@ -143,6 +147,7 @@ class Engine:
     def check(self, requests: Sequence[Request]) -> None:
         """Raise one UsageError that names all prompts that are empty or too long."""
         max_length, name = self.decoder.max_length, self.model.backbone.name
+        num_ids = len(self.model.backbone.model.get_input_embeddings().weight)
         problems = []
         for n, request in enumerate(requests):
             length = len(request.prompt)
@@ -153,6 +158,10 @@ class Engine:
                     f"prompt {n} has {length} tokens; {name} takes at most {max_length - 1} and one for the "
                     "answer: shorten it"
                 )
+            elif not 0 <= min(request.prompt) <= max(request.prompt) < num_ids:
+                problems.append(
+                    f"prompt {n} holds a token id out of range: {name} knows 0 to {num_ids - 1}"
+                )
         if problems:
             raise UsageError("; ".join(problems))
 
@@ -161,20 +170,25 @@ class Engine:
     def step(self) -> None:
         """Start waiting requests, feed a chunk of prompts, and one token of every row past its prompt.
 
-        When a step fails, the running requests end with the error; waiting requests stay in the queue.
+        When a step fails, the request that makes it fail ends with the error; the others go on.
         """
         try:
             self._advance()
         except Exception as error:
-            self._abort(error)
+            self._isolate(error)
         except BaseException as error:  # Ctrl-C, in whichever thread makes the steps
             self._abort(error)
             raise
 
     def _advance(self) -> None:
         self._end_cancelled()
-        self._admit()
+        if self._suspects:
+            self._readmit()
+        else:
+            self._admit()
         self._batch.step()
+        if self._readmitted and not (self._suspects or self._readmitted.num_prefill_left):
+            self._readmitted = None
         self._retire()
         if (
             not self._batch.rows and self._fetcher.pending
@@ -188,6 +202,11 @@ class Engine:
             self._dequeue(ticket)
             empty = Completion("", (), ticket.end_reason, len(ticket.request.prompt), 0)
             self._finish(ticket, empty)
+        for row in [row for row in self._suspects if row.ticket.end_reason]:
+            self._suspects.remove(row)
+            row.emit(row.detokenizer.finish(row.ticket.end_reason))
+            self.model.slots.release(row.lease)
+            self._finish(row.ticket, row.completion(), row.error)
         for row in self._batch.rows:
             if row.ticket.end_reason:
                 row.emit(row.detokenizer.finish(row.ticket.end_reason))
@@ -229,7 +248,7 @@ class Engine:
             return False
         self._dequeue(ticket)
         try:
-            self._batch.start(RunningRow(ticket, lease, self.model.backbone.tokenizer))
+            self._batch.start(RunningRow(ticket, lease, self.model.backbone))
         except BaseException as error:  # no memory for its keys and values, or Ctrl-C
             self.model.slots.release(lease)
             self._finish(ticket, error=error)
@@ -237,12 +256,41 @@ class Engine:
                 raise
         return True
 
+    def _isolate(self, error: Exception) -> None:
+        """End the request that makes steps fail; the others start anew, one after another.
+
+        A row that runs alone is the one; among several, it is the first with which a step fails again.
+        """
+        rows = self._batch.clear()
+        guilty = self._readmitted if self._readmitted in rows else None
+        if guilty is None and len(rows) == 1:
+            guilty = rows[0]
+        self._readmitted = None
+        for row in rows:
+            if row is guilty or row.detokenizer.finish_reason:
+                self._fail(row, error)
+            else:
+                row.restart()
+                self._suspects.append(row)
+
+    def _readmit(self) -> None:
+        """Start the next of the rows that were in a failed step, once those before it have made a step."""
+        if not any(row.num_prefill_left for row in self._batch.rows):
+            self._readmitted = self._suspects.popleft()
+            self._batch.start(self._readmitted)
+
     def _abort(self, error: BaseException) -> None:
         """End all running requests with an error; the KV cache is cleared."""
-        for row in self._batch.clear():
-            if not row.ticket.done:
-                self.model.slots.release(row.lease)
-                self._finish(row.ticket, error=error)
+        rows = [*self._batch.clear(), *self._suspects]
+        self._suspects.clear()
+        for row in rows:
+            self._fail(row, error)
+
+    def _fail(self, row: RunningRow, error: BaseException) -> None:
+        """End a running request with an error."""
+        if not row.ticket.done:
+            self.model.slots.release(row.lease)
+            self._finish(row.ticket, error=error)
 
     def _dequeue(self, ticket: Ticket) -> None:
         """Take a request out of the queue."""

@@ -150,6 +150,7 @@ class FusedDecoder:
     """A Decoder for the Llama family, over fused sites."""
 
     takes_chunks = True
+    recompute_length: int | None = None
 
     def __init__(self, model: AdapterModel, folder: Path) -> None:
         """Copy the backbone's weights if it is small enough; `folder` holds compiled native products."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from adapterhub_chat.data.encoding import encode_prompts, messages_of
+from adapterhub_chat.data.chat_template import encode_prompts
+from adapterhub_chat.data.encoding import messages_of
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.inference.engine import Engine
 from adapterhub_chat.inference.likelihood import Progress

@@ -74,7 +74,7 @@ class GraphDecoder:
             )
         self.inner, self.backbone = inner, model.backbone
         self.max_length, self.takes_chunks = inner.max_length, inner.takes_chunks
-        self.new_cache = inner.new_cache
+        self.new_cache, self.recompute_length = inner.new_cache, inner.recompute_length
         self.early_states = inner.early_states
         self.num_recordings = 0
         self._sites = model.sites

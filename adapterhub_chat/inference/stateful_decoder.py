@@ -76,6 +76,7 @@ class StatefulDecoder:
     """A Decoder that runs transformers' own modules and caches, one row at a time."""
 
     takes_chunks = False
+    recompute_length: int | None = None
 
     def __init__(self, model: AdapterModel) -> None:
         """Prepare the decoder of the model's backbone."""

@@ -91,13 +91,74 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
+FUSED_EXPERTS = frozenset(
+    [
+        "afmoe",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe",
+        "glm_moe_dsa",
+        "hunyuan_v1_moe",
+        "longcat_flash",
+        "mellum",
+        "minimax",
+        "minimax_m2",
+        "olmoe",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_omni_moe",
+        "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker",
+        "sarvam_mla",
+        "solar_open",
+    ]
+)
+"""Model types on which PEFT takes the names of EXPERT_LAYERS for the experts' own fused parameters."""
+STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Model types on which PEFT refuses `out_proj`."""
+
+
+def excluded_names(model: nn.Module) -> tuple[str, ...]:
+    """Return last names of linear layers that PEFT cannot adapt, so that none is trained in vain here."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    state_space = ("out_proj",) if kind in STATE_SPACE_MODELS else ()
+    return (EXPERT_LAYERS if kind in FUSED_EXPERTS else ()) + state_space
+
+
+def _text_model(model: nn.Module) -> nn.Module:
+    """Return the language model of a model that reads images or sounds as well."""
+    config = getattr(model, "config", None)
+    if config is None or config is config.get_text_config():
+        return model
+    language: nn.Module | None = getattr(model.base_model, "language_model", None)
+    return model if language is None else language
+
+
 def find_sites(model: nn.Module) -> tuple[Site, ...]:
-    """Return the sites of `model`: all its linear layers but the output head, in module order."""
+    """Return the sites of `model`, in module order: the linear layers of its language model, but the head.
+
+    Layers that PEFT cannot adapt are left out; see `excluded_names`.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    excluded = excluded_names(model)
+    inside = {id(module) for module in _text_model(model).modules()}
     shapes = {
         name: shape
         for name, module in model.named_modules()
-        if module is not head and (shape := linear_shape(module)) is not None
+        if module is not head
+        and id(module) in inside
+        and name.rpartition(".")[2] not in excluded
+        and (shape := linear_shape(module)) is not None
     }
     grouped_names: dict[tuple[str, object], list[str]] = defaultdict(list)
     for name in shapes:

@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import nn
 
+from adapterhub_chat.data.chat_template import check_template, turn_end
 from adapterhub_chat.data.encoding import ENCODER_TEMPLATE, classifies
 from adapterhub_chat.errors import UsageError
 from adapterhub_chat.model import attention
@@ -57,6 +58,8 @@ class Backbone:
     fingerprint: Fingerprint
     pooling: Pooling | None = None
     """How an encoder pools hidden states into features; None: a causal language model."""
+    kv_shapes: KVShapes | None = None
+    """The shapes of each layer's keys and values; None if layers carry something else as well."""
     length_matters: bool = False
     """Whether its rotary frequencies depend on the length of a row."""
     dtype_reason: str = ""
@@ -80,6 +83,16 @@ class Backbone:
         config = self.model.config
         return int(config.max_position_embeddings) - first_position(config)
 
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the tokenizer's, the template's and the model's own."""
+        generation = getattr(self.model, "generation_config", None)
+        ends = [self.tokenizer.eos_token_id, turn_end(self.tokenizer)]
+        for config in (self.text_config, generation):
+            value = getattr(config, "eos_token_id", None)
+            ends += value if isinstance(value, list) else [value]
+        return frozenset(int(end) for end in ends if end is not None)
+
     @property
     def text_config(self) -> Any:
         """The configuration of the language model, also where it is a part of a larger model."""
@@ -88,12 +101,7 @@ class Backbone:
     @property
     def asks_for_masks(self) -> bool:
         """Whether its layers' masks are made by model/masks.py, for whatever pattern each layer has."""
-        return bool(self.text_config._attn_implementation == attention.NAME)
-
-    @cached_property
-    def kv_shapes(self) -> KVShapes | None:
-        """The shapes of each layer's keys and values; None if layers carry something else as well."""
-        return kv_shapes_of(self.model, self.cache_argument) if self.asks_for_masks else None
+        return _asks_for_masks(self.model)
 
     @property
     def packs(self) -> bool:
@@ -123,8 +131,27 @@ class Backbone:
     @property
     def cache_argument(self) -> str:
         """Name of `forward`'s argument for a key-value cache; it changed in transformers 5.24."""
-        parameters = inspect.signature(self.model.forward).parameters
-        return "cache" if "cache" in parameters else "past_key_values"
+        return _cache_argument(self.model)
+
+
+def _asks_for_masks(model: Any) -> bool:
+    return bool(model.config.get_text_config()._attn_implementation == attention.NAME)
+
+
+def _cache_argument(model: Any) -> str:
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def _kv_shapes(name: str, model: Any, quantize: Quantize | None) -> KVShapes | None:
+    """Return what the layers cache; raise UsageError if the model cannot be run."""
+    if not _asks_for_masks(model):
+        return None
+    try:
+        return kv_shapes_of(model, _cache_argument(model))
+    except RuntimeError as error:
+        how = f" with quantize={quantize!r}; choose another" if quantize else ""
+        raise UsageError(f"{name}: {type(model).__name__} cannot be run{how} ({error})") from error
 
 
 def load_backbone(
@@ -152,6 +179,7 @@ def load_backbone(
         options["device_map"] = {"": target}
     with no_progress_bars(), naming_known_backbones(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        check_template(tokenizer)
         pooling: Pooling | None = None
         if is_encoder(folder):
             model, pooling = load_encoder(folder, options)
@@ -178,6 +206,7 @@ def load_backbone(
         quantize,
         fingerprint,
         pooling,
+        _kv_shapes(name, model, quantize) if pooling is None else None,
         make_rows_independent(model),
         choice.reason,
     )
@@ -185,7 +214,7 @@ def load_backbone(
 
 def _quantization_config(quantize: Quantize, dtype: torch.dtype) -> Any:
     if quantize == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

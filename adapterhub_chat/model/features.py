@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of, truncate
+from adapterhub_chat.data.chat_template import encode_prompts
+from adapterhub_chat.data.encoding import Encoded, messages_of, truncate
 from adapterhub_chat.data.packing import Batch, in_order
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.pooling import group_means

@@ -13,7 +13,7 @@ import transformers
 
 from adapterhub_chat.assets.catalogue import ASSETS
 from adapterhub_chat.assets.fetch import backbone_path, cache_dir
-from adapterhub_chat.errors import UnknownNameError
+from adapterhub_chat.errors import UnknownNameError, UsageError
 from adapterhub_chat.files import new_folder
 from adapterhub_chat.model import e5s1
 
@@ -93,6 +93,8 @@ def naming_known_backbones(name: str) -> Iterator[None]:
     """Turn a failed load into an UnknownNameError that lists the packaged backbones."""
     try:
         yield
+    except UsageError:  # found, and it cannot be used here
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         cure = f"It is neither a packaged name nor a folder nor a model on the Hub ({reason})"

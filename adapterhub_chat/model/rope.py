@@ -23,12 +23,31 @@ def depends_on_length(module: nn.Module) -> bool:
     return any(isinstance(k, str) and ("dynamic" in k or k == "longrope") for k in named)
 
 
+def switch_length(model: nn.Module) -> int | None:
+    """Return the shortest length at which LongRoPE takes its other frequencies; None without LongRoPE."""
+    rotary: list[Any] = [module for module in model.modules() if depends_on_length(module)]
+    lengths = [
+        int(module.config.rope_parameters["original_max_position_embeddings"]) + 1
+        for module in rotary
+        if getattr(module, "rope_type", None) == "longrope"
+    ]
+    return min(lengths, default=None)
+
+
 def make_rows_independent(model: nn.Module) -> bool:
     """Let rotary embeddings of that kind take rows one by one; return whether the model has any."""
     rotary: list[Any] = [module for module in model.modules() if depends_on_length(module)]
     for module in rotary:
         module.forward = partial(_row_by_row, module, module.forward)
     return bool(rotary)
+
+
+def _forget_longer_sequences(module: Any) -> None:
+    """Set a rotary embedding's frequencies back to those of short sequences."""
+    module.max_seq_len_cached = module.original_max_seq_len
+    for name, original in list(module.named_buffers(recurse=False)):
+        if name.endswith("original_inv_freq"):
+            setattr(module, name.replace("original_", ""), original.clone())
 
 
 def _row_by_row(
@@ -39,7 +58,7 @@ def _row_by_row(
     parts: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
     for length in lengths.unique():
         rows = (lengths == length).nonzero().squeeze(1)
-        module.max_seq_len_cached = module.original_max_seq_len  # forget longer sequences
+        _forget_longer_sequences(module)
         parts.append((rows, forward(x, position_ids[rows], *args, **options)))
     order = torch.cat([rows for rows, _ in parts]).argsort()
     cosines, sines = (torch.cat([part[n] for _, part in parts])[order] for n in (0, 1))

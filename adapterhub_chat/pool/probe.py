@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.artifact.manifest import Probe
-from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of
+from adapterhub_chat.data.chat_template import encode_prompts
+from adapterhub_chat.data.encoding import Encoded, messages_of
 from adapterhub_chat.data.prompts import placeholders
 from adapterhub_chat.errors import AdapterError
 from adapterhub_chat.inference.likelihood import next_token_logits

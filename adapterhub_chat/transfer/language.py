@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of, truncate
+from adapterhub_chat.data.chat_template import encode_prompts
+from adapterhub_chat.data.encoding import Encoded, messages_of, truncate
 from adapterhub_chat.data.packing import in_order
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.features import ROWS, capture_blocks, mean_pooled

@@ -2,12 +2,12 @@
 
 from pico import toy_task
 
+from adapterhub_chat.data.chat_template import encode_prompts
 from adapterhub_chat.data.encoding import (
     Encoded,
     encode_answers,
     encode_choices,
     encode_examples,
-    encode_prompts,
     messages_of,
     truncate,
 )

@@ -312,12 +312,12 @@ def packed_gradient(bench: Bench) -> float:
 
     def gradient(chosen: Sequence[Encoded], length: int) -> Tensor:
         bank.zero_gradients()
-        batch = pack([chosen], length)
-        with activate(Plan(bank.places, torch.ones(1, 1))):
+        batch = model.pack([chosen], length)
+        with activate(Plan(bank.places, torch.ones(batch.num_rows, 1))):
             found = model.answer_logits(batch)
         token_losses(found, batch.targets).sum().backward()
-        assert bank.slopes is not None
-        return bank.slopes[0].clone()
+        assert bank.gradients is not None
+        return bank.gradients[0].clone()
 
     together = gradient(examples, sum(e.num_inputs for e in examples) + 5)
     apart = torch.stack([gradient([e], e.num_inputs) for e in examples]).sum(0)
@@ -334,7 +334,7 @@ def packed(bench: Bench) -> float:
 def trained(bench: Bench) -> float:
     """Train an adapter here for a few steps, and compare its logits with what PEFT makes of its folder."""
     base = bench.plain_logits()
-    with door(), mock.patch.object(learn, "IMAGINED", IMAGINED):
+    with door(), mock.patch.object(learn, "NUM_BACKGROUND_TEXTS", IMAGINED):
         bench.hub.train([toy_task("trained")], test_examples=0, **QUICK)
     theirs = _peft_of(bench, bench.hub.pool.path("trained"))
     bench.matters(theirs, base)
@@ -467,7 +467,9 @@ def _packed_plain(bench: Bench, kind: str) -> Any:
         "bnb_4bit_compute_dtype": torch.float32,
         "bnb_4bit_use_double_quant": True,
     }
-    settings = transformers.BitsAndBytesConfig(**four if kind == "nf4" else {"load_in_8bit": True})
+    settings = transformers.BitsAndBytesConfig(
+        **four if kind == "nf4" else {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    )
     model = bench.load_plain(quantization_config=settings, device_map={"": "cpu"})
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -59,7 +59,7 @@ class WrappedDecoder:
     def __init__(self, model):
         self.inner = make_decoder(model)
         self.max_length, self.takes_chunks = self.inner.max_length, self.inner.takes_chunks
-        self.new_cache = self.inner.new_cache
+        self.new_cache, self.recompute_length = self.inner.new_cache, self.inner.recompute_length
         self.early_states = self.inner.early_states
 
     def forward(self, cache, inputs, plan):
@@ -92,7 +92,7 @@ def test_requests_that_join_and_leave_equal_those_run_alone(engine, loaded):
 def test_decoders_agree(loaded, native, monkeypatch, tmp_path):
     """Fused, with and without native products, and transformers' own modules give the same tokens."""
     monkeypatch.setenv("ADAPTERHUB_NATIVE", "1" if native else "0")
-    decoders = [make_decoder(loaded, tmp_path), ModuleDecoder(loaded)]
+    decoders = [make_decoder(loaded, tmp_path), ModuleDecoder(loaded, loaded.backbone.kv_shapes)]
     assert isinstance(decoders[0], FusedDecoder)
     assert (decoders[0]._products is not None) == native
     engines = [Engine(loaded, decoder=decoder) for decoder in decoders]
@@ -151,7 +151,7 @@ def test_bf16_logits_equal_those_of_transformers_modules(pico_folder, tmp_path):
         StepInput(0, torch.tensor([[10], [11]]), [3, 2], [1, 1]),
     ]
     logits = []
-    for decoder in (make_decoder(model), ModuleDecoder(model)):
+    for decoder in (make_decoder(model), ModuleDecoder(model, model.backbone.kv_shapes)):
         cache = decoder.new_cache()
         cache.reserve(2, 64)
         logits.append(torch.stack([decoder.forward(cache, step, None) for step in steps]).float())

@@ -227,7 +227,7 @@ def detokenized(model, text, **rules):
     """Detokenize a text's bytes, a token each; return the text and its pieces."""
     tokenizer, letters = model.backbone.tokenizer, bytes_to_unicode()
     ids = [tokenizer.convert_tokens_to_ids(letters[byte]) for byte in text.encode()]
-    row = Detokenizer(tokenizer, Sampling(max_new_tokens=len(ids) + 1, **rules))
+    row = Detokenizer(tokenizer, Sampling(max_new_tokens=len(ids) + 1, **rules), frozenset({2}))
     pieces = []
     for token in [*ids, tokenizer.eos_token_id]:
         if not row.finish_reason:

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from adapterhub_chat.assets.catalogue import ASSETS
-from adapterhub_chat.data.encoding import Encoded, encode_prompts
+from adapterhub_chat.data.chat_template import encode_prompts
+from adapterhub_chat.data.encoding import Encoded
 from adapterhub_chat.data.packing import pack
 from adapterhub_chat.errors import AssetError
 from adapterhub_chat.model.adapter_model import AdapterModel

@@ -7,7 +7,8 @@ import torch
 from pico import toy_task
 
 from adapterhub_chat.config import TrainConfig
-from adapterhub_chat.data.encoding import Encoded, encode_prompts, messages_of
+from adapterhub_chat.data.chat_template import encode_prompts
+from adapterhub_chat.data.encoding import Encoded, messages_of
 from adapterhub_chat.data.splits import Splits
 from adapterhub_chat.data.task import Task
 from adapterhub_chat.errors import UsageError
