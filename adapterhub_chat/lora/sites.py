@@ -92,37 +92,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj")
-FUSED_EXPERTS = frozenset(
-    [
-        "afmoe",
-        "beam",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "dots1",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "flex_olmo",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm4v_moe",
-        "glm_moe_dsa",
-        "hunyuan_v1_moe",
-        "longcat_flash",
-        "mellum",
-        "minimax",
-        "minimax_m2",
-        "olmoe",
-        "qwen3_moe",
-        "qwen3_next",
-        "qwen3_omni_moe",
-        "qwen3_omni_moe_text",
-        "qwen3_omni_moe_thinker",
-        "sarvam_mla",
-        "solar_open",
-    ]
-)
+FUSED_EXPERTS = (
+    "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+    "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+    "longcat_flash", "mellum", "minimax", "minimax_m2", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
+    "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+)  # fmt: skip
 """Model types on which PEFT takes the names of EXPERT_LAYERS for the experts' own fused parameters."""
 STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Model types on which PEFT refuses `out_proj`."""
