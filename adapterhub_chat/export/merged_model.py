@@ -25,6 +25,7 @@ from adapterhub_chat.evaluation.retention import mean_kl
 from adapterhub_chat.files import new_folder
 from adapterhub_chat.inference.likelihood import next_token_logits
 from adapterhub_chat.inference.requests import Request
+from adapterhub_chat.model import attention
 from adapterhub_chat.model.adapter_model import AdapterModel
 from adapterhub_chat.model.backbone import Backbone, Quantize, load_backbone
 from adapterhub_chat.model.quantization import dense, rounded
@@ -159,7 +160,9 @@ def plain_copy(backbone: Backbone) -> Any:
         del config.quantization_config
     with no_progress_bars():
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=backbone.dtype, attn_implementation="sdpa"
+            config,
+            dtype=backbone.dtype,
+            attn_implementation=attention.NAME if backbone.asks_for_masks else None,
         )
     with suppress(ValueError):  # transformers reads a contradictory one, but does not write it
         backbone.model.generation_config.validate(strict=True)

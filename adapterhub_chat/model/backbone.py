@@ -12,7 +12,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import transformers
@@ -25,7 +25,7 @@ from adapterhub_chat.model import attention
 from adapterhub_chat.model.devices import explain_dtype, pick_device
 from adapterhub_chat.model.encoders import Pooling, first_position, is_encoder, load_encoder
 from adapterhub_chat.model.kv_shapes import KVShapes, kv_shapes_of
-from adapterhub_chat.model.quantization import keep_gradients
+from adapterhub_chat.model.quantization import keep_gradients, stored_quantization
 from adapterhub_chat.model.resolve import naming_known_backbones, no_progress_bars, resolve
 from adapterhub_chat.model.rope import make_rows_independent
 from adapterhub_chat.types import Fingerprint
@@ -174,10 +174,17 @@ def load_backbone(
     choice = explain_dtype(dtype, target)
     folder = resolve(name, choice.dtype)
     options: dict[str, Any] = {"dtype": choice.dtype}
-    if quantize is not None:
-        options["quantization_config"] = _quantization_config(quantize, choice.dtype)
-        options["device_map"] = {"": target}
     with no_progress_bars(), naming_known_backbones(name):
+        stored = stored_quantization(name, transformers.AutoConfig.from_pretrained(folder))
+        if stored and quantize not in (None, stored):
+            raise UsageError(
+                f"{name} is packed in {stored} already; leave out quantize={quantize!r}"
+            )
+        quantize = cast(Quantize | None, stored or quantize)
+        if quantize is not None:
+            options["device_map"] = {"": target}
+        if quantize is not None and not stored:
+            options["quantization_config"] = _quantization_config(quantize, choice.dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         check_template(tokenizer)
         pooling: Pooling | None = None

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adapterhub_chat.errors import UsageError
+
 NF4, INT8 = "nf4", "int8"
 
 
@@ -45,3 +47,22 @@ def rounded(weight: Tensor, quantize: str) -> Tensor:
 
 def _functional() -> Any:
     return importlib.import_module("bitsandbytes.functional")
+
+
+def stored_quantization(name: str, config: Any) -> str | None:
+    """Return how a folder's weights are packed, by its configuration: "nf4", "int8" or None.
+
+    Raises UsageError for a packing that is not supported.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    if values.get("load_in_8bit"):
+        return "int8"
+    if values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4"
+    method = values.get("bnb_4bit_quant_type") or values.get("quant_method") or "an unknown method"
+    raise UsageError(
+        f"{name} is packed by {method}; allowed are bitsandbytes' nf4 and int8, or no packing"
+    )

@@ -226,7 +226,8 @@ def _unquantized(model: AdapterModel) -> AdapterModel | None:
     backbone = model.backbone
     if backbone.quantize is None:
         return None
-    return AdapterModel(load_backbone(backbone.name, dtype=backbone.dtype, device=backbone.device))
+    plain = load_backbone(backbone.name, dtype=backbone.dtype, device=backbone.device)
+    return AdapterModel(plain) if plain.quantize is None else None  # its folder may be packed
 
 
 @dataclass

@@ -274,6 +274,7 @@ def test_invalid_settings_are_listed_together_and_change_no_file(run, here):
     assert snapshot(here) == before
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_an_adapter_that_learns_nothing_gives_exit_code_1(run, here):
     before = snapshot(here / "adapters")
     done = run(
@@ -645,6 +646,7 @@ def test_chat_answers_as_the_hub_does(run, pico_folder):
     assert f"sentiment> {wanted}\n" in out
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_an_interrupted_run_is_resumed_as_it_was_ordered(run, here, monkeypatch):
     """Ctrl-C after a few steps, then --resume: the adapter that an undisturbed run gives."""
     order = ("qa", "--max-steps", 9, "--rows-per-step", 1, "--row-length", 64, "--epochs", 99)

@@ -145,7 +145,10 @@ def test_a_requantized_model_has_the_measured_drift(pico_folder, tmp_path, make_
     config = json.loads((done.path / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     own = hub.next_token_logits(PROMPTS, ["toy"] * 3).log_softmax(-1)
-    again = opened(done.path, tmp_path / "again", dtype="fp32", quantize="nf4")
+    again = opened(done.path, tmp_path / "again", dtype="fp32")
+    assert again.backbone.quantize == again.backbone.fingerprint.quantization == "nf4"
+    with pytest.raises(UsageError, match="packed in nf4 already; leave out quantize='int8'"):
+        opened(done.path, tmp_path / "again", quantize="int8")
     its = again.next_token_logits(PROMPTS).log_softmax(-1)
     drift = float((own.exp() * (own - its)).sum(-1).mean())
     assert 0.1 < drift / done.drift["requantized"] < 10

@@ -237,6 +237,7 @@ def test_every_method_passes_the_identity_check(hub, method):
     assert merged_by(hub, "films", "talk", method=method, rank=None).merge.method == method
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_pulled_source_is_known_by_its_pool_name(hub, pool):
     """Its manifest may call it otherwise."""
     shutil.copytree(pool / "films", pool / "cinema")
@@ -363,6 +364,7 @@ def test_merge_replaces_the_earlier_version_and_can_be_rolled_back(hub):
     assert hub.rollback("both").sha256 == first.sha256
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 @pytest.mark.parametrize(
     ("names", "options", "expected"),
     [
@@ -408,6 +410,7 @@ def test_unknown_sources_and_names_raise(hub):
         hub.merge("films", name="both")
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_sources_without_manifests_raise(hub, pool):
     for name in ("films", "talk"):
         (pool / name / "adapterhub.json").unlink()
@@ -476,6 +479,7 @@ def run(pool, run_verb):
     return merge_verb
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_merge_command(run, pool):
     code, out, _ = run(
         "films", "talk", "--name", "both", "--weights", "0.5,1", "--rank", 4, "--json"

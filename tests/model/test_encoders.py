@@ -101,6 +101,7 @@ def test_chat_answers_in_one_batch_with_the_words_of_the_chosen_label(trained):
         trained.chat(talk[:2], ["toy", None])
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_what_an_encoder_cannot_do_is_refused(trained):
     for asked in (trained.generate, trained.next_token_logits):
         with pytest.raises(UsageError, match="is an encoder: it writes no text"):

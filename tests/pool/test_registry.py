@@ -85,6 +85,7 @@ def test_a_transfer_candidate_is_not_evicted_by_other_loads(bounded, make_weight
     assert not tight.model.slots.pinned
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_a_stack_that_can_never_fit_is_an_error(hub, bounded):
     manifest = hub.pool.manifest("b")
     under = StackBase(name="a", sha256=hub.pool.manifest("a").sha256)

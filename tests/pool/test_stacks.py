@@ -173,6 +173,7 @@ def test_a_source_from_a_folder_outside_is_flattened_at_once(stacked, tmp_path):
     assert stacked.pool.load("own").weights.max_rank == 12
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_a_stack_is_merged_as_a_whole(stacked):
     stacked.merge(["both"], "cat", name="copy")
     torch.testing.assert_close(
@@ -200,6 +201,7 @@ def hurting(hub, name):
     assert read_manifest(hub.pool.path(name)).transfer.verdict == "hurts"
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_a_harmful_adapter_is_neither_merged_nor_stacked_on_unless_forced(stacked):
     hurting(stacked, "both")
     with pytest.raises(AdapterError, match=r"'both' was judged to hurt .* force=True"):

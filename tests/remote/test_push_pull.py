@@ -110,6 +110,7 @@ def test_only_the_files_of_an_adapter_are_published(made, speak, hub_server):
     assert names == {CONFIG, WEIGHTS, MANIFEST, "README.md"}
 
 
+@pytest.mark.filterwarnings("default:.*:UserWarning")  # other tests assert the warnings
 def test_a_plain_peft_repository_is_pulled_as_unverified(made, other, speak):
     hub, folder = HubClient(**speak), made.pool.root / "toy"
     config = json.loads((folder / CONFIG).read_text()) | {
