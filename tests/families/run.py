@@ -102,8 +102,34 @@ def line(row: Row) -> str:
     return f"{row['family']:20}{cells}  {row['seconds']:5.1f} s"
 
 
+HEADING = """# Backbones
+
+Every architecture below was built as a small random model (two to four layers, windows of 16 tokens where
+it has windows) and run through this project in float32 on a CPU, on prompts of 1 to 60 tokens. A cell is
+*right*, or *refused* with a sentence at the door: when the backbone or the adapter is loaded. This page is
+written by
+
+    python -m tests.families.run --markdown docs/backbones.md
+
+- **logits**: next-token logits are those of transformers.
+- **greedy**: greedy text is that of `generate`.
+- **mixed**: a row of a mixed batch is the row alone, also beside a row four times as long.
+- **packed**: losses and gradients of examples packed into one row are those of each example alone.
+- **trained**: an adapter that was trained here gives the same logits in PEFT.
+- **foreign**: an adapter that PEFT made on `all-linear` loads here and gives PEFT's logits.
+- **nf4**, **int8**: the same logits as transformers with bitsandbytes, whatever else is in the batch.
+- **joint**: two adapters trained jointly have the losses of each trained alone.
+
+Layers that only attend are packed and decoded in batches, whatever their windows, soft caps, sinks and
+cache shapes. Layers that carry a state (recurrences, linear attention, short convolutions) and positions by
+ALiBi get one example a row in training and one row at a time in decoding: right, and slower. The fused
+decoder serves Llama, Mistral and Qwen2 without windows; all others run transformers' own modules.
+
+"""
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the matrix as a table, and below it what is behind each cell that is not right."""
+    """Return the page: the matrix as a table, and below it the reason of each cell that is not right."""
     columns = list(rows[0]["cells"]) if rows else []
     lines = [
         f"| backbone | {' | '.join(columns)} |",
@@ -113,7 +139,8 @@ def markdown(rows: Sequence[Row]) -> str:
             for row in rows
         ),
     ]
-    return "\n".join([*lines, "", *(note for row in rows for note in notes(row))]) + "\n"
+    reasons = [note for row in rows for note in notes(row)]
+    return HEADING + "\n".join([*lines, "", *reasons]) + "\n"
 
 
 def notes(row: Row) -> list[str]:
