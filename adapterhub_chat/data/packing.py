@@ -100,24 +100,14 @@ def pack(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
     weights: list[float] = []
     owner = 0
     for n, row in enumerate(rows):
-        position = piece = 0
-
-        def put(tokens: Sequence[int], start: int, parent: int, n: int = n) -> None:
-            nonlocal position, piece
-            end = position + len(tokens)
-            ids[n, position:end] = torch.tensor(tokens)
-            positions[n, position:end] = torch.arange(start, start + len(tokens))
-            segments[n, position:end], parents[n, position:end] = piece, parent
-            position, piece = end, piece + 1
-
+        writer = _RowWriter(ids[n], positions[n], segments[n], parents[n])
         for example in row:
-            prompt_piece = piece
-            put(example.prompt, 0, -2)
-            last_index = n * length + position - 1
+            prompt = writer.write(example.prompt, 0, -2)
+            last_index = n * length + writer.end - 1
             for continuation in example.continuations:
-                first_index = n * length + position
+                first_index = n * length + writer.end
                 if len(continuation) > 1:
-                    put(continuation[:-1], len(example.prompt), prompt_piece)
+                    writer.write(continuation[:-1], len(example.prompt), prompt)
                 keep += [last_index, *range(first_index, first_index + len(continuation) - 1)]
                 targets += continuation
                 owners += [owner] * len(continuation)
@@ -130,6 +120,27 @@ def pack(rows: Sequence[Sequence[Encoded]], length: int) -> Batch:
     return Batch(
         ids, positions, segments, parents, kept_indices, target_ids, owner_numbers, loss_weights
     )
+
+
+class _RowWriter:
+    """Writes pieces one after another into a row of a batch: prompts, and continuations of a prompt."""
+
+    def __init__(self, ids: Tensor, positions: Tensor, segments: Tensor, parents: Tensor) -> None:
+        """Take the row's tensors, each (L,)."""
+        self._ids, self._positions = ids, positions
+        self._segments, self._parents = segments, parents
+        self.end = 0
+        """Tokens written so far."""
+        self._num_pieces = 0
+
+    def write(self, tokens: Sequence[int], start: int, parent: int) -> int:
+        """Write a piece whose first position is `start`; return its number in the row."""
+        place, piece = slice(self.end, self.end + len(tokens)), self._num_pieces
+        self._ids[place] = torch.tensor(tokens)
+        self._positions[place] = torch.arange(start, start + len(tokens))
+        self._segments[place], self._parents[place] = piece, parent
+        self.end, self._num_pieces = place.stop, piece + 1
+        return piece
 
 
 def isolated(rows: Sequence[Sequence[Encoded]]) -> list[Sequence[Encoded]]:
@@ -148,17 +159,15 @@ def longest(rows: Sequence[Sequence[Encoded]]) -> int:
     return -(-most // LENGTH_STEP) * LENGTH_STEP
 
 
-def fill_rows(
-    waiting: deque[Encoded], *, num_rows: int, length: int, lookahead: int = LOOKAHEAD
-) -> list[list[Encoded]]:
+def fill_rows(waiting: deque[Encoded], *, num_rows: int, length: int) -> list[list[Encoded]]:
     """Take examples from the left of `waiting` into at most `num_rows` rows of `length` tokens, first fit.
 
-    Up to `lookahead` examples that do not fit are skipped and put back, in order.
+    Up to LOOKAHEAD examples that do not fit are skipped and put back, in order.
     """
     rows: list[list[Encoded]] = []
     free_space: list[int] = []
     skipped: list[Encoded] = []
-    while waiting and len(skipped) < lookahead:
+    while waiting and len(skipped) < LOOKAHEAD:
         example = waiting.popleft()
         num_inputs = example.num_inputs
         assert num_inputs <= length, "encode_examples cuts to the row length"
