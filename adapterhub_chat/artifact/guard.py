@@ -37,6 +37,7 @@ from adapterhub_chat.artifact.safetensors_header import (
 )
 from adapterhub_chat.artifact.untrusted import parse_json
 from adapterhub_chat.errors import AdapterError, join_misfits
+from adapterhub_chat.lora.weights import no_such_layer
 from adapterhub_chat.types import HEAD
 
 MAX_CONFIG, MAX_WEIGHTS = 64 * 2**10, 2 * 2**30
@@ -143,7 +144,7 @@ def _layer_misfits(
     for module, (a, b) in layout.pairs.items():
         shape = a.shape[1], b.shape[0]
         if module not in layers:
-            misfits.append(f"the backbone has no linear layer {module!r}")
+            misfits.append(no_such_layer(module))
         elif shape != layers[module]:
             misfits.append(
                 f"{module}: the adapter maps {shape[0]} -> {shape[1]}, "

@@ -243,6 +243,20 @@ def derive_seed(seed: int, name: str) -> int:
     return state
 
 
+SHARED_LAYERS = ("lm_head", "embed_out", "embed_tokens", "wte")
+"""Last names of output heads and embeddings, which all rows of a batch share."""
+
+
+def no_such_layer(module: str) -> str:
+    """Return why an adapter cannot change a module that carries no adapters here."""
+    if module.rpartition(".")[2] in SHARED_LAYERS:
+        return (
+            f"{module!r} is shared by all rows of a batch and carries no adapter: train without it, or merge "
+            "the adapter with PEFT and use the result as the backbone"
+        )
+    return f"the backbone's language model has no linear layer {module!r} that carries adapters"
+
+
 def misfits(
     weights: AdapterWeights, shapes: Mapping[str, tuple[int, int]], width: int | None = None
 ) -> Sequence[str]:
@@ -255,7 +269,7 @@ def misfits(
     is_finite = weights.is_finite
     for module, ((rank, width_in), (width_out, rank_b)) in weights.shapes.items():
         if module not in shapes:
-            problems.append(f"the backbone has no linear layer {module!r}")
+            problems.append(no_such_layer(module))
         elif (width_in, width_out) != shapes[module]:
             problems.append(
                 f"{module}: the adapter maps {width_in} -> {width_out}, "

@@ -579,6 +579,10 @@ def put(module, factor, tensor):
             ),
             ["no linear layer 'model.layers.7.mlp.up_proj'"],
         ),
+        (
+            lambda tensors: tensors.update({key("lm_head", f): torch.zeros(4, 4) for f in "AB"}),
+            ["'lm_head' is shared by all rows of a batch", "merge the adapter with PEFT"],
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, words, folder, refuses):
