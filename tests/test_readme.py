@@ -55,6 +55,7 @@ ELSEWHERE = {
     "README.md": {"--help"},
     "docs/merging.md": {"--adapters", "--methods"},
     "docs/performance.md": {"--enable-lora"},
+    "docs/architecture.md": {"--help"},
     "docs/backbones.md": {"--markdown"},
     "docs/training.md": {"--cpu", "--help", "--num", "--steps"},
     "docs/transfer.md": {"--lines", "--pairs"},

@@ -10,7 +10,7 @@ rebuilt from validated fields.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,8 @@ def check_files(
     With a backbone's `layers`, modules and sizes must match them, and no targeted module may be missing.
     """
     data: Bytes = np.frombuffer(weights, np.uint8)
-    settings, misfits = _settings(config)
     layout, header_misfits = parse_layout(data)
+    settings, misfits = _settings(config, () if layout is None else layout.pairs)
     misfits += header_misfits
     if layout is not None:
         numbers = data[header_end(data) :]
@@ -94,8 +94,8 @@ def check_files(
     return CheckedAdapter(with_full_names(settings, layout.pairs), alphas, layout, header_end(data))
 
 
-def _settings(config: bytes) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return a config rebuilt from validated fields, or its misfits."""
+def _settings(config: bytes, modules: Iterable[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return a config rebuilt from validated fields, or its misfits; `modules` are those of the weights."""
     if len(config) > MAX_CONFIG:
         return None, [f"{CONFIG} has {len(config):,} bytes; at most {MAX_CONFIG:,} are read"]
     try:
@@ -106,7 +106,7 @@ def _settings(config: bytes) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [f"{CONFIG} must hold a JSON object, not a {type(settings).__name__}"]
     if misfits := config_misfits(settings):
         return None, misfits
-    return rebuild_config(settings), []
+    return rebuild_config(settings, modules), []
 
 
 # ---- the config and the tensors ------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`adapter_config.json`: writes PEFT's LoraConfig for plain LoRA, and validates untrusted ones.
 
 An untrusted config is checked field by field and rebuilt from the validated fields. Texts that PEFT would use
-as regular expressions are refused.
+as regular expressions are never compiled.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MODULE_NAME = r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+){0,15}"
 """Regular expression of a module's name, or of its last parts."""
 PLAIN_NAME, NAME_PART = re.compile(MODULE_NAME), re.compile("[A-Za-z0-9_]+")
 ALL_LINEAR = "all-linear"
+MAX_PATTERN = 10_000
+"""Characters of a text in target_modules: Unsloth writes regular expressions of some hundred."""
 LIBRARY = re.compile(r"transformers(_modules)?(\.[A-Za-z0-9_]+)*")
 
 # ---- allowed values of settings ------------------------------------------------------------------
@@ -62,16 +64,17 @@ def _is_auto_mapping(value: Any) -> bool:
     """Return whether a value is PEFT's `auto_mapping` (the backbone's class), which is ignored here."""
     return value is None or (
         isinstance(value, dict)
-        and all(isinstance(v, str) for v in value.values())
-        and set(value) <= {"base_model_class", "parent_library"}
-        and LIBRARY.fullmatch(value.get("parent_library", "transformers")) is not None
-        and NAME_PART.fullmatch(value.get("base_model_class", "Model")) is not None
+        and set(value) <= {"base_model_class", "parent_library", "unsloth_fixed"}
+        and isinstance(value.get("unsloth_fixed", True), bool)
+        and LIBRARY.fullmatch(str(value.get("parent_library", "transformers"))) is not None
+        and NAME_PART.fullmatch(str(value.get("base_model_class", "Model"))) is not None
     )
 
 
 def _is_target_modules(value: Any) -> bool:
+    """Return whether a value is all-linear, a list of names, or a text, which is never matched."""
     if isinstance(value, str):
-        return value.lower() == ALL_LINEAR
+        return 0 < len(value) <= MAX_PATTERN
     return _is_name_list(value) and bool(value)
 
 
@@ -124,8 +127,8 @@ PEFT_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     # targeted modules
     "target_modules": (
         _is_target_modules,
-        f"it must be {ALL_LINEAR!r} or a list of plain module names, such as ['q_proj', 'v_proj']; a text is "
-        "a regular expression in PEFT, and those are never matched: name the modules that the weights hold",
+        f"it must be {ALL_LINEAR!r} or a list of plain module names, such as ['q_proj', 'v_proj']; of another"
+        f" text, at most {MAX_PATTERN} characters, the modules are taken from the weights",
     ),
     "exclude_modules": (lambda value: _is_off(value) or _is_name_list(value), _PLAIN_LIST),
     "layers_to_transform": (
@@ -266,9 +269,15 @@ def plain_config(
     }
 
 
-def rebuild_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config that is rebuilt from the supported fields of a checked one."""
+def rebuild_config(config: Mapping[str, Any], modules: Iterable[str] = ()) -> dict[str, Any]:
+    """Return a config that is rebuilt from the supported fields of a checked one.
+
+    A text in target_modules is a regular expression to PEFT. None is matched here: the targets are then the
+    `modules` that the weights hold.
+    """
     targets = config["target_modules"]
+    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        targets = list(modules)
     settings = ("exclude_modules", "layers_to_transform", "layers_pattern")
     narrowed = {key: config[key] for key in settings if not _is_off(config.get(key))}
     return plain_config(
