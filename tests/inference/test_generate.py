@@ -14,6 +14,7 @@ from pico import VOCABULARY
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from adapterhub_chat import AdapterHub
 from adapterhub_chat.errors import UnknownNameError, UsageError
 from adapterhub_chat.inference.detokenizer import Detokenizer, stable_length
 from adapterhub_chat.inference.generate import generate
@@ -384,3 +385,19 @@ def test_next_token_logits_equal_those_of_transformers(loaded, pico_folder, refe
             models[n](torch.tensor([p])).logits[0, -1] for p, n in zip(PROMPTS, names, strict=True)
         ]
     torch.testing.assert_close(found, torch.stack(wanted), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["generation_config", "config"])
+def test_text_stops_at_every_end_token_of_the_model(pico_folder, tmp_path, where):
+    """The tokenizer knows one end, the model's own files may list several."""
+
+    def result(ends, sampling):
+        hub = AdapterHub(str(pico_folder), tmp_path, dtype="fp32", device="cpu")
+        getattr(hub.backbone.model, where).eos_token_id = ends
+        prompt = tuple(hub.backbone.tokenizer("good film").input_ids)
+        return hub.engine.submit(Request(prompt, as_mix(None), sampling)).result()
+
+    free = result(2, Sampling(max_new_tokens=12, ignore_eos=True)).ids
+    stopped = result([2, free[5]], Sampling(max_new_tokens=12))
+    assert stopped.reason == "stop"
+    assert stopped.ids == free[: free.index(free[5])]
