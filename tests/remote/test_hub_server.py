@@ -770,7 +770,7 @@ def test_a_killed_server_keeps_its_state(tmp_path, online):
     client.create_tag("alice/x", tag="v1")
     before = (client.model_info("alice/x"), client.list_repo_refs("alice/x"))
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     with HubServer(tmp_path / "hub", USERS) as server:
         client = api(server)
         assert (client.model_info("alice/x"), client.list_repo_refs("alice/x")) == before
