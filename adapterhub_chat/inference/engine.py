@@ -205,8 +205,7 @@ class Engine:
         for row in [row for row in self._suspects if row.ticket.end_reason]:
             self._suspects.remove(row)
             row.emit(row.detokenizer.finish(row.ticket.end_reason))
-            self.model.slots.release(row.lease)
-            self._finish(row.ticket, row.completion(), row.error)
+            self._complete(row)
         for row in self._batch.rows:
             if row.ticket.end_reason:
                 row.emit(row.detokenizer.finish(row.ticket.end_reason))
@@ -215,9 +214,13 @@ class Engine:
     def _retire(self) -> None:
         """Report the rows that have ended, and release their slots."""
         for row in self._batch.retire():
-            self._fetcher.slots_released()
-            self.model.slots.release(row.lease)
-            self._finish(row.ticket, row.completion(), row.error)
+            self._complete(row)
+
+    def _complete(self, row: RunningRow) -> None:
+        """Report a row that has ended, and release its slots."""
+        self._fetcher.slots_released()
+        self.model.slots.release(row.lease)
+        self._finish(row.ticket, row.completion(), row.error)
 
     def _admit(self) -> None:
         """Start waiting requests whose adapters are loaded; load those of the next ones."""
@@ -267,8 +270,10 @@ class Engine:
             guilty = rows[0]
         self._readmitted = None
         for row in rows:
-            if row is guilty or row.detokenizer.finish_reason:
+            if row is guilty:
                 self._fail(row, error)
+            elif row.detokenizer.finish_reason:
+                self._complete(row)
             else:
                 row.restart()
                 self._suspects.append(row)

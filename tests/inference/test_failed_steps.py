@@ -68,6 +68,29 @@ def test_requests_that_run_already_go_on_after_a_failed_prefill(loaded):
     assert running.result().ids == alone(loaded, first).ids
 
 
+def test_a_text_that_ended_in_the_failed_step_is_complete(loaded):
+    """It takes its only token in the prefill of a step whose decoding fails."""
+    short = Request((5, 6, 7), as_mix("a1"), Sampling(max_new_tokens=1, ignore_eos=True))
+    (long,) = requests((9, 10))
+    decoder = FailingDecoder(loaded)
+    engine = Engine(loaded, decoder=decoder)
+    running = engine.submit(long)
+    for _ in range(3):
+        engine.step()
+    plain, calls = decoder.forward, []
+
+    def forward(cache, inputs, plan):
+        calls.append(len(inputs.ids))
+        if len(calls) == 2:  # the decoding after the prefill
+            raise RuntimeError("the step failed")
+        return plain(cache, inputs, plan)
+
+    decoder.forward = forward
+    done = engine.submit(short)
+    assert running.result().ids == alone(loaded, long).ids
+    assert done.result().ids == alone(loaded, short).ids
+
+
 def test_sampled_text_is_the_same_after_a_restart(loaded):
     rules = Sampling(max_new_tokens=12, ignore_eos=True, temperature=1.0, seed=3)
     request = Request((5, 6, 7), as_mix("a1"), rules)
