@@ -381,6 +381,22 @@ def test_what_is_no_key_is_refused_before_anything_is_asked(victim, hub_server, 
     assert not hub_server.requests
 
 
+def test_a_pulled_regular_expression_is_replaced_by_the_names_of_the_modules(
+    made, victim, hub_server
+):
+    """It is never compiled, neither here nor by PEFT, which reads the pool's folder."""
+    access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
+    made.push("toy", REPO, **access)
+    folder = made.pool.root / "toy"
+    config = json.loads((folder / CONFIG).read_text())
+    changed = {CONFIG: json.dumps(config | {"target_modules": "(a+)+$"}).encode()}
+    files = {n: (folder / n).read_bytes() for n in (WEIGHTS, MANIFEST)}
+    HubClient(**access).commit(REPO, files | changed, "a pattern")
+    name = victim.pull(REPO, **access).name
+    stored = json.loads((victim.pool.root / name / CONFIG).read_text())
+    assert sorted(stored["target_modules"]) == sorted(victim.pool.load(name).weights.factors)
+
+
 def test_a_pulled_adapter_is_verified_as_untrusted(made, victim, hub_server, tmp_path):
     """What the guard refuses in a folder it refuses in a pull, with the pool as it was."""
     access = {"endpoint": hub_server.endpoint, "token": "hf_alice"}
@@ -390,7 +406,7 @@ def test_a_pulled_adapter_is_verified_as_untrusted(made, victim, hub_server, tmp
     config = json.loads(good[CONFIG])
     for bad, reason in (
         ({CONFIG: json.dumps(config | {"use_dora": True}).encode()}, "use_dora"),
-        ({CONFIG: json.dumps(config | {"target_modules": "(a+)+$"}).encode()}, "target_modules"),
+        ({CONFIG: json.dumps(config | {"target_modules": ["(a+)+$"]}).encode()}, "target_modules"),
         ({CONFIG: json.dumps(config | {"r": 10**9}).encode()}, "r = 1000000000"),
         ({WEIGHTS: good[WEIGHTS][:-4]}, "safetensors"),
         ({WEIGHTS: b"\x80\x04pickle"}, "safetensors"),
